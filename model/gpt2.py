@@ -1,0 +1,203 @@
+"""GPT-2: token and position embeddings, L pre-norm transformer blocks, and a head tied to the embedding.
+
+    x = wte[tokens] + wpe[positions]
+    x = x + attn(ln_1(x));   x = x + mlp(ln_2(x))          L times
+    logits = ln_f(x) wte^T
+
+Each residual add is done together with the LayerNorm that follows it, in one pass over memory: a block hands on
+the stream `x` and the `branch` that is still to be added to it. Parameters are float32; activations have the
+compute dtype, and every cast is written where it happens. Parameter names are those of the released weights.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.dispatch import Backend, Ops, select
+from model.presets import PRESETS, GPT2Config
+
+__all__ = ["GPT2", "PRESETS", "MLP", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
+
+
+class Linear(nn.Linear):
+    """x weight^T + bias, with float32 parameters cast to the activations' dtype where they are used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """(x, branch) -> LayerNorm(x + branch), x + branch. A branch of None adds nothing."""
+
+    ops: Ops
+
+    def __init__(self, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd))
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if branch is None:
+            return self.ops.layer_norm(x, self.weight, self.bias), x
+        return self.ops.add_layer_norm(x, branch, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H heads of width D."""
+
+    ops: Ops
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one matrix product
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, T, C = h.shape
+        qkv = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head)
+        out = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        return F.dropout(self.c_proj(out.view(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside. The first bias is added with the GELU."""
+
+    ops: Ops
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.ops.bias_gelu(F.linear(h, self.c_fc.weight.to(h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
+        return F.dropout(self.c_proj(h), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then the MLP, each behind its LayerNorm."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, x = self.ln_1(x, branch)
+        h, x = self.ln_2(x, self.attn(h))
+        return x, self.mlp(h)
+
+
+class GPT2(nn.Module):
+    """The whole model. `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss.
+
+    tokens, targets: (B, T) int64, T at most n_positions; targets of -100 are ignored. Runs PyTorch's own ops in
+    float32 unless `configure` says otherwise.
+    """
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # also the head; rows from V up are padding
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd)
+        self.reset_parameters()
+        self.configure("torch", torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Draws fresh weights by config.init from PyTorch's current random state.
+
+        fan_in: std = 1/sqrt(n_embd) for every matrix and embedding, which gives logits unit variance, so the first
+        loss is near ln V + 1/2. gpt2: std = 0.02, with the two projections into the residual stream of each block
+        scaled by 1/sqrt(2 L), so that the stream's variance does not grow with depth; the first loss is nearer ln V.
+        """
+        C, L = self.config.n_embd, self.config.n_layer
+        std = 1.0 / math.sqrt(C) if self.config.init == "fan_in" else 0.02
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:  # LayerNorm
+                nn.init.ones_(parameter)
+            else:
+                into_stream = self.config.init == "gpt2" and name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * L) if into_stream else std)
+        with torch.no_grad():
+            self.wte.weight[self.config.vocab_size :] = 0.0
+
+    def configure(self, backend: Backend | Ops, compute_dtype: torch.dtype) -> Ops:
+        """Chooses what the ops run on and the dtype of the activations; returns the choice, which explains itself.
+
+        Call it after moving the model: the choice depends on the device. Raises ValueError as dispatch.select does.
+        """
+        ops = backend
+        if not isinstance(backend, Ops):
+            ops = select(backend, self.wte.weight.device, compute_dtype, self.config.head_dim)
+        for module in self.modules():
+            if isinstance(module, GPT2 | LayerNorm | Attention | MLP):
+                module.ops = ops
+        self.compute_dtype = compute_dtype
+        return ops
+
+    def num_parameters(self) -> int:
+        """Parameters of the model as published: the tied head once, the vocabulary's padding not at all."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The last LayerNorm's output, (B, T, C) in the compute dtype."""
+        T = tokens.shape[1]
+        if T > self.config.n_positions:
+            raise ValueError(f"model: a sequence must have at most {self.config.n_positions} tokens, got {T}")
+        positions = torch.arange(T, device=tokens.device)
+        x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        branch = None
+        for block in self.h:
+            x, branch = block(x, branch)
+        return self.ln_f(x, branch)[0]
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        h = self.hidden(tokens)
+        if targets is None:
+            logits = F.linear(h, self.wte.weight.to(h.dtype))  # (B, T, Vp)
+            return logits[..., : self.config.vocab_size]
+        return self.ops.linear_cross_entropy(
+            h.flatten(0, 1), self.wte.weight, targets.flatten(), vocab_size=self.config.vocab_size
+        )
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continues tokens (B, T) by max_new_tokens each: (B, T + new). See model.generate."""
+        from model.generate import generate
+
+        return generate(self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+    @classmethod
+    def from_pretrained(cls, dir_or_name: str | Path) -> "GPT2":
+        """Reads weights in the Hugging Face layout. See model.pretrained.load."""
+        from model.pretrained import load
+
+        return load(dir_or_name)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors in the Hugging Face layout. See model.pretrained.save."""
+        from model.pretrained import save
+
+        save(self, directory)

@@ -1,0 +1,69 @@
+"""GPT2Config and the named sizes. Free of PyTorch, so that a command line can list them at once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+InitScheme = Literal["fan_in", "gpt2"]
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2. Raises ValueError, naming every field that is off, if it is not one."""
+
+    n_layer: int = 12  # L, transformer blocks
+    n_head: int = 12  # H, attention heads; divides n_embd
+    n_embd: int = 768  # C, width of the residual stream
+    n_positions: int = 1024  # T at most, tokens of context
+    vocab_size: int = 50257  # V, tokens that exist; padded inside to Vp, a multiple of 128
+    dropout: float = 0.0  # probability, on embeddings, attention weights and both residual branches
+    init: InitScheme = "fan_in"  # fan_in: std 1/sqrt(n_embd); gpt2: 0.02, residual projections 0.02/sqrt(2 L)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} must be at least 1, got {value}"
+            for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+            if (value := getattr(self, name)) < 1
+        ]
+        if self.n_head >= 1 and self.n_embd % self.n_head:
+            wrong.append(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            wrong.append(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.init not in ("fan_in", "gpt2"):
+            wrong.append(f'init must be "fan_in" or "gpt2", got {self.init!r}')
+        if wrong:
+            raise ValueError("model: " + "; ".join(wrong))
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Vp: the next multiple of 128, which keeps the head's matrix products aligned for tensor cores."""
+        return -(-self.vocab_size // 128) * 128
+
+
+def _gpt3(n_layer: int, n_embd: int, n_head: int) -> GPT2Config:
+    return GPT2Config(n_layer, n_head, n_embd, n_positions=2048)
+
+
+# GPT-2's sizes are the released ones. GPT-3's are table 2.1 of Brown et al. 2020, arXiv:2005.14165, with two of its
+# entries mended, since n_head * d_head must be d_model: XL has 16 heads (the table says 24) of width 128, and 13B is
+# 5,120 wide (the table says 5,140). GPT-3 alternates dense and sparse attention; here all of it is dense.
+PRESETS: dict[str, GPT2Config] = {
+    "tiny": GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=128, vocab_size=257),
+    "mini": GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=256, vocab_size=257),
+    "gpt2": GPT2Config(12, 12, 768),
+    "gpt2-medium": GPT2Config(24, 16, 1024),
+    "gpt2-large": GPT2Config(36, 20, 1280),
+    "gpt2-xl": GPT2Config(48, 25, 1600),
+    "gpt3-small": _gpt3(12, 768, 12),
+    "gpt3-medium": _gpt3(24, 1024, 16),
+    "gpt3-large": _gpt3(24, 1536, 16),
+    "gpt3-xl": _gpt3(24, 2048, 16),
+    "gpt3-2.7b": _gpt3(32, 2560, 32),
+    "gpt3-6.7b": _gpt3(32, 4096, 32),
+    "gpt3-13b": _gpt3(40, 5120, 40),
+    "gpt3-175b": _gpt3(96, 12288, 96),
+}
