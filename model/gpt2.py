@@ -166,11 +166,14 @@ class GPT2(nn.Module):
             x, branch = block(x, branch)
         return self.ln_f(x, branch)[0]
 
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C), without the vocabulary's padding."""
+        return F.linear(h, self.wte.weight.to(h.dtype))[..., : self.config.vocab_size]
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens)
         if targets is None:
-            logits = F.linear(h, self.wte.weight.to(h.dtype))  # (B, T, Vp)
-            return logits[..., : self.config.vocab_size]
+            return self.head(h)
         return self.ops.linear_cross_entropy(
             h.flatten(0, 1), self.wte.weight, targets.flatten(), vocab_size=self.config.vocab_size
         )

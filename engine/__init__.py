@@ -1,0 +1,1 @@
+"""Training: data, optimisation, checkpoints, and the command line."""

@@ -1,0 +1,245 @@
+"""What a training run is: one typed config, its presets, and the command line that changes it.
+
+`gpt2 train PRESET --flag value`: the preset gives every field a value, a flag changes one, nested fields are dotted
+(`--optim.lr 3e-4`, `--model.dropout 0.1`). Free of PyTorch, so that --help answers at once.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import BadInput, nearest
+from model.presets import PRESETS as MODEL_PRESETS
+from model.presets import GPT2Config
+
+CONFIG_FILE = "config.json"
+GPT_PROMPT = "Hello, I'm a language model,"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW as in the GPT-3 paper, appendix B."""
+
+    lr: float = 6e-4  # peak learning rate
+    min_lr_ratio: float = 0.1  # of lr, where the cosine ends
+    warmup_tokens: int = 375_000_000  # tokens of linear warm-up; never more than a tenth of the run
+    beta1: float = 0.9  # decay of the gradient's running mean
+    beta2: float = 0.95  # decay of its running square
+    eps: float = 1e-8  # added to the root of the running square
+    weight_decay: float = 0.1  # on matrices and embeddings; none on biases and LayerNorm
+    clip: float = 1.0  # largest norm of the whole gradient
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
+
+    preset: str = "gpt2"  # where the defaults come from; given first, without a flag
+    data: str = "data/fineweb-edu"  # directory of token shards
+    out: str = "runs/gpt2"  # run directory: config, metrics, samples, pictures, checkpoints
+    num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
+    tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
+    context: int | None = None  # T, tokens per sequence; None: the model's n_positions
+    micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: the largest up to 16 that fits the step
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it can run
+    compile: bool | None = None  # --compile or --no-compile; None: on a GPU
+    parallel: Literal["ddp"] = "ddp"  # ddp: a replica per process, gradients averaged
+    seed: int = 1  # of the weights, the order of the data and dropout
+    resume: str = "auto"  # auto: go on from the last good checkpoint in --out; never: set an old run aside; or a checkpoint
+    init_from: str | None = None  # start from these weights: a directory in the Hugging Face layout, or a GPT-2 name
+    eval_every: int | None = 250  # steps between validations, samples and pictures; None: only at the end
+    eval_tokens: int = 1_048_576  # validation tokens, the same ones each time
+    save_every: int | None = 500  # steps between checkpoints; None: only at the end
+    keep_last: int = 2  # checkpoints kept
+    log_every: int = 10  # steps between training measurements
+    tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard
+    prompt: str = GPT_PROMPT  # what the samples continue
+    sample_tokens: int = 64  # length of a sample
+    model: GPT2Config = field(default_factory=GPT2Config)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def sequence_length(self) -> int:
+        """T."""
+        return self.model.n_positions if self.context is None else self.context
+
+    def problems(self) -> list[str]:
+        """Every sentence that a user must act on before this config can run; empty when there is none."""
+        wrong = []
+        for name in ("num_steps", "tokens_per_step", "eval_tokens", "keep_last", "log_every", "sample_tokens"):
+            if getattr(self, name) < 1:
+                wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("context", "micro_batch_size", "eval_every", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.sequence_length > self.model.n_positions:
+            wrong.append(
+                f"--context must be at most the model's {self.model.n_positions} positions, got {self.sequence_length}; "
+                "lower it or raise --model.n-positions"
+            )
+        for name, low, high in (("lr", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_ratio", 0, 1)):
+            if not low <= getattr(self.optim, name) <= high:
+                wrong.append(f"{_flag('optim.' + name)} must be {low} to {high}, got {getattr(self.optim, name)}")
+        for name in ("clip", "eps"):
+            if getattr(self.optim, name) <= 0:
+                wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
+        for name in ("weight_decay", "warmup_tokens"):
+            if getattr(self.optim, name) < 0:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
+        if not self.prompt:
+            wrong.append("--prompt must have at least one character, got none")
+        return wrong
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---- Presets ------------------------------------------------------------------------------------------------------
+
+# Peak learning rate and tokens per step by model, from table 2.1 of Brown et al. 2020, arXiv:2005.14165, with batches
+# rounded to powers of two. GPT-2's own were never published: its sizes take those of the nearest GPT-3 model.
+_GPT3_RECIPE = {
+    "gpt2": (6.0e-4, 2**19),
+    "gpt2-medium": (3.0e-4, 2**19),
+    "gpt2-large": (2.5e-4, 2**19),
+    "gpt2-xl": (2.0e-4, 2**20),
+    "gpt3-small": (6.0e-4, 2**19),
+    "gpt3-medium": (3.0e-4, 2**19),
+    "gpt3-large": (2.5e-4, 2**19),
+    "gpt3-xl": (2.0e-4, 2**20),
+    "gpt3-2.7b": (1.6e-4, 2**20),
+    "gpt3-6.7b": (1.2e-4, 2**21),
+    "gpt3-13b": (1.0e-4, 2**21),
+    "gpt3-175b": (0.6e-4, 2**22),
+}
+
+
+def _gpt(name: str) -> TrainConfig:
+    lr, tokens_per_step = _GPT3_RECIPE[name]
+    return TrainConfig(
+        preset=name,
+        out=f"runs/{name}",
+        num_steps=round(10e9 / tokens_per_step),
+        tokens_per_step=tokens_per_step,
+        model=MODEL_PRESETS[name],
+        optim=OptimConfig(lr=lr),
+    )
+
+
+_LAPTOP = TrainConfig(
+    preset="tiny",
+    data="data/stdlib",
+    out="runs/tiny",
+    num_steps=1200,
+    tokens_per_step=1024,
+    eval_every=200,
+    eval_tokens=65_536,
+    save_every=400,
+    prompt="def ",
+    sample_tokens=200,
+    model=MODEL_PRESETS["tiny"],
+    optim=OptimConfig(lr=4e-3, warmup_tokens=100 * 1024),
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": _LAPTOP,
+    "mini": dataclasses.replace(
+        _LAPTOP,
+        preset="mini",
+        out="runs/mini",
+        num_steps=4000,
+        tokens_per_step=4096,
+        model=MODEL_PRESETS["mini"],
+        optim=OptimConfig(lr=2e-3, warmup_tokens=100 * 4096),
+    ),
+} | {name: _gpt(name) for name in _GPT3_RECIPE}
+
+
+# ---- Command line -------------------------------------------------------------------------------------------------
+
+
+def parse(args: list[str], prog: str) -> TrainConfig:
+    """The config that `PRESET --flags` stand for. Raises BadInput; an unknown flag exits with 2 and the nearest one."""
+    import tyro
+
+    if args and args[0] in ("-h", "--help"):
+        args = ["gpt2", *args]
+    if not args or args[0].startswith("-"):
+        got = args[0] if args else "nothing"
+        raise BadInput(f"{prog}: a preset must come first, got {got}; choose from {', '.join(PRESETS)}")
+    preset, *args = args
+    if preset not in PRESETS:
+        raise BadInput(f"{prog}: the preset must be one that exists, got {preset!r}{nearest(preset, PRESETS)}")
+    switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
+    args = [word for arg in args for word in switches.get(arg, [arg])]
+    try:
+        config = tyro.cli(
+            TrainConfig, args=args, default=PRESETS[preset], prog=f"{prog} {preset}", config=(tyro.conf.FlagConversionOff,)
+        )
+    except ValueError as error:
+        raise BadInput(f"{prog}: {error}") from error
+    if config.preset != preset:
+        raise BadInput(f"{prog}: the preset must be given once, got {preset} and {config.preset}")
+    if wrong := config.problems():
+        raise BadInput(f"{prog}: " + "\n  ".join(wrong))
+    return config
+
+
+def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
+    """(micro_batch_size, accumulation): sequences per forward pass and forward passes per step, on each rank.
+
+    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with the nearest values
+    that work, if that cannot hold.
+    """
+    T, wanted = config.sequence_length, config.micro_batch_size
+    unit = T * world_size * (wanted or 1)
+    if config.tokens_per_step % unit:
+        below = config.tokens_per_step // unit * unit
+        near = [str(value) for value in (below, below + unit) if value]
+        per_rank = config.tokens_per_step // (T * world_size)
+        advice = f"the nearest --tokens-per-step are {' and '.join(near)}"
+        if wanted and config.tokens_per_step % (T * world_size) == 0:
+            divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+            around = sorted({max([d for d in divisors if d < wanted], default=1), min([d for d in divisors if d > wanted], default=per_rank)})
+            advice += f", the nearest --micro-batch-size {' and '.join(map(str, around))}"
+        raise BadInput(
+            f"train: --tokens-per-step must be a multiple of context * micro-batch size * processes = "
+            f"{T} * {wanted or 1} * {world_size} = {unit}, got {config.tokens_per_step}; {advice}"
+        )
+    per_rank = config.tokens_per_step // (T * world_size)  # sequences
+    size = wanted or max(size for size in range(1, min(16, per_rank) + 1) if per_rank % size == 0)
+    return size, per_rank // size
+
+
+# ---- File ---------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """The config as JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(fields: dict) -> TrainConfig:
+    """The inverse of to_dict. Fields that this version does not know are left out."""
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    nested = {"model": GPT2Config, "optim": OptimConfig}
+    values = {name: value for name, value in fields.items() if name in known}
+    for name, kind in nested.items():
+        names = {f.name for f in dataclasses.fields(kind)}
+        values[name] = kind(**{key: value for key, value in fields[name].items() if key in names})
+    return TrainConfig(**values)
+
+
+def load(run: str | Path) -> TrainConfig:
+    """The config of a run directory. Raises BadInput if it holds none."""
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path}: must be the config of a run, got {error}") from error

@@ -1,0 +1,100 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, and plain bytes. Neither touches the network.
+
+gpt2: 50,257 tokens, built by tiktoken from the vocabulary in engine/assets. bytes: 256 bytes and an end of text, so
+that a model on a laptop spends its work on the text and not on a head of 50,304 columns.
+encode never makes the end-of-text id, not even from a literal <|endoftext|>: only `prepare` writes it.
+Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting pattern are OpenAI's (MIT licence).
+"""
+
+import base64
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import BadInput, nearest
+
+VOCABULARY = Path(__file__).parent / "assets" / "r50k_base.tiktoken"
+VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+END_OF_TEXT = "<|endoftext|>"
+
+# Contractions, words, numbers, other signs (each with the space before it), trailing and other white space.
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@lru_cache(maxsize=1)
+def gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's 50,256 byte strings and their ids. Raises BadInput if the packaged file is not the released one."""
+    content = VOCABULARY.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != VOCABULARY_SHA256:
+        raise BadInput(
+            f"tokenizer: {VOCABULARY.name} must have sha256 {VOCABULARY_SHA256[:12]}..., got {digest[:12]}...; "
+            "install the package again"
+        )
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding."""
+
+    name = "gpt2"
+    unit = "token"
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self) -> None:
+        import tiktoken
+
+        self._encoding = tiktoken.Encoding(
+            name="gpt2",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=gpt2_ranks(),
+            special_tokens={END_OF_TEXT: self.end_of_text},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of any text, (n,) uint16. A lone surrogate becomes U+FFFD."""
+        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode_bytes(self, ids) -> bytes:
+        """The bytes that the ids stand for; one token may be part of a character."""
+        return self._encoding.decode_bytes([int(i) for i in ids])
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bytes that are no character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class ByteTokenizer:
+    """One token a byte: ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+
+    name = "bytes"
+    unit = "byte"
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of any text, (n,) uint16. A lone surrogate becomes U+FFFD."""
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return np.frombuffer(whole.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+
+    def decode_bytes(self, ids) -> bytes:
+        """The bytes that the ids stand for."""
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in map(int, ids))
+
+    def decode(self, ids) -> str:
+        """Text of the ids; bytes that are no character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+Tokenizer = GPT2Tokenizer | ByteTokenizer
+TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer of that name. Raises BadInput if there is none."""
+    if name not in TOKENIZERS:
+        raise BadInput(f"tokenizer: the name must be one that exists, got {name!r}{nearest(name, TOKENIZERS)}")
+    return TOKENIZERS[name]()

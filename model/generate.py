@@ -1,0 +1,94 @@
+"""Sampling: one token after another, each drawn from the model's distribution over the next.
+
+temperature divides the logits (0 takes the likeliest token); top_k keeps the k likeliest; top_p keeps the fewest
+whose probabilities sum to at least p. A context longer than the model's positions is cropped to its end. The padded
+vocabulary has no logits, so an id that the tokenizer lacks is never drawn.
+Source: Holtzman et al. 2020, arXiv:1904.09751 (top_p).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """(B, V) logits, float32, scaled by the temperature, with -inf for every token that may not be drawn."""
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return logits
+
+
+def _check(model, tokens: Tensor, max_new_tokens: int, temperature: float, top_k, top_p) -> None:
+    wrong = []
+    if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
+        wrong.append(f"tokens must be (B, T) int64 with T >= 1, got {tuple(tokens.shape)} {tokens.dtype}")
+    elif tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
+        wrong.append(f"tokens must be 0 to {model.config.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+    if max_new_tokens < 0:
+        wrong.append(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not temperature >= 0.0:
+        wrong.append(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        wrong.append(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        wrong.append(f"top_p must be above 0 and at most 1, got {top_p}")
+    if wrong:
+        raise ValueError("generate: " + "; ".join(wrong))
+
+
+def stream(
+    model,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields each next token, (B, 1) int64, as it is drawn. Raises ValueError before the first if an argument is off.
+
+    With a seed the draws are reproducible. PyTorch's global random state is neither read nor changed.
+    """
+    _check(model, tokens, max_new_tokens, temperature, top_k, top_p)
+    return _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed)
+
+
+def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed) -> Iterator[Tensor]:
+    generator = torch.Generator(device=tokens.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            logits = next_logits(model, tokens)  # (B, V)
+            if temperature == 0.0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                probs = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
+                token = torch.multinomial(probs, 1, generator=generator)
+            tokens = torch.cat([tokens, token], dim=1)
+            yield token
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def next_logits(model, tokens: Tensor) -> Tensor:
+    """Float32 logits (B, V) of the token after tokens (B, T), from at most the last n_positions of them."""
+    h = model.hidden(tokens[:, -model.config.n_positions :])[:, -1]  # (B, C): the head runs on one position only
+    return model.head(h).float()
+
+
+def generate(model, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+    """tokens (B, T) int64 and max_new_tokens more of each, (B, T + max_new_tokens). Options are those of `stream`."""
+    return torch.cat([tokens, *stream(model, tokens, max_new_tokens, **options)], dim=1)
