@@ -36,19 +36,24 @@ class OptimConfig:
 class TrainConfig:
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
-    preset: str = "gpt2"  # where the defaults come from; given first, without a flag
     data: str = "data/fineweb-edu"  # directory of token shards
     out: str = "runs/gpt2"  # run directory: config, metrics, samples, pictures, checkpoints
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # T, tokens per sequence; None: the model's n_positions
-    micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: the largest up to 16 that fits the step
-    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
+    micro_batch_size: int | None = (
+        None  # sequences per forward pass on one GPU; None: the largest up to 16 that divides the step
+    )
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = (
+        "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
+    )
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it can run
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU
     parallel: Literal["ddp"] = "ddp"  # ddp: a replica per process, gradients averaged
     seed: int = 1  # of the weights, the order of the data and dropout
-    resume: str = "auto"  # auto: go on from the last good checkpoint in --out; never: set an old run aside; or a checkpoint
+    resume: str = (
+        "auto"  # auto: go on from the last good checkpoint in --out; never: set an old run aside; or a checkpoint
+    )
     init_from: str | None = None  # start from these weights: a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and pictures; None: only at the end
     eval_tokens: int = 1_048_576  # validation tokens, the same ones each time
@@ -60,6 +65,11 @@ class TrainConfig:
     sample_tokens: int = 64  # length of a sample
     model: GPT2Config = field(default_factory=GPT2Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of --out."""
+        return Path(self.out).name
 
     @property
     def sequence_length(self) -> int:
@@ -77,8 +87,8 @@ class TrainConfig:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length > self.model.n_positions:
             wrong.append(
-                f"--context must be at most the model's {self.model.n_positions} positions, got {self.sequence_length}; "
-                "lower it or raise --model.n-positions"
+                f"--context must be at most the model's {self.model.n_positions} positions, got "
+                f"{self.sequence_length}; lower it or raise --model.n-positions"
             )
         for name, low, high in (("lr", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_ratio", 0, 1)):
             if not low <= getattr(self.optim, name) <= high:
@@ -121,7 +131,6 @@ _GPT3_RECIPE = {
 def _gpt(name: str) -> TrainConfig:
     lr, tokens_per_step = _GPT3_RECIPE[name]
     return TrainConfig(
-        preset=name,
         out=f"runs/{name}",
         num_steps=round(10e9 / tokens_per_step),
         tokens_per_step=tokens_per_step,
@@ -131,7 +140,6 @@ def _gpt(name: str) -> TrainConfig:
 
 
 _LAPTOP = TrainConfig(
-    preset="tiny",
     data="data/stdlib",
     out="runs/tiny",
     num_steps=1200,
@@ -149,7 +157,6 @@ PRESETS: dict[str, TrainConfig] = {
     "tiny": _LAPTOP,
     "mini": dataclasses.replace(
         _LAPTOP,
-        preset="mini",
         out="runs/mini",
         num_steps=4000,
         tokens_per_step=4096,
@@ -177,13 +184,9 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
     args = [word for arg in args for word in switches.get(arg, [arg])]
     try:
-        config = tyro.cli(
-            TrainConfig, args=args, default=PRESETS[preset], prog=f"{prog} {preset}", config=(tyro.conf.FlagConversionOff,)
-        )
+        config = tyro.cli(TrainConfig, args=args, default=PRESETS[preset], prog=f"{prog} {preset}")
     except ValueError as error:
         raise BadInput(f"{prog}: {error}") from error
-    if config.preset != preset:
-        raise BadInput(f"{prog}: the preset must be given once, got {preset} and {config.preset}")
     if wrong := config.problems():
         raise BadInput(f"{prog}: " + "\n  ".join(wrong))
     return config
@@ -204,7 +207,12 @@ def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
         advice = f"the nearest --tokens-per-step are {' and '.join(near)}"
         if wanted and config.tokens_per_step % (T * world_size) == 0:
             divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-            around = sorted({max([d for d in divisors if d < wanted], default=1), min([d for d in divisors if d > wanted], default=per_rank)})
+            around = sorted(
+                {
+                    max([d for d in divisors if d < wanted], default=1),
+                    min([d for d in divisors if d > wanted], default=per_rank),
+                }
+            )
             advice += f", the nearest --micro-batch-size {' and '.join(map(str, around))}"
         raise BadInput(
             f"train: --tokens-per-step must be a multiple of context * micro-batch size * processes = "

@@ -15,17 +15,20 @@ import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from engine.errors import BadInput
+
+if TYPE_CHECKING:  # `prepare`, its workers and --help use this file without waiting for PyTorch
+    from torch import Tensor
 
 HEADER_INTS = 256
 MAGIC = 20240520
 VERSION = 1
 MANIFEST = "manifest.json"
+BUILDING = ".building"  # where `prepare` works, inside the directory that it fills
 CHECKED_TOKENS = 1 << 20  # of each shard, scanned for range when it is opened; the rest is checked as it is read
 FEISTEL_ROUNDS = 6
 
@@ -38,6 +41,8 @@ def open_shard(path: Path) -> np.ndarray:
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(tokens, np.ndarray):
+                raise ValueError("an archive of arrays")
             if tokens.dtype != np.uint16 or tokens.ndim != 1:
                 raise BadInput(f"{path}: tokens must be (n,) uint16, got {tokens.shape} {tokens.dtype}")
         else:
@@ -79,14 +84,16 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def read_manifest(directory: Path) -> dict | None:
-    """The directory's manifest.json, or None where shards came without one. Raises BadInput if it is not JSON."""
+    """The directory's manifest.json, or None where shards came without one. Raises BadInput if it is no manifest."""
     path = directory / MANIFEST
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise BadInput(f"{path}: must be JSON, got {error}; prepare the data again") from error
+        manifest = json.loads(path.read_text())
+        _ = manifest["tokenizer"], [(shard["file"], shard["split"], shard["sha256"]) for shard in manifest["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: must be a manifest of shards, got {error!r}; prepare the data again") from error
+    return manifest
 
 
 @dataclass
@@ -111,6 +118,10 @@ class TokenStream:
         found = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
         paths = sorted(found, key=lambda path: path.name)
         manifest = read_manifest(directory)
+        if manifest is None and (directory / BUILDING).exists():
+            raise BadInput(
+                f"{directory}: a preparation must have ended, got one that was stopped; run gpt2 prepare again"
+            )
         if manifest is not None:
             listed = [shard["file"] for shard in manifest["shards"] if shard["split"] == split]
             if missing := sorted(set(listed) - {path.name for path in paths}):
@@ -146,8 +157,10 @@ class TokenStream:
         """Windows of `context` inputs and as many targets."""
         return (len(self) - 1) // context
 
-    def windows(self, indices: np.ndarray, context: int) -> Tensor:
+    def windows(self, indices: np.ndarray, context: int) -> "Tensor":
         """Windows by number, (len(indices), context + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+        import torch
+
         rows = [self.read(int(index) * context, context + 1) for index in indices]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
@@ -164,9 +177,7 @@ def digest(streams: list[TokenStream], directory: str | Path) -> str:
     if manifest is not None:
         identity = sorted((shard["file"], shard["sha256"]) for shard in manifest["shards"])
     else:
-        identity = [
-            (path.name, len(shard)) for s in streams for path, shard in zip(s.paths, s.shards, strict=True)
-        ]
+        identity = [(path.name, len(shard)) for s in streams for path, shard in zip(s.paths, s.shards, strict=True)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
@@ -184,6 +195,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def derived_seed(*key: int) -> int:
+    """A seed of 63 bits that any change to the key changes."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = _mix(state ^ np.array([part % (1 << 64)], dtype=np.uint64))
+    return int(state[0]) >> 1
+
+
 def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     """Where a keyed permutation of range(size) sends each index: O(1) memory, int64 in and out.
 
@@ -191,10 +210,7 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     until it falls inside, which keeps it a permutation and takes fewer than 4 turns on average.
     Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
     """
-    state = np.zeros(1, dtype=np.uint64)
-    for part in key:
-        state = _mix(state ^ np.array([part % (1 << 64)], dtype=np.uint64))
-    round_keys = _mix(state + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
+    round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     words = indices.astype(np.uint64)
@@ -210,7 +226,7 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 
 def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows of one step, (sequences,) int64, over all ranks and micro-batches. May end one epoch and begin the next."""
+    """The windows of one step, (sequences,) int64, for all ranks and micro-batches; it may straddle two epochs."""
     positions = np.arange(step * sequences, (step + 1) * sequences)
     windows = np.empty_like(positions)
     for epoch in np.unique(positions // num_windows):
@@ -247,14 +263,14 @@ class Batches:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 
-    def at(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def at(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
         """This rank's micro-batches of a step: (tokens, targets), each (B, T) int64 on the CPU."""
         ahead, self._ahead = self._ahead, None
         micro_batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._load(step)
         self._ahead = step + 1, self._reader.submit(self._load, step + 1)
         return micro_batches
 
-    def _load(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def _load(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
         B, R = self.micro_batch_size, self.world_size
         mine = step_windows(step, self.sequences, self.num_windows, self.seed).reshape(-1, R, B)[:, self.rank]
         micro_batches = []

@@ -34,6 +34,11 @@ class Ranks:
         """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Prints on rank 0."""
+        if self.is_first:
+            print(line, flush=True)
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all ranks, the same bits on each."""
         if self.world_size > 1:

@@ -30,9 +30,8 @@ def windows(stream: TokenStream, config: TrainConfig) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_loss(raw_model: GPT2, stream: TokenStream, config: TrainConfig, ranks: Ranks) -> float:
-    """Mean loss per token, in nats, with dropout off. Leaves the model as it was."""
-    chosen = windows(stream, config)
+def mean_loss(raw_model: GPT2, stream: TokenStream, chosen: np.ndarray, config: TrainConfig, ranks: Ranks) -> float:
+    """Mean loss per token over the chosen windows, in nats, with dropout off. Leaves the model as it was."""
     size = max(1, BATCH_TOKENS // config.sequence_length)  # sequences
     batches = np.split(chosen, range(size, len(chosen), size))
     sums = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)

@@ -112,7 +112,8 @@ def _parquet_column(path: Path, column: str) -> Iterator[bytes]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
                 raise BadInput(
-                    f"{path}: must have a column {column}, got {', '.join(file.schema_arrow.names)}; name it with --text-field"
+                    f"{path}: must have a column {column}, got {', '.join(file.schema_arrow.names)}; "
+                    "name it with --text-field"
                 )
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from ((text or "").encode("utf-8", "surrogatepass") for text in batch.column(0).to_pylist())
@@ -132,7 +133,7 @@ def parse(kind: str, raw: bytes, text_field: str) -> tuple[str, str | None]:
             text.encode("utf-8")
     except UnicodeError:
         return "", "not UTF-8"
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", "not JSON"
     return (text, None) if text.strip() else ("", "empty")
 
@@ -246,7 +247,13 @@ class ShardWriter:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.records.append(
-            {"file": path.name, "split": self.split, "tokens": self.held, "bytes": path.stat().st_size, "sha256": sha256}
+            {
+                "file": path.name,
+                "split": self.split,
+                "tokens": self.held,
+                "bytes": path.stat().st_size,
+                "sha256": sha256,
+            }
         )
         self.pieces, self.held = [], 0
 
@@ -259,8 +266,15 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     out = Path(config.out)
     files = find_files(sources)
     request = _request(sources, files, config)
-    present = data.read_manifest(out)
-    if present is not None and present.get("request") == request:
+    building = out / data.BUILDING
+    _take_back(out, building)
+    try:
+        present = data.read_manifest(out)
+    except BadInput:
+        if not config.overwrite:
+            raise
+        present = None
+    if present is not None and present.get("request") == request and _complete(out, present):
         return present
     others = [path for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
     if others and not config.overwrite:
@@ -268,12 +282,13 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
             f"prepare: {out} must be new or empty, got {len(others)} files, such as {others[0].name}; "
             "choose another --out, or add --overwrite to replace them"
         )
-    building = out / ".building"
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     except OSError as error:
-        raise BadInput(f"prepare: --out must be a directory that can be written, got {out}: {error.strerror}") from error
+        raise BadInput(
+            f"prepare: --out must be a directory that can be written, got {out}: {error.strerror}"
+        ) from error
     try:
         manifest = _build(files, config, building, by_tail=False)
         if not all(manifest["tokens"].values()):
@@ -293,10 +308,30 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
         for name in [*(shard["file"] for shard in manifest["shards"]), data.MANIFEST]:
             os.replace(building / name, out / name)
     finally:
+        _take_back(out, building)
         shutil.rmtree(building, ignore_errors=True)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
     return manifest
+
+
+def _take_back(out: Path, building: Path) -> None:
+    """Removes the shards that a preparation moved into place before it was stopped: its manifest had not followed."""
+    if (out / data.MANIFEST).exists() or not (building / data.MANIFEST).exists():
+        return  # it ended, or moved nothing yet
+    try:
+        shards = data.read_manifest(building)["shards"]
+    except BadInput:  # stopped while it wrote the manifest: nothing was moved yet
+        return
+    for shard in shards:
+        if not (building / shard["file"]).exists():
+            (out / shard["file"]).unlink(missing_ok=True)
+
+
+def _complete(out: Path, manifest: dict) -> bool:
+    """Whether every shard of the manifest is there in its full size."""
+    shards = [(out / shard["file"], shard.get("bytes")) for shard in manifest["shards"]]
+    return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
 def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
@@ -350,7 +385,7 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
 
 
 def _said(skipped: dict[str, int]) -> str:
-    """", left out: 3 not UTF-8, 1 empty", or nothing."""
+    """ ", left out: 3 not UTF-8, 1 empty", or nothing."""
     return "" if not skipped else ", left out: " + ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
 
 

@@ -8,7 +8,9 @@ Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting patte
 
 import base64
 import hashlib
+import re
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 # Contractions, words, numbers, other signs (each with the space before it), trailing and other white space.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# \s+(?!\S) backs off by one character, and its engine keeps a way back for each of them: 1,000,000 of white space in
+# front of a word overflow that stack and end the process. Cut before the last of them, the tokens are the same.
+LONG = 100_000
+LONG_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{%d,}+" % LONG)
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +63,10 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of any text, (n,) uint16. A lone surrogate becomes U+FFFD."""
-        return np.asarray(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        runs = LONG_SPACE.finditer(text) if len(text) > LONG else ()
+        cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
+        ids = [self._encoding.encode_ordinary(text[start:end]) for start, end in pairwise(cuts)]
+        return np.concatenate([np.asarray(part, dtype=np.uint16) for part in ids])
 
     def decode_bytes(self, ids) -> bytes:
         """The bytes that the ids stand for; one token may be part of a character."""

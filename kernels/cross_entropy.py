@@ -50,9 +50,12 @@ def linear_cross_entropy_reference(
 
 
 def _chunk_rows(weight: Tensor) -> int:
-    """Rows per chunk: logits of 100 MB on a CPU (its caches gain nothing from more), 1 GB elsewhere."""
+    """Rows per chunk: logits of 100 MB on a CPU (its caches gain nothing from more), 1 GB elsewhere.
+
+    At most 4,096, so that a chunk's sum over rows stays in float16's range for hidden values up to 16.
+    """
     budget = 25_000_000 if weight.device.type == "cpu" else 250_000_000  # elements
-    return max(1, budget // weight.shape[0])
+    return max(1, min(4096, budget // weight.shape[0]))
 
 
 @torch.library.custom_op("gpt2::linear_cross_entropy_torch", mutates_args=())
@@ -72,7 +75,8 @@ def _sum_and_gradients(
     labels = labels.clamp(0, vocab_size - 1)[:, None]  # (N, 1)
     losses = hidden.new_empty(N, dtype=wide)
     dhidden = torch.empty_like(hidden if needs_grad else hidden[:0], memory_format=torch.contiguous_format)
-    dweight = torch.zeros_like(weight if needs_grad else weight[:0], memory_format=torch.contiguous_format)
+    # dweight is a sum over all rows: in float16 it would overflow before it is divided by their count.
+    dweight = hidden.new_zeros(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
 
     rows = min(N, _chunk_rows(weight))
     logits_buffer = hidden.new_empty(rows, weight.shape[0])
@@ -91,9 +95,9 @@ def _sum_and_gradients(
             dlogits = probs.scatter_add_(1, labels[chunk], probs.new_full((n, 1), -1.0)).to(hidden.dtype)
             torch.mm(dlogits, compute_weight, out=dhidden[chunk])
             counted = hidden[chunk] * valid[chunk, None]
-            if weight.dtype == hidden.dtype:
+            if hidden.dtype == wide:
                 dweight.addmm_(dlogits.T, counted)
-            else:  # float32 master weights: each chunk's product is rounded once, the sum is float32
+            else:  # each chunk's product is rounded once, the sum is float32
                 dweight += dlogits.T @ counted
     if needs_grad:
         dhidden *= valid[:, None]
@@ -103,15 +107,17 @@ def _sum_and_gradients(
 
 @_sum_and_gradients.register_fake
 def _(hidden, weight, targets, vocab_size, ignore_index, needs_grad):
-    total = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.new_empty((), dtype=wide)
     dhidden = torch.empty_like(hidden if needs_grad else hidden[:0], memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(weight if needs_grad else weight[:0], memory_format=torch.contiguous_format)
+    dweight = hidden.new_empty(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
     return total, dhidden, dweight
 
 
 def _setup_context(ctx, inputs, output):
     _, dhidden, dweight = output
     ctx.save_for_backward(dhidden, dweight)
+    ctx.weight_dtype = inputs[1].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -120,7 +126,7 @@ def _backward(ctx, dtotal, _ddhidden, _ddweight):
     if dtotal is None:
         return None, None, None, None, None, None
     dhidden = (dhidden * dtotal).to(dhidden.dtype) if ctx.needs_input_grad[0] else None
-    dweight = (dweight * dtotal).to(dweight.dtype) if ctx.needs_input_grad[1] else None
+    dweight = (dweight * dtotal).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
     return dhidden, dweight, None, None, None, None
 
 

@@ -17,9 +17,7 @@ def check_floating(op: str, **tensors: Tensor) -> None:
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         require(tensor.device == device, f"{op}: all inputs must be on one device, {name} on {device}", tensor.device)
-        require(
-            tensor.dtype in FLOATING, f"{op}: {name} must be float32, bfloat16, float16 or float64", tensor.dtype
-        )
+        require(tensor.dtype in FLOATING, f"{op}: {name} must be float32, bfloat16, float16 or float64", tensor.dtype)
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

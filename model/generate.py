@@ -32,7 +32,9 @@ def _check(model, tokens: Tensor, max_new_tokens: int, temperature: float, top_k
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
         wrong.append(f"tokens must be (B, T) int64 with T >= 1, got {tuple(tokens.shape)} {tokens.dtype}")
     elif tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
-        wrong.append(f"tokens must be 0 to {model.config.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        wrong.append(
+            f"tokens must be 0 to {model.config.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
+        )
     if max_new_tokens < 0:
         wrong.append(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not temperature >= 0.0:

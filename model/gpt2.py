@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels.dispatch import Backend, Ops, select
 from model.presets import PRESETS, GPT2Config
 
-__all__ = ["GPT2", "PRESETS", "MLP", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
+__all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
 
 
 class Linear(nn.Linear):

@@ -8,7 +8,7 @@ InitScheme = Literal["fan_in", "gpt2"]
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2. Raises ValueError, naming every field that is off, if it is not one."""
+    """The shape of a GPT-2."""
 
     n_layer: int = 12  # L, transformer blocks
     n_head: int = 12  # H, attention heads; divides n_embd
@@ -19,6 +19,7 @@ class GPT2Config:
     init: InitScheme = "fan_in"  # fan_in: std 1/sqrt(n_embd); gpt2: 0.02, residual projections 0.02/sqrt(2 L)
 
     def __post_init__(self) -> None:
+        """Raises ValueError, naming every field that is off, if this is not the shape of a GPT-2."""
         wrong = [
             f"{name} must be at least 1, got {value}"
             for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")

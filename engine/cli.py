@@ -1,0 +1,250 @@
+"""The `gpt2` command. Each subcommand imports what it needs when it runs, so that help is instant."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import BadInput, nearest
+
+SUMMARIES = {
+    "prepare": "text to token shards",
+    "train": "train a preset on token shards; resumes by itself",
+    "sample": "continue a prompt with a trained model",
+    "eval": "validation loss of a trained model",
+    "import": "GPT-2 weights in the Hugging Face layout to a run directory",
+    "export": "a run to a directory that transformers opens",
+    "plot": "draw a run's loss curve and learning rate again",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Continues a prompt with a trained model, writing to the terminal as it goes."""
+
+    run: str  # run directory
+    prompt: str  # text to continue; at most the model's context
+    max_new_tokens: int = 200  # tokens to add; a drawn end of text stops sooner
+    temperature: float = 0.8  # 0 takes the likeliest token each time; 1 draws from the model as it is
+    top_k: int | None = 50  # draw among the k likeliest; None: among all
+    top_p: float | None = None  # draw among the fewest likeliest that hold this much probability
+    seed: int | None = None  # makes the draws repeatable; sample i uses seed + i
+    num_samples: int = 1  # continuations, one after another
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Prints the validation loss of a run's newest checkpoint."""
+
+    run: str  # run directory
+    data: str | None = None  # token shards; None: the run's own
+    eval_tokens: int | None = None  # validation tokens; None: as many as the run used
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes what transformers.AutoModelForCausalLM and AutoTokenizer open: safetensors, config and tokenizer."""
+
+    run: str  # run directory
+    out: str  # directory to write
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draws loss_curve.png and lr_schedule.png of a run again."""
+
+    run: str  # run directory
+
+
+def _parse(kind: type, args: list[str], prog: str) -> Any:
+    import tyro
+
+    return tyro.cli(kind, args=args, prog=prog)
+
+
+# ---- Commands -----------------------------------------------------------------------------------------------------
+
+
+def prepare(args: list[str], prog: str) -> None:
+    """Text to token shards."""
+    import tyro
+
+    from engine import prepare as preparation
+
+    @dataclass(frozen=True, kw_only=True)
+    class Prepare(preparation.PrepareConfig):
+        """Turns text into token shards: one document per file, per .jsonl line, per .parquet row."""
+
+        sources: tyro.conf.Positional[
+            tuple[str, ...]
+        ]  # files and directories of .txt .md .py .jsonl .parquet; or: stdlib
+
+    asked = _parse(Prepare, args, prog)
+    if not asked.sources:
+        raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {preparation.STDLIB}")
+    print(preparation.describe(preparation.prepare(list(asked.sources), asked), asked.out))
+
+
+def train(args: list[str], prog: str) -> None:
+    """Trains in this process; torchrun engine/train.py trains in several."""
+    from engine import config
+
+    config.parse(args, prog)  # help and bad flags, before PyTorch is imported
+    import runpy
+
+    sys.argv = [prog, *args]
+    runpy.run_module("engine.train", run_name="__main__")
+
+
+def sample(args: list[str], prog: str) -> None:
+    """Continues a prompt, printing each token as it is drawn."""
+    asked = _parse(Sample, args, prog)
+    import codecs
+
+    import torch
+
+    from engine import runs
+    from model.generate import stream
+
+    if asked.num_samples < 1:
+        raise BadInput(f"sample: --num-samples must be at least 1, got {asked.num_samples}")
+    model, tokens_in, _ = runs.load_model(asked.run, warn=lambda line: print(line, file=sys.stderr))
+    ids = tokens_in.encode(asked.prompt).tolist()
+    if not 1 <= len(ids) <= model.config.n_positions:
+        raise BadInput(
+            f"sample: --prompt must be 1 to {model.config.n_positions} {tokens_in.unit}s long, got {len(ids)}"
+        )
+    prompt = torch.tensor([ids], device=model.wte.weight.device)
+    for number in range(asked.num_samples):
+        if asked.num_samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+        print(asked.prompt, end="", flush=True)
+        try:
+            drawn = stream(
+                model,
+                prompt,
+                asked.max_new_tokens,
+                temperature=asked.temperature,
+                top_k=asked.top_k,
+                top_p=asked.top_p,
+                seed=None if asked.seed is None else asked.seed + number,
+            )
+        except ValueError as error:
+            raise BadInput(f"sample: {error}") from error
+        for token in drawn:
+            if token.item() == tokens_in.end_of_text:
+                break
+            print(decoder.decode(tokens_in.decode_bytes([token.item()])), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+
+def evaluate(args: list[str], prog: str) -> None:
+    """Validation loss of a run."""
+    asked = _parse(Evaluate, args, prog)
+    import dataclasses
+    import math
+
+    from engine import config, data, distributed, evaluation, runs
+
+    train_config = config.load(asked.run)
+    train_config = dataclasses.replace(
+        train_config, data=asked.data or train_config.data, eval_tokens=asked.eval_tokens or train_config.eval_tokens
+    )
+    model, tokens_in, found = runs.load_model(asked.run)
+    runs.check_tokenizer(train_config.data, tokens_in.name)
+    stream = data.TokenStream.open(train_config.data, "val", tokens_in.vocab_size)
+    windows = evaluation.windows(stream, train_config)
+    ranks = distributed.Ranks(0, 0, 1, model.wte.weight.device)
+    loss = evaluation.mean_loss(model, stream, windows, train_config, ranks)
+    print(
+        f"{asked.run} at step {found.step:,}: loss {loss:.4f} nats per {tokens_in.unit}, perplexity "
+        f"{math.exp(loss):.2f}, on {len(windows) * train_config.sequence_length:,} validation {tokens_in.unit}s of {train_config.data}"
+    )
+
+
+def import_(args: list[str], prog: str) -> None:
+    """Released weights to a run directory."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Import:
+        """Makes a run directory, to sample, evaluate or train from, of GPT-2 weights in the Hugging Face layout."""
+
+        source: tyro.conf.Positional[str]  # a directory with config.json and model.safetensors, or a name such as gpt2
+        out: str  # run directory to make
+
+    asked = _parse(Import, args, prog)
+    from engine import runs
+
+    step_path = runs.import_weights(asked.source, asked.out)
+    print(f'{step_path}\ntry: gpt2 sample --run {asked.out} --prompt "Hello, I\'m a language model,"')
+
+
+def export(args: list[str], prog: str) -> None:
+    """A run to a directory that transformers opens."""
+    asked = _parse(Export, args, prog)
+    from engine import runs
+
+    runs.export(asked.run, asked.out)
+    print(f"{asked.out}: open it with transformers.AutoModelForCausalLM.from_pretrained({asked.out!r})")
+
+
+def plot(args: list[str], prog: str) -> None:
+    """Both pictures of a run."""
+    asked = _parse(Plot, args, prog)
+    import dataclasses
+
+    from engine import config, metrics, plots, runs, tokenizer
+
+    train_config = dataclasses.replace(config.load(asked.run), out=asked.run)
+    unit = tokenizer.load(runs.tokenizer_name(asked.run)).unit
+    rows = metrics.read_rows(Path(asked.run) / metrics.METRICS_FILE)
+    for path in plots.draw(train_config, rows, unit):
+        print(path)
+
+
+COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "import": import_,
+    "export": export,
+    "plot": plot,
+}
+
+USAGE = "usage: gpt2 COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
+    f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()
+)
+USAGE += """
+
+gpt2 COMMAND --help lists a command's flags. A first run:
+  gpt2 prepare stdlib --out data/stdlib --tokenizer bytes && gpt2 train tiny"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs one command. Exit code: 0 done, 2 bad input, 130 interrupted."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if args else 2
+    try:
+        if args[0] not in COMMANDS:
+            raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
+        COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}")
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

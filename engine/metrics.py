@@ -1,0 +1,294 @@
+"""What a run measures: metrics.jsonl, a progress bar or plain lines, samples.txt, TensorBoard, and MFU.
+
+Row s holds what was measured with the weights that s updates made: val_loss, and the loss and gradient of the batch
+of step s. A row is written when its step is over, once per step number: going on from a checkpoint at step k first
+drops the rows from k on, which will be made again.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import TrainConfig
+from model.presets import GPT2Config
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.txt"
+PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+
+# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "RTX A6000": 155, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def flops_per_token(config: GPT2Config, context: int) -> int:
+    """FLOPs of one token's forward and backward pass: 6 (N - wpe) + 12 L C T.
+
+    N counts every parameter once, the padded vocabulary included; wpe is only looked up. The second term is attention
+    without the causal half. Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+    """
+    C, L = config.n_embd, config.n_layer
+    block = 12 * C * C + 13 * C  # weights and biases of the four linear layers, two LayerNorms
+    parameters = config.padded_vocab_size * C + L * block + 2 * C
+    return 6 * parameters + 12 * L * C * context
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's FLOP/s at its data-sheet peak for bf16 and fp16, or None where it is not known."""
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory used so far, in GiB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+class Clock:
+    """Seconds per training step, with evaluation, samples and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self._since = 0.0, 0, 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """The step is over, as far as the CPU can tell: a GPU may still work, until a step that waits for it."""
+        self.seconds += time.perf_counter() - self._since
+        self.steps += 1
+
+    def read(self) -> float:
+        """Mean seconds per step since the last reading. Read after waiting for the GPU."""
+        mean = self.seconds / self.steps
+        self.seconds, self.steps = 0.0, 0
+        return mean
+
+
+class Metrics:
+    """The run's record on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, config: TrainConfig, start: int, active: bool, unit: str):
+        self.config, self.active = config, active
+        self.out = Path(config.out)
+        self._row: dict[str, Any] | None = None
+        self._tensorboard = None
+        self._console = None
+        if not active:
+            return
+        drop_rows_from(self.out / METRICS_FILE, start)
+        drop_samples_from(self.out / SAMPLES_FILE, start)
+        self._file = (self.out / METRICS_FILE).open("a", encoding="utf-8")
+        self._console = (Bar if sys.stdout.isatty() else Lines)(config.num_steps, start, unit)
+        if config.tensorboard:
+            self._tensorboard = _open_tensorboard(self.out / "tensorboard", start, self.say)
+
+    def log(self, step: int, **fields: float) -> None:
+        """Adds fields to the row of `step`; a row is written when the next one begins or at close."""
+        if not self.active:
+            return
+        if self._row is not None and self._row["step"] != step:
+            self._write_row()
+        if self._row is None:
+            self._row = {"step": step, "tokens": step * self.config.tokens_per_step}
+        self._row |= {name: value for name, value in fields.items() if value is not None}
+        self._console.update(step, fields)
+
+    def rows(self) -> list[dict]:
+        """Every row so far, the one still being filled among them."""
+        return read_rows(self.out / METRICS_FILE) + ([self._row] if self._row is not None else [])
+
+    def sample(self, step: int, text: str) -> None:
+        """Appends a sample to samples.txt."""
+        if self.active:
+            with (self.out / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"{_sample_heading(step)}{text}\n\n")
+
+    def say(self, line: str) -> None:
+        """Prints one line without disturbing the progress bar."""
+        if self._console is not None:
+            self._console.say(line)
+
+    def advance(self, step: int) -> None:
+        """`step` updates are done."""
+        if self._console is not None:
+            self._console.advance(step)
+
+    def close(self) -> None:
+        """Writes the last row and ends the display."""
+        if not self.active:
+            return
+        if self._row is not None:
+            self._write_row()
+        self._file.close()
+        self._console.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write_row(self) -> None:
+        row, self._row = self._row, None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if name not in ("step", "tokens"):
+                    self._tensorboard.add_scalar(name, value, row["step"])
+
+
+def _open_tensorboard(directory: Path, start: int, warn: Callable[[str], None]):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warn("tensorboard is not installed: going on without it (pip install tensorboard)")
+        return None
+    return SummaryWriter(directory, purge_step=start)
+
+
+# ---- Files --------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without a last line that was cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def drop_rows_from(path: Path, step: int) -> None:
+    """Keeps only the rows before `step`."""
+    if path.exists():
+        _replace(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] < step))
+
+
+def _sample_heading(step: int) -> str:
+    return f"=== step {step} ===\n"
+
+
+def drop_samples_from(path: Path, step: int) -> None:
+    """Keeps only the samples before `step`, recognised by their headings."""
+    if not path.exists():
+        return
+    kept, keeping = [], True
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        words = line.split()
+        if len(words) == 4 and words[2].isdigit() and line == _sample_heading(int(words[2])):
+            keeping = int(words[2]) < step
+        if keeping:
+            kept.append(line)
+    _replace(path, "".join(kept))
+
+
+def last_sample(path: Path) -> str:
+    """The newest sample of a samples.txt, or nothing."""
+    return path.read_text(encoding="utf-8").rpartition(" ===\n")[2].strip("\n") if path.exists() else ""
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---- Console ------------------------------------------------------------------------------------------------------
+
+
+def _short(name: str, value: float) -> str:
+    forms: dict[str, Callable[[float], str]] = {
+        "loss": lambda v: f"loss {v:.3f}",
+        "val_loss": lambda v: f"val loss {v:.4f}",
+        "lr": lambda v: f"lr {v:.2e}",
+        "tokens_per_s": lambda v: f"{v:,.0f} {{unit}}/s",
+        "mfu": lambda v: f"MFU {100 * v:.1f}%",
+        "peak_gib": lambda v: f"{v:.2f} GiB",
+    }
+    return forms[name](value)
+
+
+SHOWN = ("loss", "val_loss", "lr", "tokens_per_s", "mfu", "peak_gib")
+
+
+class Lines:
+    """A plain line now and then, for pipes and log files."""
+
+    def __init__(self, num_steps: int, start: int, unit: str):
+        self.num_steps, self.start, self.unit = num_steps, start, unit
+        self._began = self._printed = time.monotonic()
+
+    def update(self, step: int, fields: dict[str, float]) -> None:
+        """Prints the fields, at once if they hold a validation loss and else every few seconds."""
+        now = time.monotonic()
+        if "val_loss" not in fields and now - self._printed < PLAIN_EVERY:
+            return
+        self._printed = now
+        parts = [_short(name, fields[name]).format(unit=self.unit) for name in SHOWN if fields.get(name) is not None]
+        if (done := step - self.start) > 0 and "loss" in fields:
+            left = (now - self._began) / done * (self.num_steps - step)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        width = len(str(self.num_steps))
+        self.say(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
+
+    def advance(self, step: int) -> None:
+        """Nothing moves."""
+
+    def say(self, line: str) -> None:
+        """Prints a line."""
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Nothing to take down."""
+
+
+class Bar:
+    """A progress bar on a terminal; validation losses stay above it as lines."""
+
+    def __init__(self, num_steps: int, start: int, unit: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.num_steps, self.unit, self._fields = num_steps, unit, {}
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=Console(highlight=False),
+        )
+        self._task = self._progress.add_task("", total=num_steps, completed=start)
+        self._progress.start()
+
+    def update(self, step: int, fields: dict[str, float]) -> None:
+        """Shows the newest value of each field."""
+        self._fields |= {name: value for name, value in fields.items() if name in SHOWN and value is not None}
+        parts = [_short(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields]
+        self._progress.update(self._task, description="  ".join(parts))
+        if "val_loss" in fields:
+            self.say(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        self._progress.update(self._task, completed=step)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self._progress.console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._progress.stop()

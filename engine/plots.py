@@ -1,0 +1,110 @@
+"""The two pictures of a run, loss_curve.png and lr_schedule.png, for someone who did not run it."""
+
+import math
+from pathlib import Path
+
+from engine import optim
+from engine.config import TrainConfig
+
+LOSS_CURVE = "loss_curve.png"
+LR_SCHEDULE = "lr_schedule.png"
+TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
+
+
+def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
+    """Draws both pictures into config.out from rows of metrics.jsonl and returns their paths; unit: token or byte."""
+    return [_loss_curve(config, rows, unit), _lr_schedule(config, rows, unit)]
+
+
+def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
+    """A figure drawn without a display, whatever matplotlib is set to elsewhere in the process."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    axes.set_title(subtitle, fontsize=9, color="#555555")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _token_axis(most: int, unit: str) -> tuple[float, str]:
+    """(divisor, label) that keep the numbers on the axis short."""
+    for size, word in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
+        if most >= size:
+            return size, f"{word}training {unit}s"
+    return 1, f"training {unit}s"
+
+
+def _smooth(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1.0 - weight) * value
+        smoothed.append(mean / (1.0 - weight**count))
+    return smoothed
+
+
+def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
+    train = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
+    val = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    uniform = math.log(config.model.vocab_size)
+    size, label = _token_axis(max([tokens for tokens, _ in train + val], default=1), unit)
+    subtitle = (
+        f"{config.name}: {config.model.n_layer} layers, width {config.model.n_embd}, context "
+        f"{config.sequence_length}; {config.tokens_per_step:,} {unit}s per step"
+    )
+    figure, axes = _figure("Loss while training", subtitle, label, f"cross-entropy loss, nats per {unit}")
+    axes.axhline(
+        uniform, color="#999999", linestyle=":", label=f"uniform guess, ln {config.model.vocab_size} = {uniform:.2f}"
+    )
+    if train:
+        tokens, losses = zip(*train, strict=True)
+        tokens = [t / size for t in tokens]
+        axes.plot(tokens, losses, color=TRAIN_COLOR, alpha=0.25, linewidth=0.8)
+        smoothed = _smooth(list(losses), weight=1.0 - 1.0 / max(1.0, min(50.0, len(losses) / 20)))
+        axes.plot(
+            tokens, smoothed, color=TRAIN_COLOR, linewidth=1.6, label=f"train (smoothed), last {smoothed[-1]:.3f}"
+        )
+    if val:
+        tokens, losses = zip(*val, strict=True)
+        tokens = [t / size for t in tokens]
+        axes.plot(tokens, losses, color=VAL_COLOR, marker="o", markersize=4, label=f"validation, last {losses[-1]:.3f}")
+    lowest = min([loss for _, loss in train + val], default=0.0)
+    highest = max([loss for _, loss in train + val], default=uniform)
+    axes.set_ylim(max(0.0, lowest - 0.1), max(highest, uniform) * 1.05)
+    axes.legend(frameon=False)
+    return _save(figure, Path(config.out) / LOSS_CURVE)
+
+
+def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
+    points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | {optim.warmup_steps(config) - 1})
+    size, label = _token_axis(config.num_steps * config.tokens_per_step, unit)
+    subtitle = (
+        f"linear warm-up over {optim.warmup_steps(config):,} steps, cosine to "
+        f"{100 * config.optim.min_lr_ratio:.0f}% at step {config.num_steps:,}"
+    )
+    figure, axes = _figure("Learning rate", subtitle, label, "learning rate of AdamW")
+    planned = [config.tokens_per_step * step / size for step in points]
+    axes.plot(
+        planned, [optim.learning_rate(step, config) for step in points], color="#bbbbbb", linewidth=3, label="planned"
+    )
+    done = [(row["tokens"] / size, row["lr"]) for row in rows if "lr" in row]
+    if done:
+        axes.plot(*zip(*done, strict=True), color=TRAIN_COLOR, linewidth=1.4, label=f"done, last {done[-1][1]:.2e}")
+    axes.set_ylim(0, config.optim.lr * 1.08)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    axes.legend(frameon=False)
+    return _save(figure, Path(config.out) / LR_SCHEDULE)
+
+
+def _save(figure, path: Path) -> Path:
+    """Writes the PNG beside its place and moves it there, so that a viewer never opens half a picture."""
+    temporary = path.with_name(f".{path.name}.writing")
+    figure.savefig(temporary, dpi=110, format="png")
+    return temporary.replace(path)

@@ -1,0 +1,241 @@
+"""A run directory from outside: what is asked of it when training starts, and loading its model afterwards."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, config, data, hf_tokenizer, metrics, plots, tokenizer
+from engine.checkpoint import Checkpoint
+from engine.config import CONFIG_FILE, TrainConfig
+from engine.errors import BadInput
+from model.generate import generate
+from model.gpt2 import GPT2
+
+# What a resumed run must share with its past, since either the weights or the order of the data depends on it.
+FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "tokenizer", "data_digest")
+
+
+def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
+    """The facts in FIXED, as JSON types."""
+    fields = config.to_dict(train)
+    return {
+        "model": fields["model"],
+        "sequence_length": train.sequence_length,
+        "tokens_per_step": train.tokens_per_step,
+        "seed": train.seed,
+        "tokenizer": tokenizer_name,
+        "data_digest": data_digest,
+    }
+
+
+def open_out(train: TrainConfig) -> None:
+    """Makes the run directory, setting an old run aside for --resume never. Raises BadInput if it cannot be written."""
+    out = Path(train.out)
+    try:
+        if train.resume == "never" and out.is_dir() and any(out.iterdir()):
+            number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.old{n}").exists())
+            out.rename(out.with_name(f"{out.name}.old{number}"))
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"train: --out must be a directory that can be written, got {out}: {error.strerror}; choose another --out"
+        ) from error
+
+
+def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:
+    """Writes config.json: the config, the tokenizer, and what was chosen where the config says auto."""
+    path = Path(train.out) / CONFIG_FILE
+    temporary = path.with_name(f".{CONFIG_FILE}.writing")
+    fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved}
+    temporary.write_text(json.dumps(fields, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def find_checkpoint(train: TrainConfig, facts: dict, warn) -> Checkpoint | None:
+    """Where to go on from, or None to start afresh. Raises BadInput if it belongs to another run than this one."""
+    if train.resume == "never":
+        return None
+    found = checkpoint.newest(train.out, warn) if train.resume == "auto" else checkpoint.read(train.resume)
+    if found is None:
+        return None
+    if not (found.path / checkpoint.OPTIMIZER).exists():
+        raise BadInput(
+            f"train: {found.path} must hold the optimizer's state to go on training, got weights alone; train from "
+            f"them with --init-from {train.out} and another --out"
+        )
+    past = found.state["identity"]
+    changed = [f"{name}: {_difference(past[name], facts[name])}" for name in FIXED if past[name] != facts[name]]
+    if changed:
+        raise BadInput(
+            f"train: to go on from {found.path} the run must be the one that made it, but these changed\n  "
+            + "\n  ".join(changed)
+            + "\n  choose another --out, or set that run aside with --resume never"
+        )
+    if found.step > train.num_steps:
+        raise BadInput(
+            f"train: --num-steps must be at least the {found.step} steps of {found.path}, got {train.num_steps}"
+        )
+    return found
+
+
+def _difference(old, new) -> str:
+    if isinstance(old, dict):
+        return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
+    return f"{old} -> {new}"
+
+
+def state(step: int, train: TrainConfig, facts: dict, world_size: int, scaler: torch.amp.GradScaler) -> dict:
+    """What a checkpoint says besides weights and optimizer, as JSON types."""
+    return {
+        "step": step,
+        "tokens": step * train.tokens_per_step,
+        "identity": facts,
+        "config": config.to_dict(train),
+        "world_size": world_size,
+        "scaler": scaler.state_dict(),
+    }
+
+
+def check_vocabulary(train: TrainConfig, words: tokenizer.Tokenizer) -> None:
+    """Raises BadInput unless the model has exactly the tokens of the data's tokenizer."""
+    if train.model.vocab_size != words.vocab_size:
+        raise BadInput(
+            f"train: the model must have the {words.vocab_size} tokens of {train.data}'s tokenizer {words.name}, got "
+            f"{train.model.vocab_size}; prepare the data with another --tokenizer, or choose a preset that fits"
+        )
+
+
+def configure(model: GPT2, train: TrainConfig, compute_dtype: torch.dtype) -> None:
+    """Chooses the model's ops. Raises BadInput if --kernels asks for what cannot run here."""
+    try:
+        model.configure(train.kernels, compute_dtype)
+    except ValueError as error:
+        raise BadInput(f"train: {error}") from error
+
+
+def wants_compile(train: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile the training step, and the reason: as asked, else on a GPU; without a C compiler never."""
+    wanted = device.type == "cuda" if train.compile is None else train.compile
+    if not wanted:
+        return False, "off, as asked" if train.compile is False else f"off, the default on a {device.type}"
+    names = [os.environ.get("CXX" if device.type == "cpu" else "CC"), "g++", "clang++", "gcc", "clang", "cc"]
+    if not any(shutil.which(name) for name in names if name):
+        return False, "skipped, there is no C compiler here: steps run uncompiled"
+    return True, "on"
+
+
+def sample(model: GPT2, words: tokenizer.Tokenizer, train: TrainConfig) -> str:
+    """The run's prompt continued by the model as it is now, the same draws at every step."""
+    prompt = torch.tensor([words.encode(train.prompt).tolist()], device=model.wte.weight.device)
+    ids = generate(model, prompt, train.sample_tokens, temperature=0.8, top_k=50, seed=train.seed)
+    return words.decode(ids[0])
+
+
+def report(train: TrainConfig, unit: str, said: str) -> str:
+    """The last words of a run: a sample, the validation loss, and where everything is."""
+    out = Path(train.out)
+    rows = metrics.read_rows(out / metrics.METRICS_FILE)
+    val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), float("nan"))
+    files = [plots.LOSS_CURVE, plots.LR_SCHEDULE, metrics.SAMPLES_FILE]
+    return "\n".join(
+        [
+            "",
+            metrics.last_sample(out / metrics.SAMPLES_FILE),
+            "",
+            f"{said}: {train.num_steps:,} steps, final validation loss {val_loss:.4f} nats per {unit}",
+            *(f"  {out / name}" for name in files),
+            f"try: gpt2 sample --run {out} --prompt {shlex.quote(train.prompt)}",
+        ]
+    )
+
+
+def load_weights(source: str, model: GPT2) -> None:
+    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2 name."""
+    if (Path(source) / "checkpoints").is_dir():
+        loaded, _, _ = load_model(source)
+    else:
+        try:
+            loaded = GPT2.from_pretrained(source)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+    ours, theirs = model.config, loaded.config
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise BadInput(
+                f"train: --init-from must have this model's {name} {getattr(ours, name)}, got "
+                f"{getattr(theirs, name)} in {source}"
+            )
+    model.load_state_dict(loaded.state_dict())
+
+
+def load_model(run: str | Path, warn=print) -> tuple[GPT2, tokenizer.Tokenizer, Checkpoint]:
+    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint; the model is float32 and in eval mode."""
+    config.load(run)  # a sentence of its own for a directory that is no run
+    found = checkpoint.newest(run, warn)
+    if found is None:
+        raise BadInput(f"run: {run} must hold a checkpoint, got none yet; wait for its first save")
+    facts = found.state["identity"]
+    model = GPT2(config.GPT2Config(**facts["model"]))
+    checkpoint.load_weights(found, model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+        model.configure("auto", torch.float32)
+    return model.eval(), tokenizer.load(facts["tokenizer"]), found
+
+
+def tokenizer_name(run: str | Path) -> str:
+    """The tokenizer that a run's config names."""
+    return json.loads((Path(run) / CONFIG_FILE).read_text()).get("tokenizer", "gpt2")
+
+
+def check_tokenizer(data_directory: str, expected: str) -> None:
+    """Raises BadInput unless the shards of a directory were made with the tokenizer of the model."""
+    if (found := data.tokenizer_name(data_directory)) != expected:
+        raise BadInput(
+            f"data: the shards must be made with the model's tokenizer {expected}, got {found} in {data_directory}; "
+            f"prepare them with --tokenizer {expected}"
+        )
+
+
+def import_weights(source: str, out: str) -> Path:
+    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns the checkpoint.
+
+    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is not new or empty.
+    """
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise BadInput(f"import: --out must be new or empty, got {out}, which is not; choose another --out")
+    try:
+        model = GPT2.from_pretrained(source)
+    except ValueError as error:
+        raise BadInput(f"import: {error}") from error
+    sizes = {kind.vocab_size: name for name, kind in tokenizer.TOKENIZERS.items()}
+    if model.config.vocab_size not in sizes:
+        raise BadInput(
+            f"import: the vocabulary must be that of a tokenizer here, {sizes}, got "
+            f"{model.config.vocab_size} in {source}"
+        )
+    train = TrainConfig(out=str(out), model=model.config)
+    open_out(train)
+    name = sizes[model.config.vocab_size]
+    write_config(train, name, {"imported_from": source})
+    state = {"step": 0, "tokens": 0, "identity": identity(train, name, "none"), "config": config.to_dict(train)}
+    return checkpoint.save(out, state, model, optimizer=None, keep_last=1)
+
+
+def export(run: str, out: str) -> None:
+    """Writes a run's newest checkpoint and its tokenizer for transformers. Raises BadInput if `out` is taken."""
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise BadInput(f"export: --out must be new or empty, got {out}, which is not; choose another --out")
+    model, tokens_in, _ = load_model(run)
+    try:
+        model.save_pretrained(out)
+        hf_tokenizer.save_pretrained(tokens_in, out, model_max_length=model.config.n_positions)
+    except OSError as error:
+        raise BadInput(f"export: --out must be a directory that can be written, got {out}: {error.strerror}") from error
