@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import BadInput
 
 MANIFEST = "manifest.json"
+VERSION = 1  # of the layout
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -50,7 +52,7 @@ class Checkpoint:
 def save(
     out: str | Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_last: int
 ) -> Path:
-    """Writes the checkpoint of state["step"] and then deletes all but the newest `keep_last`; returns its path.
+    """Writes the checkpoint of state["step"], then deletes all older ones but keep_last - 1; returns its path.
 
     model is the raw one. Call it on one rank. Raises OSError if the disk refuses; the older checkpoints stay.
     """
@@ -73,7 +75,7 @@ def save(
         }
         for name in files:
             _fsync(writing / name)
-        (writing / MANIFEST).write_text(json.dumps({"version": 1, "files": manifest}, indent=1) + "\n")
+        (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": manifest}, indent=1) + "\n")
         _fsync(writing / MANIFEST)
         _fsync(writing)
         if final.exists():  # of a run that was resumed from before it, or one that no longer verifies
@@ -82,14 +84,16 @@ def save(
         _fsync(root)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    for old in _directories(root)[:-keep_last]:
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in [path for path in _directories(root) if path <= final][:-keep_last]:  # later ones may be damaged
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{path}: {error}") from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, which a colleague cannot read
 
 
@@ -126,7 +130,10 @@ def _directories(root: Path) -> list[Path]:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint directory, or None if every digest verifies."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
+        files = manifest["files"]
         for name, expected in files.items():
             found = (path / name).stat().st_size
             if found != expected["bytes"]:

@@ -161,7 +161,8 @@ def evaluate(args: list[str], prog: str) -> None:
     loss = evaluation.mean_loss(model, stream, windows, train_config, ranks)
     print(
         f"{asked.run} at step {found.step:,}: loss {loss:.4f} nats per {tokens_in.unit}, perplexity "
-        f"{math.exp(loss):.2f}, on {len(windows) * train_config.sequence_length:,} validation {tokens_in.unit}s of {train_config.data}"
+        f"{math.exp(loss):.2f}, on {len(windows) * train_config.sequence_length:,} validation {tokens_in.unit}s of "
+        f"{train_config.data}"
     )
 
 

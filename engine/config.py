@@ -90,14 +90,21 @@ class TrainConfig:
                 f"--context must be at most the model's {self.model.n_positions} positions, got "
                 f"{self.sequence_length}; lower it or raise --model.n-positions"
             )
-        for name, low, high in (("lr", 0, 1), ("beta1", 0, 1), ("beta2", 0, 1), ("min_lr_ratio", 0, 1)):
-            if not low <= getattr(self.optim, name) <= high:
-                wrong.append(f"{_flag('optim.' + name)} must be {low} to {high}, got {getattr(self.optim, name)}")
+        if not -(2**63) <= self.seed < 2**63:
+            wrong.append(f"--seed must fit into 64 bits, got {self.seed}")
+        for name in ("lr", "min_lr_ratio"):
+            if not 0 <= getattr(self.optim, name) <= 1:
+                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self.optim, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self.optim, name) < 1:
+                wrong.append(
+                    f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
+                )
         for name in ("clip", "eps"):
-            if getattr(self.optim, name) <= 0:
+            if not getattr(self.optim, name) > 0:  # so put that NaN is refused too
                 wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
         for name in ("weight_decay", "warmup_tokens"):
-            if getattr(self.optim, name) < 0:
+            if not getattr(self.optim, name) >= 0:
                 wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
         if not self.prompt:
             wrong.append("--prompt must have at least one character, got none")
@@ -249,5 +256,5 @@ def load(run: str | Path) -> TrainConfig:
         raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")
     try:
         return from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{path}: must be the config of a run, got {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path}: must be the config of a run, got {error!r}") from error

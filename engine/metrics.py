@@ -7,6 +7,7 @@ drops the rows from k on, which will be made again.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -96,11 +97,9 @@ class Metrics:
             self._tensorboard = _open_tensorboard(self.out / "tensorboard", start, self.say)
 
     def log(self, step: int, **fields: float) -> None:
-        """Adds fields to the row of `step`; a row is written when the next one begins or at close."""
+        """Adds fields to the row of `step`, which end_step or close will write."""
         if not self.active:
             return
-        if self._row is not None and self._row["step"] != step:
-            self._write_row()
         if self._row is None:
             self._row = {"step": step, "tokens": step * self.config.tokens_per_step}
         self._row |= {name: value for name, value in fields.items() if value is not None}
@@ -121,10 +120,18 @@ class Metrics:
         if self._console is not None:
             self._console.say(line)
 
-    def advance(self, step: int) -> None:
-        """`step` updates are done."""
-        if self._console is not None:
-            self._console.advance(step)
+    def end_step(self, step: int) -> None:
+        """Step `step` is over: writes its row, so that a checkpoint of the next step finds it written."""
+        if not self.active:
+            return
+        self._console.advance(step + 1)
+        if self._row is not None:
+            self._write_row()
+
+    def sync(self) -> None:
+        """Waits until every row is on the disk. Call it before a checkpoint that counts on them."""
+        if self.active:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Writes the last row and ends the display."""
@@ -186,9 +193,8 @@ def drop_samples_from(path: Path, step: int) -> None:
         return
     kept, keeping = [], True
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        words = line.split()
-        if len(words) == 4 and words[2].isdigit() and line == _sample_heading(int(words[2])):
-            keeping = int(words[2]) < step
+        if heading := re.fullmatch(r"=== step ([0-9]{1,18}) ===\n", line):
+            keeping = int(heading[1]) < step
         if keeping:
             kept.append(line)
     _replace(path, "".join(kept))

@@ -51,8 +51,10 @@ def _smooth(values: list[float], weight: float) -> list[float]:
 
 
 def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
-    train = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
-    val = [(row["tokens"], row["val_loss"]) for row in rows if "val_loss" in row]
+    train, val = (
+        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]  # a run may diverge
+        for name in ("loss", "val_loss")
+    )
     uniform = math.log(config.model.vocab_size)
     size, label = _token_axis(max([tokens for tokens, _ in train + val], default=1), unit)
     subtitle = (
@@ -83,7 +85,8 @@ def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
 
 
 def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
-    points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | {optim.warmup_steps(config) - 1})
+    peak = max(0, optim.warmup_steps(config) - 1)
+    points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | {peak})
     size, label = _token_axis(config.num_steps * config.tokens_per_step, unit)
     subtitle = (
         f"linear warm-up over {optim.warmup_steps(config):,} steps, cosine to "

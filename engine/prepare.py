@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import sysconfig
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -203,6 +205,18 @@ def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str,
         yield batch
 
 
+def _end_with_parent() -> None:
+    """Ends this worker soon after its parent: one that was killed could not tell it, and it would wait forever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_order(pool: Executor | None, work, batches, ahead: int) -> Iterator[Encoded]:
     """work(batch) for every batch, in order, with at most `ahead` of them waiting in memory."""
     if pool is None:
@@ -354,7 +368,7 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         text_field=config.text_field,
         by_tail=by_tail,
     )
-    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else None
     try:
         for encoded in _in_order(pool, work, _batches(raw_documents(files, config.text_field)), ahead=2 * workers):
             for split, tokens in encoded.tokens.items():

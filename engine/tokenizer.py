@@ -27,7 +27,8 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 # \s+(?!\S) backs off by one character, and its engine keeps a way back for each of them: 1,000,000 of white space in
 # front of a word overflow that stack and end the process. Cut before the last of them, the tokens are the same.
 LONG = 100_000
-LONG_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{%d,}+" % LONG)
+SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
 
 
 @lru_cache(maxsize=1)

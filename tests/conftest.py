@@ -1,0 +1,29 @@
+"""Fixtures that several files share: a small corpus of bytes and a model that learns from it in a second."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
+
+import pytest
+
+from engine.prepare import PrepareConfig, prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two layers of width 64 over 32 bytes, two micro-batches of four sequences a step.
+SMALL = [
+    "tiny",
+    *("--model.n-layer", "2", "--model.n-embd", "64", "--model.n-head", "2", "--model.n-positions", "32"),
+    *("--tokens-per-step", "256", "--micro-batch-size", "4", "--optim.warmup-tokens", "512", "--optim.lr", "2e-3"),
+    *("--eval-tokens", "512", "--sample-tokens", "8", "--precision", "fp32", "--log-every", "1"),
+]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Token shards of this project's own sources, in bytes."""
+    out = tmp_path_factory.mktemp("shards") / "own"
+    sources = [str(ROOT / name) for name in ("engine", "model", "kernels")]
+    prepare(sources, PrepareConfig(out=str(out), tokenizer="bytes", workers=1, val_fraction=0.2))
+    return out

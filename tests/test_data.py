@@ -1,0 +1,419 @@
+"""Shards and batches: the order is a permutation, the same on any number of ranks, and no bad shard is read."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import data
+from engine.data import Batches, TokenStream, permute, step_windows
+from engine.errors import BadInput
+
+VOCAB = 50257
+quick = settings(deadline=None, max_examples=60)
+
+
+def counting_stream(num_tokens: int) -> TokenStream:
+    """Tokens 0, 1, 2, ..., so that a window shows where it came from."""
+    return TokenStream([Path("memory")], [np.arange(num_tokens, dtype=np.uint16)], 1 << 16)
+
+
+def batches(num_tokens: int, **changes) -> Batches:
+    return Batches(
+        **{"stream": counting_stream(num_tokens), "context": 4, "micro_batch_size": 1, "accumulation": 1, "seed": 0}
+        | changes
+    )
+
+
+def first_tokens(micro_batches) -> list[int]:
+    """The first token of every sequence: with counting_stream, window number * context."""
+    return [token for tokens, _ in micro_batches for token in tokens[:, 0].tolist()]
+
+
+# ---- Order --------------------------------------------------------------------------------------------------------
+
+
+def test_permute_is_a_bijection_of_every_small_range():
+    for size in range(1, 2001):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, 1, size)), np.arange(size)), size
+
+
+@quick
+@given(size=st.integers(1, 2**62), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 10**6), start=st.integers(0))
+def test_permute_keeps_samples_of_a_large_range_apart_and_inside(size, seed, epoch, start):
+    count = min(size, 1000)
+    indices = start % (size - count + 1) + np.arange(count)
+    sent = permute(indices, size, seed, epoch)
+    assert sent.dtype == np.int64
+    assert len(set(sent.tolist())) == count
+    assert 0 <= sent.min()
+    assert sent.max() < size
+
+
+@quick
+@given(size=st.integers(20, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 100))
+def test_permute_differs_by_seed_and_epoch(size, seed, epoch):
+    order = permute(np.arange(size), size, seed, epoch)
+    assert not np.array_equal(order, permute(np.arange(size), size, seed + 1, epoch))
+    assert not np.array_equal(order, permute(np.arange(size), size, seed, epoch + 1))
+    assert not np.array_equal(order, np.arange(size))
+
+
+def test_permute_does_not_depend_on_which_indices_are_asked_together():
+    whole = permute(np.arange(997), 997, 5, 2)
+    assert [int(permute(np.array([i]), 997, 5, 2)[0]) for i in range(997)] == whole.tolist()
+
+
+def test_permute_leaves_no_order_behind():
+    order = permute(np.arange(10_000), 10_000, 1, 0)
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05  # 5 standard deviations
+    assert np.mean(np.abs(np.diff(order)) < 100) < 0.03  # 0.02 by chance
+
+
+def test_the_order_of_a_seed_is_the_same_in_every_version():
+    assert permute(np.arange(12), 12, 1, 0).tolist() == [6, 11, 8, 2, 4, 0, 3, 7, 9, 10, 5, 1]
+
+
+@quick
+@given(
+    world_size=st.sampled_from([1, 2, 3, 4]),
+    accumulation=st.integers(1, 3),
+    micro_batch_size=st.integers(1, 3),
+    extra=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+)
+def test_every_window_is_seen_once_per_epoch(world_size, accumulation, micro_batch_size, extra, seed):
+    sequences = world_size * accumulation * micro_batch_size
+    num_windows = sequences + extra
+    ranks = [
+        batches(
+            num_windows * 4 + 1,
+            micro_batch_size=micro_batch_size,
+            accumulation=accumulation,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    assert ranks[0].num_windows == num_windows
+    seen = []
+    for step in range(-(-2 * num_windows // sequences)):
+        in_step = np.array([rank._load(step) for rank in ranks], dtype=object)
+        assert in_step.shape[:2] == (world_size, accumulation)
+        for micro in range(accumulation):  # the endless sequence runs through micro-batches, then ranks
+            for rank in range(world_size):
+                seen += (in_step[rank][micro][0][:, 0] // 4).tolist()
+    for epoch in (seen[:num_windows], seen[num_windows : 2 * num_windows]):
+        assert sorted(epoch) == list(range(num_windows))
+    for rank in ranks:
+        rank.close()
+
+
+@quick
+@given(step=st.integers(0, 50), num_windows=st.integers(16, 200), seed=st.integers(0, 2**32))
+def test_any_number_of_ranks_sees_the_same_step(step, num_windows, seed):
+    steps = []
+    for world_size, accumulation, micro_batch_size in (
+        (1, 1, 16),
+        (1, 4, 4),
+        (2, 2, 4),
+        (2, 8, 1),
+        (4, 1, 4),
+        (4, 4, 1),
+    ):
+        seen = []
+        for rank in range(world_size):
+            part = batches(
+                num_windows * 4 + 1,
+                micro_batch_size=micro_batch_size,
+                accumulation=accumulation,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+            )
+            seen += first_tokens(part._load(step))
+            part.close()
+        steps.append(sorted(seen))
+    assert all(seen == steps[0] for seen in steps)
+    assert len(steps[0]) == 16
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it():
+    walked, jumped = batches(401, micro_batch_size=3, accumulation=2), batches(401, micro_batch_size=3, accumulation=2)
+    history = [walked.at(step) for step in range(40)]
+    for step in (39, 0, 17, 17, 18, 5):
+        for (tokens, targets), (t, y) in zip(jumped.at(step), history[step], strict=True):
+            assert torch.equal(tokens, t)
+            assert torch.equal(targets, y)
+    walked.close(), jumped.close()
+
+
+def test_targets_are_the_tokens_one_further_on():
+    part = batches(401, micro_batch_size=3, accumulation=2)
+    for tokens, targets in part.at(3):
+        assert tokens.shape == targets.shape == (3, 4)
+        assert tokens.dtype == targets.dtype == torch.int64
+        assert torch.equal(targets, tokens + 1)
+        assert (tokens[:, 0] % 4 == 0).all()
+        assert tokens.is_contiguous()
+        assert targets.is_contiguous()
+    part.close()
+
+
+def test_an_epoch_may_end_inside_a_step():
+    windows = [step_windows(step, 4, 6, seed=9).tolist() for step in range(3)]  # two epochs of 6 in three steps of 4
+    flat = [window for step in windows for window in step]
+    assert sorted(flat[:6]) == sorted(flat[6:]) == list(range(6))
+    assert flat[:6] == permute(np.arange(6), 6, 9, 0).tolist()
+    assert flat[6:] == permute(np.arange(6), 6, 9, 1).tolist()
+
+
+def test_late_steps_of_a_long_run_are_in_range():
+    windows = step_windows(10**12, 512, 10_000_019, seed=2**40)
+    assert windows.min() >= 0
+    assert windows.max() < 10_000_019
+    assert len(set(windows.tolist())) == 512
+
+
+@pytest.mark.parametrize(("num_tokens", "windows"), [(17, 4), (16, 3), (20, 4), (21, 5)])
+def test_windows_are_all_that_have_targets(num_tokens, windows):
+    part = batches(num_tokens, micro_batch_size=windows)
+    assert part.num_windows == windows
+    assert sorted(first_tokens(part.at(0))) == [4 * i for i in range(windows)]
+    part.close()
+
+
+def test_a_corpus_smaller_than_a_step_says_what_to_lower():
+    with pytest.raises(
+        BadInput,
+        match=r"needs 6 sequences of 4 tokens, got a corpus of 5 \(21 tokens\).*--tokens-per-step to at most 20",
+    ):
+        batches(21, micro_batch_size=3, accumulation=2)
+    batches(25, micro_batch_size=3, accumulation=2).close()
+
+
+def test_an_error_of_the_reader_surfaces_where_its_step_is_asked_for():
+    tokens = np.zeros(64, dtype=np.uint16)
+    stream = TokenStream([Path("a shard")], [tokens], 100)
+    part = Batches(stream, context=4, micro_batch_size=5, accumulation=1, seed=0)
+    part.at(0)
+    tokens[:] = 100  # damaged after it was opened
+    part.at(1) if part._ahead[1].exception() is None else None
+    for _ in range(2):
+        with pytest.raises(BadInput, match="a shard: every token must be below the vocabulary size 100, got 100"):
+            part.at(2)
+    tokens[:] = 0
+    assert first_tokens(part.at(2)) == [0] * 5
+    part.close()
+
+
+# ---- Shards -------------------------------------------------------------------------------------------------------
+
+
+def write(directory: Path, name: str, tokens) -> Path:
+    path = directory / name
+    tokens = np.asarray(tokens, dtype=np.uint16)
+    np.save(path, tokens) if name.endswith(".npy") else data.write_shard(path, tokens)
+    return path
+
+
+@quick
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), cut=st.data())
+def test_a_stream_is_the_concatenation_of_its_shards(lengths, cut):
+    shards = np.split(np.arange(sum(lengths), dtype=np.uint16), np.cumsum(lengths)[:-1])
+    stream = TokenStream([Path(str(i)) for i in range(len(shards))], shards, VOCAB)
+    assert len(stream) == sum(lengths)
+    start = cut.draw(st.integers(0, len(stream) - 1))
+    count = cut.draw(st.integers(1, len(stream) - start))
+    assert stream.read(start, count).tolist() == list(range(start, start + count))
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npy"])
+def test_shards_are_read_in_the_order_of_their_names(tmp_path, suffix):
+    write(tmp_path, f"x_train_000001.{suffix}", range(10, 25))
+    write(tmp_path, f"x_train_000000.{suffix}", range(10))
+    write(tmp_path, f"x_val_000000.{suffix}", range(100, 120))
+    stream = TokenStream.open(tmp_path, "train", VOCAB)
+    assert stream.read(0, 25).tolist() == list(range(25))
+    assert TokenStream.open(str(tmp_path), "val", VOCAB).read(0, 20).tolist() == list(range(100, 120))
+    assert stream.windows(np.array([2, 0]), 4).tolist() == [[8, 9, 10, 11, 12], [0, 1, 2, 3, 4]]
+
+
+def test_a_published_shard_is_read_byte_for_byte(tmp_path):
+    content = bytearray(1024)
+    content[:12] = (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (3).to_bytes(4, "little")
+    content += b"".join(token.to_bytes(2, "little") for token in (50256, 0, 258))
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(content)
+    assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 3).tolist() == [50256, 0, 258]
+    data.write_shard(tmp_path / "again.bin", np.array([50256, 0, 258], dtype=np.uint16))
+    assert (tmp_path / "again.bin").read_bytes() == content
+    assert data.tokenizer_name(tmp_path) == "gpt2"
+
+
+def header(magic=data.MAGIC, version=data.VERSION, count=4) -> bytes:
+    ints = np.zeros(256, dtype="<i4")
+    ints[:3] = magic, version, count
+    return ints.tobytes()
+
+
+BAD_BINS = [
+    pytest.param(b"", "the header must be 1024 bytes, got 0", id="nothing"),
+    pytest.param(header()[:100], "the header must be 1024 bytes, got 100", id="half a header"),
+    pytest.param(header(magic=1) + bytes(8), "the magic number must be 20240520, got 1", id="foreign magic"),
+    pytest.param(b"import os\n" * 200, "the magic number must be 20240520, got 1869639017", id="a text"),
+    pytest.param(header(version=2) + bytes(8), "the version must be 1, got 2", id="another version"),
+    pytest.param(header() + bytes(6), "4 tokens take 1032 bytes, got 1030", id="cut short"),
+    pytest.param(header() + bytes(10), "4 tokens take 1032 bytes, got 1034", id="too long"),
+    pytest.param(header(count=-1) + bytes(8), "-1 tokens take 1022 bytes, got 1032", id="a negative count"),
+    pytest.param(header(count=0), "a shard must hold at least one token, got none", id="no tokens"),
+    pytest.param(
+        header() + b"\x51\xc4" * 4, "below the vocabulary size 50257, got 50257", id="a token over the vocabulary"
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), BAD_BINS)
+def test_a_bad_shard_is_named_with_found_and_expected(tmp_path, content, sentence):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    bad = tmp_path / "x_train_000001.bin"
+    bad.write_bytes(content)
+    with pytest.raises(BadInput) as raised:
+        TokenStream.open(tmp_path, "train", VOCAB)
+    assert str(raised.value).startswith(f"{bad}: ")
+    assert sentence in str(raised.value)
+
+
+BAD_ARRAYS = [
+    pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) int64", id="int64"),
+    pytest.param(np.arange(9, dtype=">u2"), r"must be \(n,\) uint16, got \(9,\) >u2", id="big-endian"),
+    pytest.param(np.zeros((3, 3), np.uint16), r"must be \(n,\) uint16, got \(3, 3\) uint16", id="two axes"),
+    pytest.param(np.zeros((), np.uint16), r"must be \(n,\) uint16, got \(\) uint16", id="no axis"),
+    pytest.param(np.zeros(0, np.uint16), "at least one token, got none", id="empty"),
+    pytest.param(np.full(9, 50257, np.uint16), "below the vocabulary size 50257, got 50257", id="over the vocabulary"),
+]
+
+
+@pytest.mark.parametrize(("array", "sentence"), BAD_ARRAYS)
+def test_a_bad_npy_shard_is_named_with_found_and_expected(tmp_path, array, sentence):
+    np.save(tmp_path / "x_train_000000.npy", array)
+    with pytest.raises(BadInput, match=f"x_train_000000.npy: .*{sentence}"):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("clothes", ["a bare pickle", "an array of objects", "a zip archive"])
+def test_a_pickle_in_npy_clothes_is_refused_and_not_run(tmp_path, clothes):
+    path, mark = tmp_path / "x_train_000000.npy", tmp_path / "it ran"
+    with path.open("wb") as file:
+        if clothes == "a bare pickle":
+            pickle.dump(Bomb(mark), file)
+        elif clothes == "an array of objects":
+            np.save(file, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
+        else:
+            np.savez(file, np.array([Bomb(mark)], dtype=object))
+    with pytest.raises(BadInput, match=r"x_train_000000.npy: "):
+        TokenStream.open(tmp_path, "train", VOCAB)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 5, 100, 140])
+def test_a_truncated_npy_is_refused(tmp_path, cut):
+    path = write(tmp_path, "x_train_000000.npy", range(50))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(BadInput, match=r"x_train_000000.npy: must be a readable token shard, got "):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+def test_a_bad_token_deep_inside_a_large_shard_is_found_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHECKED_TOKENS", 100)
+    tokens = np.zeros(5000, dtype=np.uint16)
+    tokens[99], tokens[4321] = 256, 257
+    path = write(tmp_path, "x_train_000000.bin", tokens)
+    stream = TokenStream.open(tmp_path, "train", 257)
+    assert stream.read(0, 4321).max() == 256
+    with pytest.raises(BadInput, match=f"{path.name}: every token must be below the vocabulary size 257, got 257"):
+        stream.read(4320, 8)
+    part = Batches(stream, context=10, micro_batch_size=499, accumulation=1, seed=0)
+    with pytest.raises(BadInput, match=path.name):
+        part.at(0)
+    part.close()
+    tokens[99] = 257
+    write(tmp_path, "x_train_000000.bin", tokens)
+    with pytest.raises(BadInput, match=path.name):  # in the part that is scanned when it is opened
+        TokenStream.open(tmp_path, "train", 257)
+
+
+def test_a_missing_directory_says_how_to_make_one(tmp_path):
+    with pytest.raises(
+        BadInput, match=r"must be a directory of token shards, got .*nowhere; make one with gpt2 prepare"
+    ):
+        TokenStream.open(tmp_path / "nowhere", "train", VOCAB)
+
+
+def test_a_directory_without_the_split_says_which_names_it_looked_for(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    with pytest.raises(BadInput, match=r"must hold shards named <name>_val_<number>.bin or .npy, got none"):
+        TokenStream.open(tmp_path, "val", VOCAB)
+
+
+def test_a_stopped_preparation_is_not_taken_for_data(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    (tmp_path / data.BUILDING).mkdir()
+    with pytest.raises(BadInput, match="got one that was stopped; run gpt2 prepare again"):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+def manifest(directory: Path, **changes) -> None:
+    shards = [{"file": f"x_{split}_000000.bin", "split": split, "sha256": "0"} for split in ("train", "val")]
+    (directory / data.MANIFEST).write_text(json.dumps({"tokenizer": "bytes", "shards": shards} | changes))
+
+
+def test_a_shard_that_the_manifest_lists_must_be_there(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    manifest(tmp_path)
+    assert len(TokenStream.open(tmp_path, "train", VOCAB)) == 9
+    with pytest.raises(BadInput, match=r"every shard of manifest.json must be there, missing x_val_000000.bin"):
+        TokenStream.open(tmp_path, "val", VOCAB)
+
+
+def test_only_what_the_manifest_lists_is_read(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    write(tmp_path, "y_train_000000.bin", range(9))
+    manifest(tmp_path)
+    assert len(TokenStream.open(tmp_path, "train", VOCAB)) == 9
+    assert data.tokenizer_name(tmp_path) == "bytes"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"{}", b'{"shards": [{}]}'], ids=repr)
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    (tmp_path / data.MANIFEST).write_bytes(content)
+    with pytest.raises(BadInput, match=r"manifest.json: .*; prepare the data again"):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+def test_the_digest_names_the_data(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    stream = TokenStream.open(tmp_path, "train", VOCAB)
+    bare = data.digest([stream], tmp_path)
+    manifest(tmp_path)
+    listed = data.digest([stream], tmp_path)
+    manifest(tmp_path, shards=[{"file": "x_train_000000.bin", "split": "train", "sha256": "1"}])
+    assert len({bare, listed, data.digest([stream], tmp_path)}) == 3

@@ -1,0 +1,277 @@
+"""LayerNorm and residual add + LayerNorm: every implementation against the float64 definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import (
+    DEVICE,
+    DTYPES,
+    assert_accurate,
+    assert_bitwise,
+    poisoned_memory,  # noqa: F401  (a fixture)
+    randn,
+    values_and_gradients,
+    widened,
+)
+
+from kernels.layer_norm import (
+    add_layer_norm_reference,
+    add_layer_norm_torch,
+    layer_norm_reference,
+    layer_norm_torch,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+IMPLEMENTATIONS = [
+    pytest.param((layer_norm_torch, add_layer_norm_torch), id="torch"),
+]
+REFERENCE = pytest.param((layer_norm_reference, add_layer_norm_reference), id="reference")
+WIDTHS = {3: "tiny", 17: "prime", 768: "GPT-2", 1601: "odd, over GPT-2 XL"}
+SHAPES = [
+    *(pytest.param((5, 3, C), id=f"C={C} {why}") for C, why in WIDTHS.items()),
+    pytest.param((1, 64), id="one row"),
+    pytest.param((64,), id="no leading axis"),
+    pytest.param((259, 33), id="more rows than any block"),
+]
+NAMES = "y dx dweight dbias"
+ADD_NAMES = "y summed dx dresidual dweight dbias"
+
+
+def pytorch(x, weight, bias, eps=1e-5):
+    """PyTorch's own op in x's precision."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def pytorch_add(x, residual, weight, bias, eps=1e-5):
+    return pytorch(x + residual, weight, bias, eps), x + residual
+
+
+def inputs(shape, dtype=torch.float32, parameter_dtype=None):
+    """x, residual, weight, bias."""
+    parameter_dtype = parameter_dtype or dtype
+    return [
+        randn(*shape, seed=0, dtype=dtype) * 2 + 0.5,
+        randn(*shape, seed=1, dtype=dtype),
+        randn(shape[-1], seed=2, dtype=parameter_dtype),
+        randn(shape[-1], seed=3, dtype=parameter_dtype),
+    ]
+
+
+def compare(ops, x, residual, weight, bias, dy=None, **options):
+    """Both ops against their definitions, forward and every gradient."""
+    layer_norm, add_layer_norm = ops
+    dy = randn(*x.shape, seed=4, dtype=x.dtype) if dy is None else dy
+    for op, other, definition, tensors, douts, names in (
+        (layer_norm, pytorch, layer_norm_reference, [x, weight, bias], [dy], NAMES),
+        (
+            add_layer_norm,
+            pytorch_add,
+            add_layer_norm_reference,
+            [x, residual, weight, bias],
+            [dy, dy.flip(0)],
+            ADD_NAMES,
+        ),
+    ):
+        got = values_and_gradients(lambda *t, op=op: op(*t, **options), tensors, douts)
+        theirs = values_and_gradients(lambda *t, op=other: op(*t, **options), tensors, douts)
+        if op is add_layer_norm:  # the sum is rounded to x's dtype: the definition starts from the rounded one
+            summed = x + residual
+            tensors = [summed, torch.zeros_like(residual), weight, bias]
+        exact = values_and_gradients(lambda *t, op=definition: op(*t, **options), widened(tensors), widened(douts))
+        assert [t.dtype for t in got] == [t.dtype for t in theirs]
+        assert got[0].dtype == x.dtype
+        assert_accurate(got, theirs, exact, x.dtype, names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_matches_reference(ops, shape, dtype):
+    compare(ops, *inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_float32_parameters_with_low_precision_activations_match_reference(ops, dtype):
+    compare(ops, *inputs((5, 3, 768), dtype, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_one_column_gives_the_bias(ops, dtype):
+    x, residual, weight, bias = inputs((5, 3, 1), dtype)
+    torch.testing.assert_close(ops[0](x, weight, bias), bias.expand_as(x), rtol=0, atol=0)
+    compare(ops, x, residual, weight, bias, eps=1.0)  # 1e-5 would multiply the rounding of x by rstd = 316
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_eps_is_used(ops):
+    x, residual, weight, bias = inputs((7, 33))
+    compare(ops, x * 0.1, residual * 0.1, weight, bias, eps=0.1)
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_rows_of_tiny_variance_match_reference(ops):
+    x, residual, weight, bias = inputs((7, 64))
+    compare(
+        ops, x * 1e-4, residual * 1e-4, weight, bias, dy=randn(7, 64, seed=4) * 1e-2
+    )  # rstd 300, variance below eps
+
+
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
+def test_rows_of_equal_values_give_the_bias(ops):
+    _, _, weight, bias = inputs((4, 64))
+    x = torch.tensor([0.0, 1.0, -3.0, 1024.0], device=DEVICE)[:, None].expand(4, 64).contiguous()
+    torch.testing.assert_close(ops[0](x, weight, bias), bias.expand(4, 64), rtol=0, atol=0)
+    y, summed = ops[1](x, x, weight, bias)
+    torch.testing.assert_close(y, bias.expand(4, 64), rtol=0, atol=0)
+    torch.testing.assert_close(summed, x + x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_a_large_mean_costs_no_accuracy(ops):
+    x, residual, weight, bias = inputs((7, 768))
+    x = x + 64.0  # E[x^2] - E[x]^2 would lose 1e-4 of the variance in float32
+    compare(ops, x, residual, weight, bias)
+
+
+STRIDED = [
+    pytest.param(lambda x: x.transpose(0, -1).contiguous().transpose(0, -1), id="rows are columns in memory"),
+    pytest.param(lambda x: x.repeat_interleave(2, dim=0)[::2], id="every second row"),
+    pytest.param(lambda x: x.repeat_interleave(2, dim=-1)[..., ::2], id="last axis not dense"),
+    pytest.param(lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]], id="part of wider rows"),
+]
+
+
+@pytest.mark.parametrize("strided", STRIDED)
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_strided_inputs_give_the_same(ops, strided):
+    x, residual, weight, bias = inputs((5, 4, 33))
+    view, residual_view = strided(x), strided(residual)
+    assert torch.equal(view, x)
+    assert not view.is_contiguous()
+    compare(ops, view, residual, weight, bias)
+    compare(ops, x, residual_view, weight, bias)
+    compare(ops, x, residual, weight.repeat_interleave(2)[::2], bias.repeat_interleave(3)[::3])
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_strided_and_expanded_gradients_are_taken(ops):
+    x, residual, weight, bias = inputs((5, 4, 33))
+    compare(
+        ops, x, residual, weight, bias, dy=torch.ones((), device=DEVICE).expand_as(x)
+    )  # what sum().backward() sends
+    compare(ops, x, residual, weight, bias, dy=randn(33, 4, 5, seed=4).permute(2, 1, 0))
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+@pytest.mark.parametrize("used", [0, 1], ids=["only y is used", "only the sum is used"])
+def test_one_used_output_of_two_is_enough(ops, used):
+    tensors = inputs((5, 33))
+    dout = randn(5, 33, seed=4)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    exact = [t.double().requires_grad_() for t in tensors]
+    got = torch.autograd.grad(ops[1](*leaves)[used], leaves, dout, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(
+        add_layer_norm_reference(*exact)[used], exact, dout.double(), allow_unused=True, materialize_grads=True
+    )
+    assert_accurate(got, got, expected, torch.float32, "dx dresidual dweight dbias")
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_inputs_stay_unchanged_and_runs_are_bitwise_equal(ops):
+    x, residual, weight, bias = inputs((259, 768))
+    dy = randn(259, 768, seed=4)
+    before = [t.clone() for t in (x, residual, weight, bias, dy)]
+    for op, tensors, douts in ((ops[0], [x, weight, bias], [dy]), (ops[1], [x, residual, weight, bias], [dy, dy])):
+        first = values_and_gradients(op, tensors, douts)
+        assert_bitwise([x, residual, weight, bias, dy], before)
+        assert_bitwise(values_and_gradients(op, tensors, douts), first)
+
+
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS[:1], REFERENCE])
+def test_passes_gradcheck(ops):
+    x, residual, weight, bias = (t.requires_grad_() for t in inputs((3, 5), torch.float64))
+    assert torch.autograd.gradcheck(ops[0], (x, weight, bias))
+    assert torch.autograd.gradcheck(ops[1], (x, residual, weight, bias))
+
+
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_compiles_fullgraph(ops):
+    torch._dynamo.reset()
+    x, residual, weight, bias = inputs((5, 3, 33))
+    dy = randn(5, 3, 33, seed=4)
+    for op, tensors, douts in ((ops[0], [x, weight, bias], [dy]), (ops[1], [x, residual, weight, bias], [dy, dy])):
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+        expected = values_and_gradients(op, tensors, douts)
+        for ours, eager in zip(values_and_gradients(compiled, tensors, douts), expected, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_reference_is_pytorchs_float64_layer_norm():
+    x, residual, weight, bias = inputs((5, 33), torch.float64)
+    dy = randn(5, 33, seed=4, dtype=torch.float64)
+    for op, other, tensors, douts, names in (
+        (layer_norm_reference, pytorch, [x, weight, bias], [dy], NAMES),
+        (add_layer_norm_reference, pytorch_add, [x, residual, weight, bias], [dy, 2 * dy], ADD_NAMES),
+    ):
+        expected = values_and_gradients(other, tensors, douts)
+        assert_accurate(values_and_gradients(op, tensors, douts), expected, expected, torch.float64, names)
+
+
+def test_reference_is_the_equation_row_by_row():
+    x, _, weight, bias = inputs((3, 4), torch.float64)
+    y = layer_norm_reference(x, weight, bias, eps=0.01)
+    for row, expected in zip(x.tolist(), y.tolist(), strict=True):
+        mean = sum(row) / 4
+        var = sum((value - mean) ** 2 for value in row) / 4
+        by_hand = [
+            (v - mean) / (var + 0.01) ** 0.5 * w + b
+            for v, w, b in zip(row, weight.tolist(), bias.tolist(), strict=True)
+        ]
+        assert by_hand == pytest.approx(expected, rel=1e-12)
+
+
+def make(shape, dtype=torch.float32, device=DEVICE):
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+REJECTED = [
+    pytest.param(make(()), make(4), make(4), "()", id="a scalar"),
+    pytest.param(make((3, 0)), make(0), make(0), "(3, 0)", id="no columns"),
+    pytest.param(make((3, 4)), make(5), make(4), "(5,)", id="weight too long"),
+    pytest.param(make((3, 4)), make((1, 4)), make(4), "(1, 4)", id="weight with two axes"),
+    pytest.param(make((3, 4)), make(4), make(3), "(3,)", id="bias too short"),
+    pytest.param(make((3, 4), torch.int32), make(4), make(4), "torch.int32", id="x of integers"),
+    pytest.param(make((3, 4)), make(4, torch.complex64), make(4), "torch.complex64", id="weight of complex numbers"),
+    pytest.param(make((3, 4)), make(4, device="meta"), make(4), "meta", id="weight on another device"),
+    pytest.param(make((3, 4)), make(4), make(4, device="meta"), "meta", id="bias on another device"),
+]
+
+
+@pytest.mark.parametrize(("x", "weight", "bias", "came"), REJECTED)
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
+def test_rejects_with_what_came(ops, x, weight, bias, came):
+    with pytest.raises(ValueError, match=r"layer_norm: .*must .*, got ") as raised:
+        ops[0](x, weight, bias)
+    assert str(raised.value).endswith(f"got {came}")
+    with pytest.raises(ValueError, match=r"layer_norm: .*must .*, got ") as raised:
+        ops[1](x, x, weight, bias)
+    assert str(raised.value).endswith(f"got {came}")
+
+
+REJECTED_RESIDUALS = [
+    pytest.param(make((3, 5)), "(3, 5)", id="wider"),
+    pytest.param(make((4,)), "(4,)", id="one that would broadcast"),
+    pytest.param(make((3, 4), torch.bfloat16), "torch.bfloat16", id="another dtype"),
+    pytest.param(make((3, 4), device="meta"), "meta", id="another device"),
+]
+
+
+@pytest.mark.parametrize(("residual", "came"), REJECTED_RESIDUALS)
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
+def test_rejects_a_residual_unlike_x(ops, residual, came):
+    with pytest.raises(ValueError, match=r"add_layer_norm: .*residual.*, got ") as raised:
+        ops[1](make((3, 4)), residual, make(4), make(4))
+    assert str(raised.value).endswith(f"got {came}")

@@ -1,0 +1,213 @@
+"""The loop end to end: what it leaves behind, that it resumes to the bit, and that processes agree."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+from safetensors.torch import load_file
+
+from engine import cli, metrics
+
+TIMINGS = {"step_ms", "tokens_per_s", "peak_gib"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(out: Path, shards: Path, *flags: str) -> int:
+    """Trains in this process and returns the exit code."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", *SMALL, "--data", str(shards), "--out", str(out), *flags])
+    return exit_info.value.code
+
+
+def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Trains with torchrun and waits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command += [str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), "--out", str(out), *flags]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def measured(out: Path) -> list[dict]:
+    """The rows of a run without its timings, floats as hex."""
+    rows = metrics.read_rows(out / "metrics.jsonl")
+    return [
+        {key: value.hex() if isinstance(value, float) else value for key, value in row.items() if key not in TIMINGS}
+        for row in rows
+    ]
+
+
+def newest(out: Path) -> Path:
+    return max((out / "checkpoints").glob("step_*"))
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Same rows, samples, weights and optimizer, to the bit."""
+    assert measured(left) == measured(right)
+    assert (left / "samples.txt").read_bytes() == (right / "samples.txt").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (newest(left) / name).read_bytes() == (newest(right) / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> Path:
+    """A run of 12 steps with dropout that evaluated and saved every 3."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    flags = ["--num-steps", "12", "--eval-every", "3", "--save-every", "3", "--keep-last", "9"]
+    assert train(out, shards, *flags, "--model.dropout", "0.1") == 0
+    return out
+
+
+def test_a_run_leaves_everything_the_design_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "metrics.jsonl", "samples.txt", "loss_curve.png", "lr_schedule.png", "checkpoints"} == names
+    steps = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert steps == ["step_00000003", "step_00000006", "step_00000009", "step_00000012"]
+    rows = metrics.read_rows(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(13))
+    assert all(row["tokens"] == 256 * row["step"] for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 9, 12]
+    assert all({"loss", "lr", "grad_norm", "tokens_per_s", "step_ms", "peak_gib"} <= row.keys() for row in rows[:-1])
+    assert (finished / "samples.txt").read_text().count("=== step") == 5
+
+
+def test_it_learns(finished):
+    losses = [row["loss"] for row in metrics.read_rows(finished / "metrics.jsonl") if "loss" in row]
+    assert abs(losses[0] - math.log(257)) < 1.0
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_checkpoint_keys_are_the_raw_model_s(finished):
+    keys = load_file(newest(finished) / "model.safetensors").keys()
+    assert "wte.weight" in keys
+    assert "h.0.attn.c_attn.weight" in keys
+    assert not any(key.startswith(("_orig_mod", "module")) for key in keys)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 9])
+def test_resume_is_bitwise_identical(finished, shards, tmp_path, stopped_at):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step_")) > stopped_at:
+            shutil.rmtree(path)
+    flags = ["--num-steps", "12", "--eval-every", "3", "--save-every", "3", "--keep-last", "9"]
+    assert train(out, shards, *flags, "--model.dropout", "0.1") == 0
+    assert_same_run(finished, out)
+
+
+def test_evaluating_saving_and_logging_change_nothing_that_is_trained(finished, shards, tmp_path):
+    flags = ["--num-steps", "12", "--eval-every", "None", "--save-every", "None", "--log-every", "5"]
+    assert train(tmp_path / "run", shards, *flags, "--model.dropout", "0.1") == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (newest(tmp_path / "run") / name).read_bytes() == (newest(finished) / name).read_bytes()
+
+
+def test_a_finished_run_says_so_and_shows_its_sample(finished, shards, capfd):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert train(finished, shards, "--num-steps", "12", "--model.dropout", "0.1") == 0
+    said = capfd.readouterr().out
+    assert "this run is complete: 12 steps, final validation loss" in said
+    assert "def " in said
+    assert "loss_curve.png" in said
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_seed_is_another_run(finished, shards, tmp_path):
+    assert train(tmp_path / "run", shards, "--num-steps", "2", "--seed", "2", "--model.dropout", "0.1") == 0
+    assert measured(tmp_path / "run")[0]["loss"] != measured(finished)[0]["loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_float32_weights(shards, tmp_path, precision):
+    assert train(tmp_path / "run", shards, "--num-steps", "6", "--precision", precision) == 0
+    losses = [row["loss"] for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    assert all(str(t.dtype) == "torch.float32" for t in load_file(newest(tmp_path / "run") / "model.safetensors").values())
+    state = json.loads((newest(tmp_path / "run") / "state.json").read_text())
+    assert bool(state["scaler"]) == (precision == "fp16")
+
+
+def test_a_changed_run_is_refused_with_what_changed(finished, shards, capfd):
+    before = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert train(finished, shards, "--num-steps", "12", "--tokens-per-step", "512", "--seed", "3") == 2
+    said = capfd.readouterr().err
+    assert "model: dropout 0.1 -> 0.0" in said
+    assert "tokens_per_step: 256 -> 512" in said
+    assert "seed: 1 -> 3" in said
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+
+
+def test_resume_never_sets_the_old_run_aside(finished, shards, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert train(out, shards, "--num-steps", "1", "--resume", "never") == 0
+    assert measured(tmp_path / "run.old1") == measured(finished)
+    assert [row["step"] for row in measured(out)] == [0, 1]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(shards, tmp_path):
+    flags = ["--num-steps", "40", "--eval-every", "8", "--save-every", "5"]
+    command = [sys.executable, "-m", "engine.cli", "train", *SMALL, "--data", str(shards), *flags, "--out"]
+    subprocess.run([*command, str(tmp_path / "quiet")], env=ENVIRONMENT, check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("killed/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert measured(tmp_path / "killed")[-1]["step"] < 40
+    subprocess.run([*command, str(tmp_path / "killed")], env=ENVIRONMENT, check=True, capture_output=True)
+    assert_same_run(tmp_path / "quiet", tmp_path / "killed")
+
+
+@pytest.fixture(scope="module")
+def two_processes(shards, tmp_path_factory) -> Path:
+    """A run of 8 steps on two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    done = torchrun(2, out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_two_processes_follow_one_process_s_loss_curve(two_processes, shards, tmp_path):
+    assert train(tmp_path / "one", shards, "--num-steps", "8", "--eval-every", "4") == 0
+    one, two = (metrics.read_rows(out / "metrics.jsonl") for out in (tmp_path / "one", two_processes))
+    for left, right in zip(one, two, strict=True):
+        for name in ("loss", "val_loss"):
+            assert left.get(name) == pytest.approx(right.get(name), abs=1e-5)
+
+
+def test_resume_is_bitwise_identical_on_two_processes(two_processes, shards, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(two_processes, out)
+    shutil.rmtree(newest(out))
+    done = torchrun(2, out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(two_processes, out)
+
+
+def test_one_process_goes_on_from_two(two_processes, shards, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(two_processes, out)
+    shutil.rmtree(newest(out))
+    assert train(out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4") == 0
+    for left, right in zip(metrics.read_rows(out / "metrics.jsonl"), metrics.read_rows(two_processes / "metrics.jsonl"), strict=True):
+        assert left.get("loss") == pytest.approx(right.get("loss"), abs=1e-5)
+
+
+def test_replicas_are_bit_equal_after_accumulated_steps():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "replicas.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "replicas equal: True" in done.stdout
+    assert "gradient is the mean over all micro-batches of all ranks: True" in done.stdout

@@ -1,0 +1,82 @@
+"""How close an op must come to its float64 definition: the one table, and the one comparison that uses it.
+
+float32 and float64: error <= TOLERANCE * scale. bfloat16 and float16: error <= 2 * PyTorch's error + TOLERANCE * scale,
+where PyTorch's error is that of its own op in the same precision. Errors are the largest over all elements, against
+float64 on the same rounded inputs; scale is the largest exact value, or 1 where all are smaller.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.0**-8,  # half its epsilon: one rounding of the result
+    torch.float16: 2.0**-11,  # half its epsilon
+}
+
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, id="fp16"),
+]
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN, and only deterministic algorithms run: what an op forgets to write shows."""
+    was_on, was_warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE.type != "cpu")  # cuBLAS would ask for a workspace
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_on, warn_only=was_warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same standard normal numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def values_and_gradients(op: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
+    """The op's outputs, then the gradient of sum(outputs * douts) in every floating input. Strides stay as they are."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    outputs = op(*leaves)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    gradients = torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf.requires_grad], douts)
+    return [*(output.detach() for output in outputs), *gradients]
+
+
+def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with the floating ones in float64."""
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+def assert_accurate(
+    got: Sequence[Tensor], pytorch: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype, names: str
+) -> None:
+    """Holds every tensor of `got` to the criterion at the top of this file."""
+    for name, ours, theirs, truth in zip(names.split(), got, pytorch, exact, strict=True):
+        assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+        assert ours.isfinite().all(), f"{name}: not finite"
+        scale = max(1.0, truth.abs().max().item())
+        allowed = TOLERANCE[dtype] * scale
+        if dtype in (torch.bfloat16, torch.float16):
+            allowed += 2.0 * (theirs.double() - truth).abs().max().item()
+        error = (ours.double() - truth).abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_bitwise(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Every tensor has the same dtype, shape and bits."""
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
