@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench -s
 
 clean:
 	rm -rf .venv *.egg-info

@@ -118,10 +118,7 @@ def sample(args: list[str], prog: str) -> None:
         )
     prompt = torch.tensor([ids], device=model.wte.weight.device)
     for number in range(asked.num_samples):
-        if asked.num_samples > 1:
-            print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
-        print(asked.prompt, end="", flush=True)
         try:
             drawn = stream(
                 model,
@@ -134,6 +131,9 @@ def sample(args: list[str], prog: str) -> None:
             )
         except ValueError as error:
             raise BadInput(f"sample: {error}") from error
+        if asked.num_samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
+        print(asked.prompt, end="", flush=True)
         for token in drawn:
             if token.item() == tokens_in.end_of_text:
                 break

@@ -96,6 +96,13 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
+def _existing(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise BadInput(f"data: must be a directory of token shards, got {directory}; make one with gpt2 prepare")
+    return directory
+
+
 @dataclass
 class TokenStream:
     """One split's shards as one long array of tokens."""
@@ -112,9 +119,7 @@ class TokenStream:
     @classmethod
     def open(cls, directory: str | Path, split: str, vocab_size: int) -> "TokenStream":
         """The shards `<name>_<split>_<number>` of a directory. Raises BadInput if there are none or one is bad."""
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise BadInput(f"data: must be a directory of token shards, got {directory}; make one with gpt2 prepare")
+        directory = _existing(directory)
         found = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
         paths = sorted(found, key=lambda path: path.name)
         manifest = read_manifest(directory)
@@ -167,7 +172,7 @@ class TokenStream:
 
 def tokenizer_name(directory: str | Path) -> str:
     """The tokenizer that made the shards: the manifest's, or gpt2 for shards that came without one."""
-    manifest = read_manifest(Path(directory))
+    manifest = read_manifest(_existing(directory))
     return "gpt2" if manifest is None else manifest["tokenizer"]
 
 

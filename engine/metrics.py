@@ -21,6 +21,7 @@ from model.presets import GPT2Config
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+SAMPLE_HEADING = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
@@ -192,17 +193,18 @@ def drop_samples_from(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept, keeping = [], True
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if heading := re.fullmatch(r"=== step ([0-9]{1,18}) ===\n", line):
-            keeping = int(heading[1]) < step
-        if keeping:
-            kept.append(line)
+    with path.open(encoding="utf-8", newline="\n") as file:  # no other line end: a sample may hold any text
+        for line in file:
+            if heading := SAMPLE_HEADING.fullmatch(line):
+                keeping = int(heading[1]) < step
+            if keeping:
+                kept.append(line)
     _replace(path, "".join(kept))
 
 
 def last_sample(path: Path) -> str:
     """The newest sample of a samples.txt, or nothing."""
-    return path.read_text(encoding="utf-8").rpartition(" ===\n")[2].strip("\n") if path.exists() else ""
+    return SAMPLE_HEADING.split(path.read_text(encoding="utf-8"))[-1].strip("\n") if path.exists() else ""
 
 
 def _replace(path: Path, text: str) -> None:

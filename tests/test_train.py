@@ -130,7 +130,9 @@ def test_low_precision_trains_float32_weights(shards, tmp_path, precision):
     losses = [row["loss"] for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]
-    assert all(str(t.dtype) == "torch.float32" for t in load_file(newest(tmp_path / "run") / "model.safetensors").values())
+    assert all(
+        str(t.dtype) == "torch.float32" for t in load_file(newest(tmp_path / "run") / "model.safetensors").values()
+    )
     state = json.loads((newest(tmp_path / "run") / "state.json").read_text())
     assert bool(state["scaler"]) == (precision == "fp16")
 
@@ -199,7 +201,9 @@ def test_one_process_goes_on_from_two(two_processes, shards, tmp_path):
     shutil.copytree(two_processes, out)
     shutil.rmtree(newest(out))
     assert train(out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4") == 0
-    for left, right in zip(metrics.read_rows(out / "metrics.jsonl"), metrics.read_rows(two_processes / "metrics.jsonl"), strict=True):
+    for left, right in zip(
+        metrics.read_rows(out / "metrics.jsonl"), metrics.read_rows(two_processes / "metrics.jsonl"), strict=True
+    ):
         assert left.get("loss") == pytest.approx(right.get("loss"), abs=1e-5)
 
 

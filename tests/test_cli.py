@@ -1,0 +1,270 @@
+"""The command line as a user meets it: help at once, every bad input a sentence and exit code 2, nothing half-written."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from engine import checkpoint, cli, data
+from model.gpt2 import GPT2, GPT2Config
+
+
+def run(*args: str) -> int:
+    """The exit code of a command, in this process."""
+    try:
+        return cli.main(list(args))
+    except SystemExit as done:
+        return done.code
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "2") == 0
+    return out
+
+
+# ---- Help ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS), ["train", "gpt2-xl"]], ids=" ".join)
+def test_help_needs_no_torch_and_exits_with_0(command):
+    # Seconds depend on the machine; what makes help slow is PyTorch, so that it is not imported is the test.
+    code = (
+        "import sys\nfrom engine import cli\n"
+        f"try: code = cli.main({[*command, '--help']!r})\n"
+        "except SystemExit as done: code = done.code\n"
+        "sys.exit(code or ('torch' in sys.modules and 9) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: gpt2" in done.stdout
+
+
+def test_every_command_is_in_the_summary(capsys):
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", said, re.MULTILINE) for name in cli.COMMANDS)
+
+
+# ---- Bad input ----------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown command": (["trian"], 'did you mean "train"?'),
+    "no preset": (["train"], "a preset must come first"),
+    "unknown preset": (["train", "gpt2-mediun"], 'did you mean "gpt2-medium"?'),
+    "unknown flag": (["train", "tiny", "--micro-batch", "3"], "--micro-batch-size"),
+    "word for a number": (["train", "tiny", "--num-steps", "many"], "many"),
+    "unknown precision": (["train", "tiny", "--precision", "bf15"], "bf16"),
+    "several problems": (["train", "tiny", "--num-steps", "0", "--context", "999"], "--num-steps must be at least 1"),
+    "context longer than positions": (
+        ["train", "tiny", "--context", "129"],
+        "--context must be at most the model's 128",
+    ),
+    "heads that do not divide": (["train", "tiny", "--model.n-head", "3"], "multiple of n_head"),
+    "data is not there": (["train", "tiny", "--data", "nowhere"], "make one with gpt2 prepare"),
+    "source is not there": (["prepare", "nowhere", "--out", "x"], "got nowhere"),
+    "no source": (["prepare", "--out", "x"], "a source must be given"),
+    "no such run": (["sample", "--run", "nowhere", "--prompt", "x"], "made by gpt2 train"),
+    "no such weights": (["import", "nowhere/here", "--out", "x"], "nowhere/here"),
+    "export of no run": (["export", "--run", "nowhere", "--out", "x"], "made by gpt2 train"),
+    "plot of no run": (["plot", "--run", "nowhere"], "made by gpt2 train"),
+    "eval of no run": (["eval", "--run", "nowhere"], "made by gpt2 train"),
+}
+
+
+@pytest.mark.parametrize(("args", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_is_a_sentence_and_leaves_nothing(args, sentence, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(*args) == 2
+    said = capfd.readouterr()
+    assert sentence in re.sub(r"\s*│\s*", " ", said.err + said.out)  # tyro draws a box around its own
+    assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+RUN_BAD = {
+    "batch that does not divide": (["--tokens-per-step", "1000"], "the nearest --tokens-per-step are"),
+    "micro-batch that does not divide": (["--micro-batch-size", "3"], "the nearest --micro-batch-size 2 and 4"),
+    "more than the corpus": (["--tokens-per-step", "2097152"], "lower --tokens-per-step to at most"),
+    "tokenizer that differs": (["--model.vocab-size", "50257"], "tokenizer bytes"),
+    "triton on a CPU": (["--kernels", "triton"], "--kernels" if torch.cuda.is_available() else "cannot"),
+    "tf32 on a CPU": (["--precision", "tf32"], "use fp32"),
+    "weights that are not there": (["--init-from", "./nowhere"], "nowhere"),
+    "checkpoint that is not there": (["--resume", "nowhere"], "must be a directory such as"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are good input on a GPU")
+@pytest.mark.parametrize(("flags", "sentence"), RUN_BAD.values(), ids=RUN_BAD)
+def test_bad_training_input_is_a_sentence_and_leaves_no_checkpoint(flags, sentence, shards, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(out), *flags) == 2
+    assert sentence in capfd.readouterr().err
+    assert not (out / "checkpoints").exists()
+    assert not (out / "config.json").exists()
+
+
+def test_an_out_that_is_a_file_is_refused_and_kept(shards, tmp_path, capfd):
+    (tmp_path / "taken").write_text("mine")
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(tmp_path / "taken")) == 2
+    assert "must be a directory that can be written" in capfd.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "nothing.txt").write_text(" \n")
+    assert run("prepare", str(tmp_path / "empty"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes") == 2
+    assert "1 empty" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_bad_names_the_way_out(trained, shards, tmp_path, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for path in out.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
+    said = capfd.readouterr().err
+    assert "model.safetensors must have" in said
+    assert "--resume never" in said
+
+
+# ---- Sampling -----------------------------------------------------------------------------------------------------
+
+
+def sample(trained: Path, *flags: str) -> int:
+    return run("sample", "--run", str(trained), "--max-new-tokens", "20", *flags)
+
+
+def test_samples_are_repeatable_and_different_from_each_other(trained, capfd):
+    said = []
+    for _ in range(2):
+        assert sample(trained, "--prompt", "def ", "--seed", "1", "--num-samples", "2", "--top-p", "0.95") == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1]
+    _, first, second = re.split(r"--- sample \d of 2 ---\n", said[0])
+    assert first.startswith("def ")
+    assert first.strip() != second.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        pytest.param(["--prompt", ""], "must be 1 to 32 bytes long, got 0", id="empty prompt"),
+        pytest.param(["--prompt", "x" * 33], "must be 1 to 32 bytes long, got 33", id="prompt too long"),
+        pytest.param(
+            ["--prompt", "x", "--temperature", "-1"], "temperature must be at least 0", id="negative temperature"
+        ),
+        pytest.param(["--prompt", "x", "--top-k", "0"], "top_k must be at least 1", id="no choice"),
+        pytest.param(
+            ["--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1", id="too much probability"
+        ),
+        pytest.param(["--prompt", "x", "--num-samples", "0"], "--num-samples must be at least 1", id="no samples"),
+    ],
+)
+def test_bad_sampling_input_is_a_sentence(trained, flags, sentence, capfd):
+    assert sample(trained, *flags) == 2
+    said = capfd.readouterr()
+    assert sentence in said.err
+    assert said.out == ""
+
+
+def test_samples_stream_as_they_are_drawn(trained):
+    command = [sys.executable, "-m", "engine.cli", "sample", "--run", str(trained), "--prompt", "d"]
+    command += ["--max-new-tokens", "100000", "--temperature", "1", "--seed", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    first = process.stdout.read(8)  # would wait for all 100,000 tokens, minutes, if they were not streamed
+    began = time.monotonic()
+    process.stdout.close()  # as `| head -c 8` does
+    assert process.wait(timeout=30) == 0
+    assert time.monotonic() - began < 30
+    assert first.startswith(b"d")
+
+
+# ---- Weights in and out -------------------------------------------------------------------------------------------
+
+
+def test_a_run_exported_and_imported_is_the_same_model(trained, tmp_path, capfd):
+    assert run("export", "--run", str(trained), "--out", str(tmp_path / "hf")) == 0
+    assert run("import", str(tmp_path / "hf"), "--out", str(tmp_path / "run")) == 0
+    said = []
+    for directory in (trained, tmp_path / "run"):
+        capfd.readouterr()
+        assert sample(directory, "--prompt", "def ", "--seed", "5") == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_an_exported_run_opens_in_transformers_and_says_the_same(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert run("export", "--run", str(trained), "--out", str(tmp_path / "hf")) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    ours = GPT2.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([words("def main(argv):")["input_ids"]])
+    assert ids.tolist()[0] == list(b"def main(argv):")
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_imported_weights_are_trained_from_with_init_from(shards, tmp_path, capfd):
+    torch.manual_seed(0)
+    GPT2(GPT2Config(2, 2, 64, 32, 257)).save_pretrained(tmp_path / "hf")
+    assert run("import", str(tmp_path / "hf"), "--out", str(tmp_path / "imported")) == 0
+    flags = ["train", *SMALL, "--data", str(shards), "--num-steps", "1"]
+    assert run(*flags, "--out", str(tmp_path / "imported")) == 2
+    assert "--init-from" in capfd.readouterr().err
+    losses = []
+    for source in ("hf", "imported"):
+        assert run(*flags, "--out", str(tmp_path / source / "tuned"), "--init-from", str(tmp_path / source)) == 0
+        losses.append(capfd.readouterr().out.split("final validation loss ")[1].split()[0])
+    assert losses[0] == losses[1]
+
+
+def test_out_directories_that_hold_something_are_left_alone(trained, tmp_path, capfd):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    assert run("export", "--run", str(trained), "--out", str(tmp_path / "full")) == 2
+    assert run("import", str(trained), "--out", str(tmp_path / "full")) == 2
+    assert capfd.readouterr().err.count("must be new or empty") == 2
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+# ---- Looking ------------------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_the_run_s_own_validation_loss(trained, capfd):
+    assert run("eval", "--run", str(trained)) == 0
+    loss = re.search(r"at step 2: loss (\d\.\d{4}) nats per byte, perplexity", capfd.readouterr().out).group(1)
+    assert f'"val_loss": {loss[:4]}' in (trained / "metrics.jsonl").read_text()
+
+
+def test_plot_draws_both_pictures_again(trained, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    for path in (tmp_path / "run").glob("*.png"):
+        path.unlink()
+    assert run("plot", "--run", str(tmp_path / "run")) == 0
+    pictures = [Path(line) for line in capfd.readouterr().out.split()]
+    assert [path.name for path in pictures] == ["loss_curve.png", "lr_schedule.png"]
+    assert all(path.parent == tmp_path / "run" and path.is_file() for path in pictures)
+
+
+def test_a_prepared_corpus_trains(tmp_path, capfd):
+    (tmp_path / "text.md").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    shards = tmp_path / "shards"
+    assert (
+        run("prepare", str(tmp_path / "text.md"), "--out", str(shards), "--tokenizer", "bytes", "--workers", "1") == 0
+    )
+    assert "validation by the tail of each document" in capfd.readouterr().out
+    assert data.tokenizer_name(shards) == "bytes"
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(tmp_path / "run"), "--num-steps", "1") == 0
+    assert checkpoint.newest(tmp_path / "run", print).step == 1

@@ -1,0 +1,210 @@
+"""The record of a run: one row per step number, displays for a person and for a pipe, and the FLOPs of a token."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+import rich.console
+import torch
+
+from engine import metrics
+from engine.config import PRESETS
+from engine.metrics import Bar, Lines, Metrics, flops_per_token, read_rows
+from model.gpt2 import GPT2
+from model.presets import PRESETS as MODEL_PRESETS
+
+
+@pytest.fixture
+def config(tmp_path):
+    return dataclasses.replace(PRESETS["tiny"], out=str(tmp_path), num_steps=1000, tokens_per_step=1024)
+
+
+def record(config, start: int = 0, active: bool = True) -> Metrics:
+    return Metrics(config, start, active, "byte")
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_takes_855_megaflops_per_token():
+    assert flops_per_token(MODEL_PRESETS["gpt2"], 1024) == pytest.approx(855.4e6, abs=0.1e6)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "gpt2-xl"])
+def test_flops_count_the_parameters_that_the_model_has(name):
+    config = MODEL_PRESETS[name]
+    with torch.device("meta"):
+        sizes = {n: p.numel() for n, p in GPT2(config).named_parameters()}
+    attention = 12 * config.n_layer * config.n_embd * 512
+    assert flops_per_token(config, 512) == 6 * (sum(sizes.values()) - sizes["wpe.weight"]) + attention
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("NVIDIA H200", "tf32", None),
+        ("NVIDIA T4", "bf16", None),
+    ],
+)
+def test_a_peak_is_given_only_where_it_is_known(name, precision, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert metrics.peak_flops(torch.device("cuda"), precision) == peak
+    assert metrics.peak_flops(torch.device("cpu"), precision) is None
+
+
+def test_the_clock_counts_steps_and_nothing_between_them(monkeypatch):
+    now = iter([10.0, 12.0, 100.0, 104.0, 500.0, 501.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    clock = metrics.Clock()
+    for expected in (None, 3.0, 1.0):
+        clock.start()
+        clock.stop()
+        if expected is not None:
+            assert clock.read() == expected
+
+
+# ---- Rows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_one_step_and_begins_with_step_and_tokens(config, tmp_path):
+    run = record(config)
+    run.log(0, val_loss=5.5)
+    run.log(0, loss=5.25, mfu=None, lr=1e-3)
+    assert run.rows() == [{"step": 0, "tokens": 0, "val_loss": 5.5, "loss": 5.25, "lr": 1e-3}]
+    run.end_step(0)
+    for step in range(1, 20):
+        if step % 10 == 0:
+            run.log(step, loss=4.0)
+        run.end_step(step)
+    run.log(20, val_loss=3.0)
+    run.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [list(json.loads(line))[:2] for line in lines] == [["step", "tokens"]] * 3
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, "tokens": 0, "val_loss": 5.5, "loss": 5.25, "lr": 1e-3},
+        {"step": 10, "tokens": 10_240, "loss": 4.0},
+        {"step": 20, "tokens": 20_480, "val_loss": 3.0},
+    ]
+
+
+def test_a_row_is_in_the_file_when_its_step_is_over(config, tmp_path):
+    """Or a process killed after the checkpoint of step 11 would never write row 10 again."""
+    run = record(config)
+    run.log(10, loss=1.0)
+    run.end_step(10)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10]
+    run.close()
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        pytest.param("", id="whole"),
+        pytest.param('{"step": 60, "tok', id="cut in a name"),
+        pytest.param('{"step": 60, "tokens": 61440, "loss": 1.2', id="cut in a number"),
+        pytest.param("\0" * 40, id="zeros, after a power cut"),
+    ],
+)
+def test_resume_drops_what_will_be_made_again(config, tmp_path, tail):
+    run = record(config)
+    for step in range(0, 60, 10):
+        run.log(step, loss=step / 10)
+        run.sample(step, f"text of {step}")
+        run.end_step(step)
+    run.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(tail)
+    resumed = record(config, start=40)
+    resumed.log(40, loss=-4.0)
+    resumed.sample(40, "again")
+    resumed.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 0), (10, 1), (20, 2), (30, 3), (40, -4)]
+    samples = (tmp_path / "samples.txt").read_text()
+    assert samples == "".join(f"=== step {s} ===\ntext of {s}\n\n" for s in (0, 10, 20, 30)) + (
+        "=== step 40 ===\nagain\n\n"
+    )
+    assert metrics.last_sample(tmp_path / "samples.txt") == "again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples.txt"]
+
+
+def test_a_sample_may_hold_any_text(config, tmp_path):
+    text = "a b ² c\r\n=== step ===\n=== step x ===\n === step 9 ===\n\x85\u2028\x0c=== step 1 ===\nend"
+    run = record(config)
+    run.sample(5, text)
+    run.close()
+    assert metrics.last_sample(tmp_path / "samples.txt").replace("\r\n", "\n") == text.replace("\r\n", "\n")
+    record(config, start=6).close()
+    assert (tmp_path / "samples.txt").read_bytes() == f"=== step 5 ===\n{text}\n\n".encode()
+    record(config, start=5).close()
+    assert (tmp_path / "samples.txt").read_bytes() == b""
+
+
+def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
+    run = record(dataclasses.replace(config, tensorboard=True), active=False)
+    run.log(0, loss=1.0)
+    run.sample(0, "text")
+    run.say("line")
+    run.end_step(0)
+    run.sync()
+    run.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+def test_without_tensorboard_it_says_so_once_and_goes_on(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run = record(dataclasses.replace(config, tensorboard=True))
+    for step in range(3):
+        run.log(step, loss=1.0)
+        run.end_step(step)
+    run.close()
+    assert capsys.readouterr().out.count("tensorboard is not installed: going on without it") == 1
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
+
+
+# ---- Console ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    run = record(config)
+    assert isinstance(run._console, Lines)
+    for step in range(0, 101):  # an eighth of a second each
+        if step == 33:
+            run.log(step, val_loss=2.71828)
+        run.log(step, loss=3.14159, lr=4e-3, tokens_per_s=12345.6, mfu=None, peak_gib=0.5, grad_norm=1.0)
+        run.end_step(step)
+        now[0] += 0.125
+    run.close()
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\r" not in said
+    lines = said.splitlines()
+    measured = "loss 3.142  lr 4.00e-03  12,346 byte/s  0.50 GiB"
+    assert lines[0] == "step   33/1000  val loss 2.7183"  # at once; the clock of the others starts anew with it
+    assert lines[1] == f"step   73/1000  {measured}  1:55 left"  # 0.125 s * 927
+    assert len(lines) == 2
+
+
+def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypatch):
+    screen, console = io.StringIO(), rich.console.Console
+    monkeypatch.setattr(
+        rich.console, "Console", lambda **options: console(file=screen, force_terminal=True, width=150, **options)
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run = record(config, start=500)
+    assert isinstance(run._console, Bar)
+    run.log(600, val_loss=2.71828)
+    run.log(600, loss=3.14159, tokens_per_s=12345.6, mfu=0.4321, grad_norm=1.0)
+    run.end_step(600)
+    run.say("[bold]passing over[/bold] a checkpoint [1]")
+    run.close()
+    said = screen.getvalue()
+    assert "\x1b" in said and "601/1000" in said
+    assert "loss 3.142  val loss 2.7183  12,346 byte/s  MFU 43.2%" in said
+    assert "step  600  val loss 2.7183\n" in said
+    assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # a path is no markup

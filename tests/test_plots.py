@@ -1,0 +1,112 @@
+"""The two pictures are whole, say what they show, and leave matplotlib as they found it."""
+
+import dataclasses
+import math
+import sys
+
+import matplotlib
+import pytest
+
+from engine import optim, plots
+from engine.config import PRESETS, OptimConfig
+
+ROWS = [{"step": s, "tokens": 1024 * s, "loss": 5.0 - s / 250, "lr": 1e-3} for s in range(0, 1000, 10)]
+ROWS[0]["val_loss"], ROWS[50]["val_loss"] = 5.5, 3.25
+
+
+@pytest.fixture
+def config(tmp_path):
+    return dataclasses.replace(PRESETS["tiny"], out=str(tmp_path / "my run"), num_steps=1000)
+
+
+def drawn(config, rows, unit, monkeypatch) -> dict[str, "matplotlib.axes.Axes"]:
+    """The axes of each picture by file name, unsaved."""
+    figures = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
+    plots.draw(config, rows, unit)
+    return figures
+
+
+def legend(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        pytest.param(ROWS, {}, id="a run"),
+        pytest.param([], {}, id="no row"),
+        pytest.param(ROWS[:1], {}, id="one row"),
+        pytest.param([{"step": 0, "tokens": 0, "val_loss": 5.5}], {}, id="only a validation"),
+        pytest.param([{"step": 0, "tokens": 0, "loss": math.nan, "val_loss": math.inf}], {}, id="only what diverged"),
+        pytest.param([*ROWS, {"step": 1000, "tokens": 1024000, "loss": math.nan}], {}, id="diverged at the end"),
+        pytest.param([], {"num_steps": 1}, id="one step"),
+        pytest.param([], {"optim": OptimConfig(warmup_tokens=0)}, id="no warm-up"),
+    ],
+)
+def test_both_pictures_are_whole_and_nothing_else_is_left(config, tmp_path, rows, changes):
+    (tmp_path / "my run").mkdir()
+    config = dataclasses.replace(config, **changes)
+    paths = plots.draw(config, rows, "byte")
+    assert [path.name for path in paths] == ["loss_curve.png", "lr_schedule.png"]
+    assert sorted(path.name for path in (tmp_path / "my run").iterdir()) == ["loss_curve.png", "lr_schedule.png"]
+    for path in paths:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+        assert len(content) > 10_000
+
+
+def test_the_loss_curve_says_what_it_shows(config, monkeypatch):
+    axes = drawn(config, ROWS, "byte", monkeypatch)["loss_curve.png"]
+    assert axes.figure.get_suptitle() == "Loss while training"
+    assert axes.get_title() == "my run: 4 layers, width 128, context 128; 1,024 bytes per step"
+    assert axes.get_xlabel() == "million training bytes"
+    assert axes.get_ylabel() == "cross-entropy loss, nats per byte"
+    uniform, train, val = legend(axes)
+    assert uniform == "uniform guess, ln 257 = 5.55"
+    assert train.startswith("train (smoothed), last 1.") and val == "validation, last 3.250"
+    raw, smoothed, validation = axes.get_lines()[1:]
+    assert raw.get_xdata()[-1] == smoothed.get_xdata()[-1] == pytest.approx(990 * 1024 / 1e6)
+    assert list(validation.get_ydata()) == [5.5, 3.25]
+    low, high = axes.get_ylim()
+    assert low < 1.04 and high > 5.55  # the last loss and the uniform guess are both in the picture
+
+
+def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
+    axes = drawn(config, ROWS, "token", monkeypatch)["lr_schedule.png"]
+    assert axes.figure.get_suptitle() == "Learning rate"
+    assert axes.get_title() == "linear warm-up over 100 steps, cosine to 10% at step 1,000"
+    assert axes.get_xlabel() == "million training tokens"
+    assert legend(axes) == ["planned", "done, last 1.00e-03"]
+    planned, done = axes.get_lines()
+    assert max(planned.get_ydata()) == config.optim.lr == optim.learning_rate(99, config)
+    assert len(done.get_xdata()) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("most", "label"),
+    [
+        (0, "training tokens"),
+        (999, "training tokens"),
+        (1000, "thousand training tokens"),
+        (10**6, "million training tokens"),
+        (10**10, "billion training tokens"),
+    ],
+)
+def test_the_token_axis_keeps_its_numbers_short(most, label):
+    size, said = plots._token_axis(most, "token")
+    assert said == label and most / size <= 1000
+
+
+def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
+    assert plots._smooth([2.0] * 10, 0.9) == pytest.approx([2.0] * 10)
+    assert plots._smooth([3.0, 1.0], 0.5) == pytest.approx([3.0, 5 / 3])  # (0.25 * 3 + 0.5 * 1) / 0.75
+    assert plots._smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
+
+
+def test_drawing_leaves_pyplot_and_its_settings_alone(config, tmp_path, monkeypatch):
+    (tmp_path / "my run").mkdir()
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it would fail
+    before = matplotlib.rcParams.copy()
+    plots.draw(config, ROWS, "byte")
+    assert matplotlib.rcParams.copy() == before
