@@ -71,6 +71,7 @@ def prepare(args: list[str], prog: str) -> None:
     """Text to token shards."""
     import tyro
 
+    from engine import corpus
     from engine import prepare as preparation
 
     @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def prepare(args: list[str], prog: str) -> None:
 
     asked = _parse(Prepare, args, prog)
     if not asked.sources:
-        raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {preparation.STDLIB}")
+        raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {corpus.STDLIB}")
     print(preparation.describe(preparation.prepare(list(asked.sources), asked), asked.out))
 
 

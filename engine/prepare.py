@@ -1,7 +1,6 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt and .md and .py (a file is a document), .jsonl (a line is), .parquet (a row
-is), and the word `stdlib`: the sources of the running Python's standard library, a real corpus that every machine has.
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib` (see engine/corpus.py).
 Each document is written as the end-of-text token, then its text's tokens. A document belongs to validation by a hash
 of its text, so a corpus that grows keeps its split; where that leaves a split empty, as with a single book, every
 document gives its tail instead. The same sources make the same bytes, whatever the number of workers.
@@ -14,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import sysconfig
 import threading
 import time
 from collections import Counter, deque
@@ -27,12 +25,9 @@ from typing import Literal
 
 import numpy as np
 
-from engine import data, tokenizer
+from engine import corpus, data, tokenizer
 from engine.errors import BadInput
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-STDLIB = "stdlib"
-NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 BATCH_BYTES = 1 << 20  # of text handed to a worker at a time
 
 
@@ -59,85 +54,6 @@ class PrepareConfig:
             wrong.append(f"--workers must be at least 1, got {self.workers}")
         if wrong:
             raise BadInput("prepare: " + "; ".join(wrong))
-
-
-# ---- Sources to documents -----------------------------------------------------------------------------------------
-
-
-def find_files(sources: Iterable[str]) -> list[Path]:
-    """Every file of the sources, in an order that depends on their names alone. Raises BadInput for a bad source."""
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if source == STDLIB and not path.exists():
-            files += _walk(Path(sysconfig.get_path("stdlib")), {".py"}, NOT_LIBRARY)
-        elif path.is_dir():
-            files += _walk(path, set(SUFFIXES), set())
-        elif path.is_file() and path.suffix in SUFFIXES:
-            files.append(path)
-        elif path.exists():
-            raise BadInput(f"prepare: a source must end in {', '.join(SUFFIXES)}, got {source}")
-        else:
-            raise BadInput(f"prepare: a source must be a file, a directory or the word {STDLIB}, got {source}")
-    if not files:
-        raise BadInput(f"prepare: the sources must hold files in {', '.join(SUFFIXES)}, got none in {list(sources)}")
-    return files
-
-
-def _walk(root: Path, suffixes: set[str], pruned: set[str]) -> list[Path]:
-    files = []
-    for directory, children, names in os.walk(root):
-        children[:] = sorted(set(children) - pruned)
-        files += [Path(directory, name) for name in sorted(names) if Path(name).suffix in suffixes]
-    return files
-
-
-def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[tuple[str, bytes]]:
-    """(kind, bytes) of every document: "text" as it stands in a file, or "json" for a line still to be parsed."""
-    for path in files:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as lines:
-                yield from (("json", line) for line in lines if line.strip())
-        elif path.suffix == ".parquet":
-            yield from (("text", text) for text in _parquet_column(path, text_field))
-        else:
-            yield "text", path.read_bytes()
-
-
-def _parquet_column(path: Path, column: str) -> Iterator[bytes]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadInput(f"prepare: {path} needs pyarrow; install it with: pip install pyarrow") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise BadInput(
-                    f"{path}: must have a column {column}, got {', '.join(file.schema_arrow.names)}; "
-                    "name it with --text-field"
-                )
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from ((text or "").encode("utf-8", "surrogatepass") for text in batch.column(0).to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"{path}: must be a parquet file, got {error}") from error
-
-
-def parse(kind: str, raw: bytes, text_field: str) -> tuple[str, str | None]:
-    """(text, None), or ("", reason) for a document that is no text."""
-    try:
-        text = raw.decode("utf-8-sig")
-        if kind == "json":
-            record = json.loads(text)
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                return "", f'no text field "{text_field}"'
-            text = record[text_field]
-            text.encode("utf-8")
-    except UnicodeError:
-        return "", "not UTF-8"
-    except (ValueError, RecursionError):
-        return "", "not JSON"
-    return (text, None) if text.strip() else ("", "empty")
 
 
 # ---- Documents to tokens ------------------------------------------------------------------------------------------
@@ -173,7 +89,7 @@ def encode_batch(
     result = Encoded({}, Counter(), Counter(), 0)
     start = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
     for kind, raw in batch:
-        text, reason = parse(kind, raw, text_field)
+        text, reason = corpus.parse(kind, raw, text_field)
         if reason is not None:
             result.skipped[reason] += 1
             continue
@@ -278,7 +194,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     Raises BadInput if a source or the directory will not do, or the text leaves a split empty.
     """
     out = Path(config.out)
-    files = find_files(sources)
+    files = corpus.find_files(sources)
     request = _request(sources, files, config)
     building = out / data.BUILDING
     _take_back(out, building)
@@ -370,7 +286,8 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
     )
     pool = ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else None
     try:
-        for encoded in _in_order(pool, work, _batches(raw_documents(files, config.text_field)), ahead=2 * workers):
+        batches = _batches(corpus.raw_documents(files, config.text_field))
+        for encoded in _in_order(pool, work, batches, ahead=2 * workers):
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
             documents += encoded.documents

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help at once, every bad input a sentence and exit code 2, nothing half-written."""
+"""The command line as a user meets it: help at once; bad input is a sentence, exit code 2 and nothing half-written."""
 
 import os
 import re

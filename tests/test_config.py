@@ -95,14 +95,16 @@ def test_an_unknown_preset_is_told_the_nearest(args, sentence):
 
 
 @pytest.mark.parametrize(
-    ("flag", "known"), [("--num-step", "--num-steps"), ("--optim.lrr", "--optim.lr"), ("--micro-batch", "--micro-batch-size")]
+    ("flag", "known"),
+    [("--num-step", "--num-steps"), ("--optim.lrr", "--optim.lr"), ("--micro-batch", "--micro-batch-size")],
 )
 def test_an_unknown_flag_exits_with_2_and_the_nearest(flag, known, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(["tiny", flag, "3"], PROG)
     assert raised.value.code == 2
     said = capsys.readouterr().err
-    assert flag in said and re.search(rf"Perhaps you meant:\W+{known}\b", said)
+    assert flag in said
+    assert re.search(rf"Perhaps you meant:\W+{known}\b", said)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,8 @@ def test_the_values_that_an_error_advises_work(tokens, context, world_size, want
     _, _, advice = str(raised.value).partition("; ")
     first, _, second = advice.partition(", the nearest --micro-batch-size ")
     steps, sizes = ([int(number) for number in re.findall(r"\d+", part)] for part in (first, second))
-    assert steps and (bool(sizes) == (wanted is not None and tokens % (context * world_size) == 0))
+    assert steps
+    assert bool(sizes) == (wanted is not None and tokens % (context * world_size) == 0)
     for advised in steps:
         batch_shape(shaped(advised, context, wanted), world_size)
         assert 0 < abs(advised - tokens) < context * world_size * (wanted or 1)
@@ -238,5 +241,5 @@ def test_a_damaged_config_is_named(content, tmp_path):
 
 
 def test_a_directory_without_a_config_is_no_run(tmp_path):
-    with pytest.raises(BadInput, match="must be a directory made by gpt2 train, with a config.json, got .*nowhere"):
+    with pytest.raises(BadInput, match=r"must be a directory made by gpt2 train, with a config.json, got .*nowhere"):
         config.load(tmp_path / "nowhere")

@@ -38,9 +38,11 @@ def test_windows_are_distinct_and_evenly_spread(num_tokens, eval_tokens):
     text, config = stream(num_tokens), dataclasses.replace(CONFIG, context=4, eval_tokens=eval_tokens)
     chosen, present = evaluation.windows(text, config), text.num_windows(4)
     assert len(chosen) == min(present, max(1, eval_tokens // 4))
-    assert chosen[0] == 0 and chosen[-1] < present
+    assert chosen[0] == 0
+    assert chosen[-1] < present
     gaps = np.diff(chosen, append=present)
-    assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1
 
 
 def test_too_little_text_says_what_is_needed():

@@ -152,7 +152,8 @@ def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
     run.end_step(0)
     run.sync()
     run.close()
-    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_tensorboard_it_says_so_once_and_goes_on(config, tmp_path, monkeypatch, capsys):
@@ -182,7 +183,8 @@ def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
         now[0] += 0.125
     run.close()
     said = capsys.readouterr().out
-    assert "\x1b" not in said and "\r" not in said
+    assert "\x1b" not in said
+    assert "\r" not in said
     lines = said.splitlines()
     measured = "loss 3.142  lr 4.00e-03  12,346 byte/s  0.50 GiB"
     assert lines[0] == "step   33/1000  val loss 2.7183"  # at once; the clock of the others starts anew with it
@@ -204,7 +206,8 @@ def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypat
     run.say("[bold]passing over[/bold] a checkpoint [1]")
     run.close()
     said = screen.getvalue()
-    assert "\x1b" in said and "601/1000" in said
+    assert "\x1b" in said
+    assert "601/1000" in said
     assert "loss 3.142  val loss 2.7183  12,346 byte/s  MFU 43.2%" in said
     assert "step  600  val loss 2.7183\n" in said
     assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # a path is no markup

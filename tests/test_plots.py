@@ -52,7 +52,8 @@ def test_both_pictures_are_whole_and_nothing_else_is_left(config, tmp_path, rows
     assert sorted(path.name for path in (tmp_path / "my run").iterdir()) == ["loss_curve.png", "lr_schedule.png"]
     for path in paths:
         content = path.read_bytes()
-        assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert content.endswith(b"IEND\xaeB`\x82")
         assert len(content) > 10_000
 
 
@@ -64,12 +65,14 @@ def test_the_loss_curve_says_what_it_shows(config, monkeypatch):
     assert axes.get_ylabel() == "cross-entropy loss, nats per byte"
     uniform, train, val = legend(axes)
     assert uniform == "uniform guess, ln 257 = 5.55"
-    assert train.startswith("train (smoothed), last 1.") and val == "validation, last 3.250"
+    assert train.startswith("train (smoothed), last 1.")
+    assert val == "validation, last 3.250"
     raw, smoothed, validation = axes.get_lines()[1:]
     assert raw.get_xdata()[-1] == smoothed.get_xdata()[-1] == pytest.approx(990 * 1024 / 1e6)
     assert list(validation.get_ydata()) == [5.5, 3.25]
     low, high = axes.get_ylim()
-    assert low < 1.04 and high > 5.55  # the last loss and the uniform guess are both in the picture
+    assert low < 1.04
+    assert high > 5.55
 
 
 def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
@@ -95,7 +98,8 @@ def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
 )
 def test_the_token_axis_keeps_its_numbers_short(most, label):
     size, said = plots._token_axis(most, "token")
-    assert said == label and most / size <= 1000
+    assert said == label
+    assert most / size <= 1000
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():

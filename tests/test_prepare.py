@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import data, prepare, tokenizer
+from engine import corpus, data, prepare, tokenizer
 from engine.data import TokenStream
 from engine.errors import BadInput
 from engine.prepare import PrepareConfig
@@ -337,12 +337,12 @@ def test_a_bad_config_names_everything_that_is_off():
 
 
 def test_the_standard_library_is_a_source_without_its_tests():
-    found = prepare.find_files(["stdlib"])
+    found = corpus.find_files(["stdlib"])
     parts = {part for path in found for part in path.relative_to(Path(os.__file__).parent).parts[:-1]}
     assert len(found) > 300
     assert "json" in parts
     assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
-    assert found == prepare.find_files(["stdlib"])
+    assert found == corpus.find_files(["stdlib"])
 
 
 # ---- Failures -----------------------------------------------------------------------------------------------------
