@@ -37,8 +37,10 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, chosen: np.ndarray, config: 
     sums = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
     was_training = raw_model.training
     raw_model.eval()
-    for index in range(ranks.rank, len(batches), ranks.world_size):
-        batch = stream.windows(batches[index], config.sequence_length).to(ranks.device)  # (B, T + 1)
-        sums[index] = raw_model(batch[:, :-1], batch[:, 1:]).double() * len(batch)
-    raw_model.train(was_training)
+    try:
+        for index in range(ranks.rank, len(batches), ranks.world_size):
+            batch = stream.windows(batches[index], config.sequence_length).to(ranks.device)  # (B, T + 1)
+            sums[index] = raw_model(batch[:, :-1], batch[:, 1:]).double() * len(batch)
+    finally:
+        raw_model.train(was_training)
     return ranks.sum(sums).sum().item() / len(chosen)

@@ -221,7 +221,7 @@ def _short(name: str, value: float) -> str:
         "loss": lambda v: f"loss {v:.3f}",
         "val_loss": lambda v: f"val loss {v:.4f}",
         "lr": lambda v: f"lr {v:.2e}",
-        "tokens_per_s": lambda v: f"{v:,.0f} {{unit}}/s",
+        "tokens_per_s": lambda v: f"{v:,.0f} {{unit}}s/s",
         "mfu": lambda v: f"MFU {100 * v:.1f}%",
         "peak_gib": lambda v: f"{v:.2f} GiB",
     }

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from engine import config
@@ -173,6 +173,7 @@ def shaped(tokens_per_step: int, context: int, micro_batch_size: int | None) -> 
     per_rank=st.integers(1, 600),
     wanted=st.none() | st.integers(1, 40),
 )
+@example(context=1024, world_size=8, per_rank=64, wanted=None)  # 16 at most
 def test_the_parts_of_a_step_multiply_to_its_tokens(context, world_size, per_rank, wanted):
     assume(wanted is None or per_rank % wanted == 0)
     tokens = context * world_size * per_rank

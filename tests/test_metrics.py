@@ -186,7 +186,7 @@ def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
     assert "\x1b" not in said
     assert "\r" not in said
     lines = said.splitlines()
-    measured = "loss 3.142  lr 4.00e-03  12,346 byte/s  0.50 GiB"
+    measured = "loss 3.142  lr 4.00e-03  12,346 bytes/s  0.50 GiB"
     assert lines[0] == "step   33/1000  val loss 2.7183"  # at once; the clock of the others starts anew with it
     assert lines[1] == f"step   73/1000  {measured}  1:55 left"  # 0.125 s * 927
     assert len(lines) == 2
@@ -208,6 +208,6 @@ def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypat
     said = screen.getvalue()
     assert "\x1b" in said
     assert "601/1000" in said
-    assert "loss 3.142  val loss 2.7183  12,346 byte/s  MFU 43.2%" in said
+    assert "loss 3.142  val loss 2.7183  12,346 bytes/s  MFU 43.2%" in said
     assert "step  600  val loss 2.7183\n" in said
     assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # a path is no markup
