@@ -120,17 +120,23 @@ class GPT2(nn.Module):
         fan_in: std = 1/sqrt(n_embd) for every matrix and embedding, which gives logits unit variance, so the first
         loss is near ln V + 1/2. gpt2: std = 0.02, with the two projections into the residual stream of each block
         scaled by 1/sqrt(2 L), so that the stream's variance does not grow with depth; the first loss is nearer ln V.
+        zero_residual: fan_in with those projections at zero, so that every block begins as the identity and the
+        embeddings are not drowned: a short run learns faster. Its first loss is higher, near ln V + 1 for small models,
+        because with a tied head an identity predicts the token that it was given.
         """
         C, L = self.config.n_embd, self.config.n_layer
-        std = 1.0 / math.sqrt(C) if self.config.init == "fan_in" else 0.02
+        std, residual_scale = {
+            "fan_in": (1.0 / math.sqrt(C), 1.0),
+            "gpt2": (0.02, 1.0 / math.sqrt(2 * L)),
+            "zero_residual": (1.0 / math.sqrt(C), 0.0),
+        }[self.config.init]
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:  # LayerNorm
                 nn.init.ones_(parameter)
             else:
-                into_stream = self.config.init == "gpt2" and name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * L) if into_stream else std)
+                nn.init.normal_(parameter, std=std * residual_scale if name.endswith("c_proj.weight") else std)
         with torch.no_grad():
             self.wte.weight[self.config.vocab_size :] = 0.0
 

@@ -1,9 +1,10 @@
 """GPT2Config and the named sizes. Free of PyTorch, so that a command line can list them at once."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-InitScheme = Literal["fan_in", "gpt2"]
+InitScheme = Literal["fan_in", "gpt2", "zero_residual"]
+INIT_SCHEMES = get_args(InitScheme)
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class GPT2Config:
     n_positions: int = 1024  # T at most, tokens of context
     vocab_size: int = 50257  # V, tokens that exist; padded inside to Vp, a multiple of 128
     dropout: float = 0.0  # probability, on embeddings, attention weights and both residual branches
-    init: InitScheme = "fan_in"  # fan_in: std 1/sqrt(n_embd); gpt2: 0.02, residual projections 0.02/sqrt(2 L)
+    init: InitScheme = "fan_in"  # std of the weights before the first step: see GPT2.reset_parameters
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming every field that is off, if this is not the shape of a GPT-2."""
@@ -29,8 +30,8 @@ class GPT2Config:
             wrong.append(f"n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
             wrong.append(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.init not in ("fan_in", "gpt2"):
-            wrong.append(f'init must be "fan_in" or "gpt2", got {self.init!r}')
+        if self.init not in INIT_SCHEMES:
+            wrong.append(f"init must be one of {', '.join(INIT_SCHEMES)}, got {self.init!r}")
         if wrong:
             raise ValueError("model: " + "; ".join(wrong))
 

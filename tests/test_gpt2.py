@@ -97,7 +97,7 @@ def test_config_names_everything_that_is_off():
         "vocab_size must be at least 1, got -1",
         "n_embd must be a multiple of n_head, got 32 and 5",
         "dropout must be at least 0 and below 1, got 1.0",
-        'init must be "fan_in" or "gpt2", got \'xavier\'',
+        "init must be one of fan_in, gpt2, zero_residual, got 'xavier'",
     ):
         assert part in str(raised.value)
 
@@ -113,21 +113,21 @@ def test_first_loss_is_near_ln_v(init, above):
     assert model(tokens, targets).item() == pytest.approx(math.log(1000) + above, abs=0.15)
 
 
-@pytest.mark.parametrize("init", ["fan_in", "gpt2"])
+@pytest.mark.parametrize("init", ["fan_in", "gpt2", "zero_residual"])
 def test_weights_have_the_scheme_s_spread(init):
     L, C = 8, 64
     model = build(GPT2Config(n_layer=L, n_head=2, n_embd=C, n_positions=64, vocab_size=257, init=init))
-    std = {"fan_in": 1 / math.sqrt(C), "gpt2": 0.02}[init]
+    std = {"fan_in": 1 / math.sqrt(C), "gpt2": 0.02, "zero_residual": 1 / math.sqrt(C)}[init]
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all(), name
         elif parameter.ndim == 1:
             assert (parameter == 1).all(), name
         else:
-            scaled = init == "gpt2" and name.endswith("c_proj.weight")  # into the residual stream, twice a block
-            expected = std / math.sqrt(2 * L) if scaled else std
-            assert parameter[:257].std().item() == pytest.approx(expected, rel=0.06), name
-            assert parameter[:257].mean().abs().item() < 0.1 * expected, name
+            into_stream = name.endswith("c_proj.weight")  # twice a block
+            scale = {"fan_in": 1.0, "gpt2": 1 / math.sqrt(2 * L), "zero_residual": 0.0}[init] if into_stream else 1.0
+            assert parameter[:257].std().item() == pytest.approx(std * scale, rel=0.06), name
+            assert parameter[:257].mean().abs().item() <= 0.1 * std * scale, name
 
 
 def test_weights_follow_the_seed():
