@@ -19,7 +19,7 @@ setup: .venv/installed
 
 train: setup
 ifeq ($(DATA),data/stdlib)
-	$(BIN)/gpt2 prepare stdlib --out data/stdlib --tokenizer bytes --val-fraction 0.05
+	$(BIN)/gpt2 prepare stdlib --out data/stdlib --tokenizer bytes --val-fraction 0.2
 endif
 	$(BIN)/gpt2 train $(PRESET) $(if $(DATA),--data $(DATA)) $(ARGS)
 

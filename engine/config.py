@@ -149,15 +149,15 @@ def _gpt(name: str) -> TrainConfig:
 _LAPTOP = TrainConfig(
     data="data/stdlib",
     out="runs/tiny",
-    num_steps=1200,
-    tokens_per_step=1024,
-    eval_every=200,
+    num_steps=1450,
+    tokens_per_step=768,
+    eval_every=500,
     eval_tokens=65_536,
-    save_every=400,
+    save_every=500,
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig(lr=4e-3, warmup_tokens=100 * 1024),
+    optim=OptimConfig(lr=3e-3, min_lr_ratio=0.02, warmup_tokens=100 * 768, beta2=0.99),
 )
 
 PRESETS: dict[str, TrainConfig] = {

@@ -3,6 +3,7 @@
 torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ def process_group() -> Iterator[Ranks]:
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        keep_freed_memory()
     if ranks.world_size > 1:
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         device_id = ranks.device if backend == "nccl" else None
@@ -78,6 +81,18 @@ def process_group() -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of freed tensors for the next ones; does nothing elsewhere.
+
+    By default it returns every megabyte to the kernel, which hands it back page by page: a training step of `tiny`
+    took 48 ms so and 43 ms with this (medians of 4 interleaved runs on 2 cores of an AMD EPYC Milan, torch 2.13).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, the largest allocation that is taken from the heap, in bytes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, free bytes at the top of the heap that are returned
 
 
 def _read_environment() -> Ranks:
