@@ -30,7 +30,7 @@ from engine.errors import BadInput
 MANIFEST = "manifest.json"
 VERSION = 1  # of the layout
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, p in model.named_parameters()
         if p in optimizer.state
         for moment in MOMENTS
+        if moment in optimizer.state[p]
     }
 
 

@@ -20,9 +20,12 @@ GPT_PROMPT = "Hello, I'm a language model,"
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW as in the GPT-3 paper, appendix B."""
+    """AdamW as in the GPT-3 paper, appendix B, or Muon for the blocks' matrices with AdamW for the rest."""
 
-    lr: float = 6e-4  # peak learning rate
+    name: Literal["adamw", "muon"] = "adamw"  # muon: learns more from a token, works more for a step
+    lr: float = 6e-4  # peak learning rate of AdamW
+    muon_lr: float = 0.02  # peak learning rate of Muon, which follows the same schedule
+    muon_momentum: float = 0.95  # decay of Muon's running mean of the gradient
     min_lr_ratio: float = 0.1  # of lr, where the cosine ends
     warmup_tokens: int = 375_000_000  # tokens of linear warm-up; never more than a tenth of the run
     beta1: float = 0.9  # decay of the gradient's running mean
@@ -92,15 +95,15 @@ class TrainConfig:
             )
         if not -(2**63) <= self.seed < 2**63:
             wrong.append(f"--seed must fit into 64 bits, got {self.seed}")
-        for name in ("lr", "min_lr_ratio"):
+        for name in ("muon_lr", "min_lr_ratio"):
             if not 0 <= getattr(self.optim, name) <= 1:
                 wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self.optim, name)}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self.optim, name) < 1:
                 wrong.append(
                     f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
                 )
-        for name in ("clip", "eps"):
+        for name in ("lr", "clip", "eps"):
             if not getattr(self.optim, name) > 0:  # so put that NaN is refused too
                 wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
         for name in ("weight_decay", "warmup_tokens"):
@@ -149,15 +152,15 @@ def _gpt(name: str) -> TrainConfig:
 _LAPTOP = TrainConfig(
     data="data/stdlib",
     out="runs/tiny",
-    num_steps=1450,
-    tokens_per_step=768,
-    eval_every=500,
+    num_steps=720,
+    tokens_per_step=1024,
+    eval_every=180,
     eval_tokens=65_536,
-    save_every=500,
+    save_every=180,
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig(lr=3e-3, min_lr_ratio=0.02, warmup_tokens=100 * 768, beta2=0.99),
+    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=72 * 1024, beta2=0.99),
 )
 
 PRESETS: dict[str, TrainConfig] = {
@@ -168,7 +171,7 @@ PRESETS: dict[str, TrainConfig] = {
         num_steps=4000,
         tokens_per_step=4096,
         model=MODEL_PRESETS["mini"],
-        optim=OptimConfig(lr=2e-3, warmup_tokens=100 * 4096),
+        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096),
     ),
 } | {name: _gpt(name) for name in _GPT3_RECIPE}
 

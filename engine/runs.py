@@ -16,7 +16,7 @@ from model.generate import generate
 from model.gpt2 import GPT2
 
 # What a resumed run must share with its past, since either the weights or the order of the data depends on it.
-FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "tokenizer", "data_digest")
+FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "optimizer", "tokenizer", "data_digest")
 
 
 def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
@@ -27,6 +27,7 @@ def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
         "sequence_length": train.sequence_length,
         "tokens_per_step": train.tokens_per_step,
         "seed": train.seed,
+        "optimizer": train.optim.name,
         "tokenizer": tokenizer_name,
         "data_digest": data_digest,
     }

@@ -16,6 +16,7 @@ SMALL = [
     "tiny",
     *("--model.n-layer", "2", "--model.n-embd", "64", "--model.n-head", "2", "--model.n-positions", "32"),
     *("--tokens-per-step", "256", "--micro-batch-size", "4", "--optim.warmup-tokens", "512", "--optim.lr", "2e-3"),
+    *("--optim.name", "adamw"),
     *("--eval-tokens", "512", "--sample-tokens", "8", "--precision", "fp32", "--log-every", "1"),
 ]
 

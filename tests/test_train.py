@@ -102,6 +102,15 @@ def test_resume_is_bitwise_identical(finished, shards, tmp_path, stopped_at):
     assert_same_run(finished, out)
 
 
+def test_resume_is_bitwise_identical_with_muon(shards, tmp_path):
+    flags = ["--num-steps", "6", "--save-every", "3", "--eval-every", "None", "--optim.name", "muon"]
+    assert train(tmp_path / "whole", shards, *flags) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(newest(tmp_path / "stopped"))
+    assert train(tmp_path / "stopped", shards, *flags) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_evaluating_saving_and_logging_change_nothing_that_is_trained(finished, shards, tmp_path):
     flags = ["--num-steps", "12", "--eval-every", "None", "--save-every", "None", "--log-every", "5"]
     assert train(tmp_path / "run", shards, *flags, "--model.dropout", "0.1") == 0
