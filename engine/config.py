@@ -152,15 +152,15 @@ def _gpt(name: str) -> TrainConfig:
 _LAPTOP = TrainConfig(
     data="data/stdlib",
     out="runs/tiny",
-    num_steps=720,
+    num_steps=760,
     tokens_per_step=1024,
-    eval_every=180,
+    eval_every=190,
     eval_tokens=65_536,
-    save_every=180,
+    save_every=190,
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=72 * 1024, beta2=0.99),
+    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=76 * 1024, beta2=0.99),
 )
 
 PRESETS: dict[str, TrainConfig] = {
