@@ -65,8 +65,8 @@ BAD = {
     "unknown precision": (["train", "tiny", "--precision", "bf15"], "bf16"),
     "several problems": (["train", "tiny", "--num-steps", "0", "--context", "999"], "--num-steps must be at least 1"),
     "context longer than positions": (
-        ["train", "tiny", "--context", "129"],
-        "--context must be at most the model's 128",
+        ["train", "gpt2", "--context", "1025"],
+        "--context must be at most the model's 1024",
     ),
     "heads that do not divide": (["train", "tiny", "--model.n-head", "3"], "multiple of n_head"),
     "data is not there": (["train", "tiny", "--data", "nowhere"], "make one with gpt2 prepare"),

@@ -8,7 +8,8 @@ import matplotlib
 import pytest
 
 from engine import optim, plots
-from engine.config import PRESETS, OptimConfig
+from engine.config import OptimConfig, TrainConfig
+from model.presets import GPT2Config
 
 ROWS = [{"step": s, "tokens": 1024 * s, "loss": 5.0 - s / 250, "lr": 1e-3} for s in range(0, 1000, 10)]
 ROWS[0]["val_loss"], ROWS[50]["val_loss"] = 5.5, 3.25
@@ -16,7 +17,13 @@ ROWS[0]["val_loss"], ROWS[50]["val_loss"] = 5.5, 3.25
 
 @pytest.fixture
 def config(tmp_path):
-    return dataclasses.replace(PRESETS["tiny"], out=str(tmp_path / "my run"), num_steps=1000)
+    return TrainConfig(
+        out=str(tmp_path / "my run"),
+        num_steps=1000,
+        tokens_per_step=1024,
+        model=GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=128, vocab_size=257),
+        optim=OptimConfig(lr=4e-3, warmup_tokens=100 * 1024),
+    )
 
 
 def drawn(config, rows, unit, monkeypatch) -> dict[str, "matplotlib.axes.Axes"]:
