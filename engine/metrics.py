@@ -129,10 +129,13 @@ class Metrics:
         if self._row is not None:
             self._write_row()
 
-    def sync(self) -> None:
-        """Waits until every row is on the disk. Call it before a checkpoint that counts on them."""
-        if self.active:
-            os.fsync(self._file.fileno())
+    def sync(self, row_is_complete: bool) -> None:
+        """Waits until the rows are on the disk, this step's too if complete. Call it before a checkpoint."""
+        if not self.active:
+            return
+        if row_is_complete and self._row is not None:
+            self._write_row()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Writes the last row and ends the display."""

@@ -90,7 +90,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                     record.sample(step, runs.sample(raw_model, words, config))
                     plots.draw(config, record.rows(), words.unit)
             if (is_last or due(step, config.save_every)) and step > start and ranks.is_first:
-                record.sync()
+                record.sync(row_is_complete=is_last)
                 state = runs.state(step, config, identity, ranks.world_size, scaler)
                 checkpoint.save(config.out, state, raw_model, optimizer, config.keep_last)
             if is_last:

@@ -150,7 +150,7 @@ def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
     run.sample(0, "text")
     run.say("line")
     run.end_step(0)
-    run.sync()
+    run.sync(row_is_complete=False)
     run.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
