@@ -78,9 +78,7 @@ def prepare(args: list[str], prog: str) -> None:
     class Prepare(preparation.PrepareConfig):
         """Turns text into token shards: one document per file, per .jsonl line, per .parquet row."""
 
-        sources: tyro.conf.Positional[
-            tuple[str, ...]
-        ]  # files and directories of .txt .md .py .jsonl .parquet; or: stdlib
+        sources: tyro.conf.Positional[tuple[str, ...]]  # .txt .md .py .jsonl .parquet, directories of them; or: stdlib
 
     asked = _parse(Prepare, args, prog)
     if not asked.sources:

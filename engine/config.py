@@ -15,6 +15,7 @@ from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
 
 CONFIG_FILE = "config.json"
+Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 GPT_PROMPT = "Hello, I'm a language model,"
 
 
@@ -44,19 +45,13 @@ class TrainConfig:
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # T, tokens per sequence; None: the model's n_positions
-    micro_batch_size: int | None = (
-        None  # sequences per forward pass on one GPU; None: the largest up to 16 that divides the step
-    )
-    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = (
-        "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
-    )
+    micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: at most 16, to divide the step
+    precision: Precision = "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it can run
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU
     parallel: Literal["ddp"] = "ddp"  # ddp: a replica per process, gradients averaged
     seed: int = 1  # of the weights, the order of the data and dropout
-    resume: str = (
-        "auto"  # auto: go on from the last good checkpoint in --out; never: set an old run aside; or a checkpoint
-    )
+    resume: str = "auto"  # auto: go on from --out's last whole checkpoint; never: set that run aside; or a checkpoint
     init_from: str | None = None  # start from these weights: a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and pictures; None: only at the end
     eval_tokens: int = 1_048_576  # validation tokens, the same ones each time

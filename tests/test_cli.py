@@ -1,5 +1,6 @@
 """The command line as a user meets it: help at once; bad input is a sentence, exit code 2 and nothing half-written."""
 
+import ast
 import os
 import re
 import shutil
@@ -52,6 +53,21 @@ def test_every_command_is_in_the_summary(capsys):
     assert run("--help") == 0
     said = capsys.readouterr().out
     assert all(re.search(rf"^  {name} +\w", said, re.MULTILINE) for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/prepare.py", "model/presets.py"])
+def test_every_flag_is_explained_where_help_looks_for_it(name):
+    # Help shows the comment behind a field, on the same line: a formatter that wraps the line takes it away.
+    source = (ROOT / name).read_text()
+    classes = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name != "Encoded"
+    ]
+    fields = [field for kind in classes for field in kind.body if isinstance(field, ast.AnnAssign)]
+    assert fields
+    for field in fields:
+        nested = field.value is not None and "default_factory" in ast.unparse(field.value)
+        line = source.splitlines()[field.lineno - 1]
+        assert nested or (field.end_lineno == field.lineno and "  # " in line), line
 
 
 # ---- Bad input ----------------------------------------------------------------------------------------------------
