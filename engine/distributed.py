@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep the memory of freed tensors for the next ones; does nothing elsewhere.
 
     By default it returns every megabyte to the kernel, which hands it back page by page: a training step of `tiny`
-    took 48 ms so and 43 ms with this (medians of 4 interleaved runs on 2 cores of an AMD EPYC Milan, torch 2.13).
+    took 48 ms so and 42 ms with this (medians of 4 interleaved runs on 2 cores of an AMD EPYC Milan, torch 2.13).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
