@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import check_floating, check_shape, require
+from kernels.column_sum import column_sum
+from kernels.launch import check_floating, check_shape, check_triton, num_programs, register, require, tl, triton
 
 
 def _check_bias(x: Tensor, bias: Tensor) -> None:
@@ -47,3 +48,170 @@ def bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
     """An add and F.gelu. One pass only under torch.compile."""
     _check_bias(x, bias)
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+
+
+@triton.jit
+def _sigmoid_2u(x):
+    """sigmoid(2 u), which is (1 + tanh u) / 2: one exp2, no branch, and exact limits where exp2 is 0 or infinite."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
+    return 1.0 / (1.0 + tl.exp2(-2.8853900817779268 * u))  # 2 / ln 2
+
+
+@triton.jit
+def _derivative(x):
+    """d gelu / dx = s + x s (1 - s) 2 du/dx, with s = sigmoid(2 u)."""
+    s = _sigmoid_2u(x)
+    du = 0.7978845608028654 * (1.0 + 0.134145 * x * x)  # 3 * 0.044715
+    return s + x * s * (1.0 - s) * 2.0 * du
+
+
+@triton.jit
+def _gelu_fwd_kernel(x_ptr, y_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
+    """One program computes BLOCK_SIZE consecutive elements."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < n_elements
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, x * _sigmoid_2u(x), mask=mask)
+
+
+@triton.jit
+def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
+    """One program differentiates BLOCK_SIZE consecutive elements."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < n_elements
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + offsets, dy * _derivative(x), mask=mask)
+
+
+@triton.jit
+def _bias_gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, N, F, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """One program computes a tile of BLOCK_ROWS rows and BLOCK_COLS columns."""
+    col_blocks = tl.cdiv(F, BLOCK_COLS)
+    rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(0) % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    offsets = rows[:, None] * F + cols[None, :]
+    mask = (rows < N)[:, None] & (cols < F)[None, :]
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    tl.store(y_ptr + offsets, x * _sigmoid_2u(x), mask=mask)
+
+
+@triton.jit
+def _bias_gelu_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    dbias_ptr,
+    N,
+    F,
+    rows_per_program,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """One program differentiates rows_per_program rows of BLOCK_COLS columns and writes their sum once, as dbias."""
+    col_blocks = tl.cdiv(F, BLOCK_COLS)
+    program = tl.program_id(0) // col_blocks
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, N)
+    cols = tl.program_id(0) % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    bias = tl.load(bias_ptr + cols, mask=cols < F, other=0.0).to(tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    rows = first.to(tl.int64) + tl.arange(0, BLOCK_ROWS)
+    for _ in tl.range(first, last, BLOCK_ROWS):
+        offsets = rows[:, None] * F + cols[None, :]
+        mask = (rows < last)[:, None] & (cols < F)[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dx = dy * _derivative(x)
+        tl.store(dx_ptr + offsets, dx, mask=mask)
+        dbias += dx
+        rows += BLOCK_ROWS
+    tl.store(dbias_ptr + program * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
+
+
+def _like_x(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_x_with_dy(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_x_with_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_x_and_bias(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _fill_gelu(y: Tensor, x: Tensor) -> None:
+    n = x.numel()
+    _gelu_fwd_kernel[(triton.cdiv(n, 1024),)](x.contiguous(), y, n, BLOCK_SIZE=1024, num_warps=4)
+
+
+def _fill_gelu_backward(dx: Tensor, dy: Tensor, x: Tensor) -> None:
+    n = x.numel()
+    grid = (triton.cdiv(n, 1024),)
+    _gelu_bwd_kernel[grid](dy.contiguous(), x.contiguous(), dx, n, BLOCK_SIZE=1024, num_warps=4)
+
+
+def _fill_bias_gelu(y: Tensor, x: Tensor, bias: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    F_, N = x.shape[-1], x[..., 0].numel()
+    tile = dict(BLOCK_ROWS=4, BLOCK_COLS=256)
+    grid = (triton.cdiv(N, tile["BLOCK_ROWS"]) * triton.cdiv(F_, tile["BLOCK_COLS"]),)
+    _bias_gelu_fwd_kernel[grid](x.contiguous(), bias.contiguous(), y, N, F_, **tile, num_warps=4)
+
+
+def _fill_bias_gelu_backward(outputs, dy: Tensor, x: Tensor, bias: Tensor) -> None:
+    dx, dbias = outputs
+    if x.numel() == 0:
+        dbias.zero_()
+        return
+    F_, N = x.shape[-1], x[..., 0].numel()
+    tile = dict(BLOCK_ROWS=4, BLOCK_COLS=256)
+    col_blocks = triton.cdiv(F_, tile["BLOCK_COLS"])
+    P = max(1, num_programs(x.device, per_multiprocessor=8) // col_blocks)
+    rows_per_program = triton.cdiv(N, P)
+    P = triton.cdiv(N, max(1, rows_per_program))
+    partials = x.new_empty(P, F_, dtype=torch.float32)
+    _bias_gelu_bwd_kernel[(P * col_blocks,)](
+        dy.contiguous(), x.contiguous(), bias.contiguous(), dx, partials, N, F_, rows_per_program, **tile, num_warps=4
+    )
+    column_sum(partials, dbias)
+
+
+_gelu_backward = register("gelu_backward", _like_x_with_dy, _fill_gelu_backward)
+_bias_gelu_backward = register("bias_gelu_backward", _like_x_and_bias, _fill_bias_gelu_backward)
+_gelu = register(
+    "gelu",
+    _like_x,
+    _fill_gelu,
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    differentiate=lambda ctx, dy: _gelu_backward(dy, *ctx.saved_tensors),
+)
+_bias_gelu = register(
+    "bias_gelu",
+    _like_x_with_bias,
+    _fill_bias_gelu,
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    differentiate=lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors),
+)
+
+
+def gelu_triton(x: Tensor) -> Tensor:
+    """One pass; backward reads x again and recomputes the tanh."""
+    check_floating("gelu", x=x)
+    check_triton("gelu", x=x)
+    return _gelu(x)
+
+
+def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
+    """One pass; backward is another, and a small one for dbias."""
+    _check_bias(x, bias)
+    check_triton("bias_gelu", x=x, bias=bias)
+    return _bias_gelu(x, bias)

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import check_floating, check_shape, require
+from kernels.column_sum import column_sum
+from kernels.launch import (
+    check_floating,
+    check_shape,
+    check_triton,
+    num_programs,
+    register,
+    require,
+    tl,
+    triton,
+)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -59,3 +69,215 @@ def add_layer_norm_torch(
     _check_residual(x, residual)
     summed = x + residual
     return layer_norm_torch(summed, weight, bias, eps), summed
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    summed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    C: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program normalises one row, and first adds the residual's row to it where there is one."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C)
+    mask = cols < C
+    x = tl.load(x_ptr + row * C + cols, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + row * C + cols, mask=mask, other=0.0).to(tl.float32)
+        summed = x.to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + row * C + cols, summed, mask=mask)
+        x = summed.to(tl.float32)  # what the backward pass will read
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+    # The row is in registers, so the mean goes first: E[x^2] - E[x]^2 would cancel where the mean is large.
+    mean = tl.sum(x, axis=0) / C
+    centred = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + EPS)
+    tl.store(y_ptr + row * C + cols, centred * rstd * weight + bias, mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,
+    dsummed_ptr,
+    x_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    N,
+    rows_per_program,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program differentiates rows_per_program consecutive rows and sums their dweight and dbias, unwritten till then."""
+    program = tl.program_id(0)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, N)
+    cols = tl.arange(0, BLOCK_C)
+    mask = cols < C
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    offsets = first.to(tl.int64) * C + cols
+    for row in tl.range(first, last):
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normed = tl.where(mask, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
+        dnormed = dy * weight
+        dx = rstd * (dnormed - tl.sum(dnormed, axis=0) / C - normed * (tl.sum(dnormed * normed, axis=0) / C))
+        if dsummed_ptr is not None:
+            dx += tl.load(dsummed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offsets, dx, mask=mask)
+        dweight += dy * normed
+        dbias += dy
+        offsets += C
+    tl.store(dweight_ptr + program * C + cols, dweight, mask=mask)
+    tl.store(dbias_ptr + program * C + cols, dbias, mask=mask)
+
+
+def _fill_forward(outputs, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
+    y, summed, mean, rstd = outputs
+    C = x.shape[-1]
+    _layer_norm_fwd_kernel[(mean.numel(),)](
+        x.contiguous(),
+        None if residual is None else residual.contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
+        y,
+        summed,
+        mean,
+        rstd,
+        C=C,
+        EPS=eps,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=_num_warps(C),
+    )
+
+
+def _num_warps(C: int) -> int:
+    """One warp up to 1,024 columns, so that a row is summed without a barrier; then 1,024 columns a warp."""
+    return min(16, triton.next_power_of_2(triton.cdiv(C, 1024)))
+
+
+def _allocate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), rows, torch.empty_like(rows)  # y, mean, rstd
+
+
+def _allocate_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, mean, rstd = _allocate(x, weight, bias, eps)
+    return y, torch.empty_like(y), mean, rstd  # y, summed, mean, rstd
+
+
+def _allocate_backward(
+    dy: Tensor, dsummed: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape, dtype=bias_dtype)
+
+
+def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> None:
+    dx, dweight, dbias = outputs
+    N, C = mean.numel(), x.shape[-1]
+    rows_per_program = triton.cdiv(N, num_programs(x.device, per_multiprocessor=8))
+    P = triton.cdiv(N, max(1, rows_per_program))
+    partials = x.new_empty(2, P, C, dtype=torch.float32)
+    _layer_norm_bwd_kernel[(P,)](
+        dy.contiguous(),
+        None if dsummed is None else dsummed.contiguous(),
+        x.contiguous(),
+        weight.contiguous(),
+        mean,
+        rstd,
+        dx,
+        partials[0],
+        partials[1],
+        N,
+        rows_per_program,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        num_warps=max(_num_warps(C), 4),
+    )
+    column_sum(partials[0], dweight)
+    column_sum(partials[1], dbias)
+
+
+_layer_norm_backward = register("layer_norm_backward", _allocate_backward, _fill_backward)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.bias_dtype = bias.dtype
+
+
+def _differentiate(ctx, dy, _dmean, _drstd):
+    x, weight, mean, rstd = ctx.saved_tensors
+    if dy is None:
+        return None, None, None, None
+    dx, dweight, dbias = _layer_norm_backward(dy, None, x, weight, mean, rstd, ctx.bias_dtype)
+    return dx, dweight, dbias, None
+
+
+def _save_add(ctx, inputs, output) -> None:
+    _, _, weight, bias, _ = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(summed, weight, mean, rstd)
+    ctx.bias_dtype = bias.dtype
+
+
+def _differentiate_add(ctx, dy, dsummed, _dmean, _drstd):
+    summed, weight, mean, rstd = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        return dsummed, dsummed, None, None, None
+    dx, dweight, dbias = _layer_norm_backward(dy, dsummed, summed, weight, mean, rstd, ctx.bias_dtype)
+    return dx, dx, dweight, dbias, None
+
+
+_layer_norm = register(
+    "layer_norm",
+    _allocate,
+    lambda outputs, x, weight, bias, eps: _fill_forward(
+        (outputs[0], None, *outputs[1:]), x, None, weight, bias, eps
+    ),
+    save=_save,
+    differentiate=_differentiate,
+)
+_add_layer_norm = register(
+    "add_layer_norm", _allocate_add, _fill_forward, save=_save_add, differentiate=_differentiate_add
+)
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """One pass over x; backward is another, and a small one for dweight and dbias."""
+    _check("layer_norm", x, weight, bias)
+    check_triton("layer_norm", x=x, weight=weight, bias=bias)
+    return _layer_norm(x, weight, bias, eps)[0]
+
+
+def add_layer_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(y, summed) in one pass over x and residual; the gradient of both inputs is one tensor, written once."""
+    _check_residual(x, residual)
+    _check("add_layer_norm", x, weight, bias)
+    check_triton("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
+    y, summed, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
+    return y, summed

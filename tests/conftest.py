@@ -6,6 +6,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads only get in each other's way
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before any kernel is decorated: they run in Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from engine.prepare import PrepareConfig, prepare
 
@@ -28,3 +32,12 @@ def shards(tmp_path_factory) -> Path:
     sources = [str(ROOT / name) for name in ("engine", "model", "kernels")]
     prepare(sources, PrepareConfig(out=str(out), tokenizer="bytes", workers=1, val_fraction=0.2))
     return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU the kernels run in Triton's interpreter, whose bfloat16 is wrong."""
+    skip = pytest.mark.skip(reason="Triton's interpreter computes bfloat16 wrongly; runs where CUDA is")
+    for item in items:
+        labels = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+        if not torch.cuda.is_available() and "triton" in labels and "bf16" in labels:
+            item.add_marker(skip)

@@ -16,12 +16,20 @@ from tolerances import (
     widened,
 )
 
-from kernels.gelu import bias_gelu_reference, bias_gelu_torch, gelu_reference, gelu_torch
+from kernels.gelu import (
+    bias_gelu_reference,
+    bias_gelu_torch,
+    bias_gelu_triton,
+    gelu_reference,
+    gelu_torch,
+    gelu_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 IMPLEMENTATIONS = [
     pytest.param((gelu_torch, bias_gelu_torch), id="torch"),
+    pytest.param((gelu_triton, bias_gelu_triton), id="triton"),
 ]
 REFERENCE = pytest.param((gelu_reference, bias_gelu_reference), id="reference")
 SHAPES = [

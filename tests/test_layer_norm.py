@@ -17,14 +17,17 @@ from tolerances import (
 from kernels.layer_norm import (
     add_layer_norm_reference,
     add_layer_norm_torch,
+    add_layer_norm_triton,
     layer_norm_reference,
     layer_norm_torch,
+    layer_norm_triton,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 IMPLEMENTATIONS = [
     pytest.param((layer_norm_torch, add_layer_norm_torch), id="torch"),
+    pytest.param((layer_norm_triton, add_layer_norm_triton), id="triton"),
 ]
 REFERENCE = pytest.param((layer_norm_reference, add_layer_norm_reference), id="reference")
 WIDTHS = {3: "tiny", 17: "prime", 768: "GPT-2", 1601: "odd, over GPT-2 XL"}

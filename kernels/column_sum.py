@@ -1,0 +1,30 @@
+"""Sums over rows in a fixed order, for the gradients of parameters that every row shares.
+
+    out[c] = sum_p partials[p, c]
+
+A kernel whose programs each work through many rows keeps its share of such a gradient in registers and writes it
+as one row of partials: (P, C) float32. This adds those rows. No atomics and no locks, so two runs give the same
+bits. out: (C,), any floating dtype.
+"""
+
+from torch import Tensor
+
+from kernels.launch import tl, triton
+
+
+@triton.jit
+def _column_sum_kernel(partials_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program adds all P rows of BLOCK_C columns."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for start in tl.range(0, P, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)
+        mask = (rows < P)[:, None] & (cols < C)[None, :]
+        total += tl.load(partials_ptr + rows[:, None] * C + cols[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
+def column_sum(partials: Tensor, out: Tensor) -> None:
+    """Writes the sum over rows of partials (P, C) into out (C,)."""
+    P, C = partials.shape
+    _column_sum_kernel[(triton.cdiv(C, 32),)](partials, out, P, C, BLOCK_P=32, BLOCK_C=32, num_warps=4)
