@@ -254,9 +254,7 @@ def _differentiate_add(ctx, dy, dsummed, _dmean, _drstd):
 _layer_norm = register(
     "layer_norm",
     _allocate,
-    lambda outputs, x, weight, bias, eps: _fill_forward(
-        (outputs[0], None, *outputs[1:]), x, None, weight, bias, eps
-    ),
+    lambda outputs, x, weight, bias, eps: _fill_forward((outputs[0], None, *outputs[1:]), x, None, weight, bias, eps),
     save=_save,
     differentiate=_differentiate,
 )

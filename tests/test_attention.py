@@ -16,12 +16,13 @@ from tolerances import (
     widened,
 )
 
-from kernels.attention import attention_reference, attention_torch
+from kernels.attention import attention_reference, attention_torch, attention_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 IMPLEMENTATIONS = [
     pytest.param(attention_torch, id="torch"),
+    pytest.param(attention_triton, id="triton"),
 ]
 LENGTHS = {
     1: "one token",
