@@ -109,8 +109,7 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    for phase in tl.static_range(2):
-        MASKED: tl.constexpr = phase == 1
+    for MASKED in tl.static_range(2):
         for start_n in tl.range(full_end if MASKED else 0, end if MASKED else full_end, BLOCK_N):
             k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
             k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -163,8 +162,7 @@ def _attention_bwd_dq_kernel(
     end = tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL else T
     full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for phase in tl.static_range(2):
-        MASKED: tl.constexpr = phase == 1
+    for MASKED in tl.static_range(2):
         for start_n in tl.range(full_end if MASKED else 0, end if MASKED else full_end, BLOCK_N):
             k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
             k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -192,7 +190,7 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_N rows of one head's dk and dv.
 
-    Scores and weights are transposed here, (keys, queries), so that they are the left factor of dk and dv as they stand.
+    Scores and weights are transposed, (keys, queries): so they are the left factor of dk and dv as they stand.
     """
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
     blocks = tl.cdiv(T, BLOCK_N)
@@ -215,8 +213,7 @@ def _attention_bwd_dkdv_kernel(
     at_end = tl.where((full_end * BLOCK_M < T) & (full_start <= full_end), 1, 0)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for phase in tl.static_range(2):
-        MASKED: tl.constexpr = phase == 0
+    for MASKED in tl.static_range(2):
         for block in tl.range(0 if MASKED else full_start, on_diagonal + at_end if MASKED else full_end):
             start_m = (tl.where(block < on_diagonal, first + block, full_end) if MASKED else block) * BLOCK_M
             rows = start_m + tl.arange(0, BLOCK_M)

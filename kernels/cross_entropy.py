@@ -11,15 +11,21 @@ would mean waiting.
 
 At GPT-2's sizes the logits outweigh everything else in a step: 65,536 rows * 50,304 columns * 2 bytes = 6.6 GB.
 Working through chunks of rows keeps one chunk of them, and since a chunk's logits are gone after it, its
-gradients are computed with it in the forward pass: three matrix products in all, as many as without chunks.
+gradients are computed with it in the forward pass: three matrix products in all, as many as without chunks. They are
+left unscaled until backward, where the incoming gradient and the count are known: float16 would lose dz / 65,536.
+The matrix products are the library's; what lies between them, from a chunk's logits to dz, is one kernel that reads
+each row twice and writes dz over it.
 Source: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import check_floating, require
+from kernels.launch import check_floating, check_triton, register, require, tl, triton
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
@@ -49,79 +55,174 @@ def linear_cross_entropy_reference(
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    """Rows per chunk: logits of 100 MB on a CPU (its caches gain nothing from more), 1 GB elsewhere.
-
-    At most 4,096, so that a chunk's sum over rows stays in float16's range for hidden values up to 16.
-    """
-    budget = 25_000_000 if weight.device.type == "cpu" else 250_000_000  # elements
-    return max(1, min(4096, budget // weight.shape[0]))
-
-
-@torch.library.custom_op("gpt2::linear_cross_entropy_torch", mutates_args=())
-def _sum_and_gradients(
+def _allocate(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, and where needed its gradients; they are left unscaled, which keeps float16 from underflow."""
-    N = hidden.shape[0]
+    """Summed loss, and its gradients, unscaled; without needs_grad they have no rows."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    compute_weight = weight.to(hidden.dtype)
-    valid = targets != ignore_index
-    labels = torch.where(valid, targets, 0)
-    outside = (labels < 0) | (labels >= vocab_size)
-    if hidden.device.type == "cpu" and bool(outside.any()):
-        worst = labels[outside][0].item()
-        raise ValueError(f"linear_cross_entropy: targets must be 0 to {vocab_size - 1} or {ignore_index}, got {worst}")
-    labels = labels.clamp(0, vocab_size - 1)[:, None]  # (N, 1)
-    losses = hidden.new_empty(N, dtype=wide)
-    dhidden = torch.empty_like(hidden if needs_grad else hidden[:0], memory_format=torch.contiguous_format)
+    dhidden = hidden.new_empty(hidden.shape if needs_grad else (0, hidden.shape[1]))
     # dweight is a sum over all rows: in float16 it would overflow before it is divided by their count.
-    dweight = hidden.new_zeros(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
+    dweight = hidden.new_empty(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
+    return hidden.new_empty((), dtype=wide), dhidden, dweight
 
-    rows = min(N, _chunk_rows(weight))
-    logits_buffer = hidden.new_empty(rows, weight.shape[0])
-    softmax_buffer = hidden.new_empty(rows, weight.shape[0], dtype=wide)
+
+def _in_chunks(outputs, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, softmax: Callable) -> None:
+    """Fills the outputs of _allocate, `rows` rows at a time.
+
+    softmax(logits, targets, losses) -> dz writes each row's loss, 0 where it is ignored, and returns the gradient in
+    its logits, (n, Vp), where dhidden has rows.
+    """
+    total, dhidden, dweight = outputs
+    N, rows = hidden.shape[0], min(rows, hidden.shape[0])
+    compute_weight = weight.to(hidden.dtype)
+    buffer = hidden.new_empty(rows, weight.shape[0])
+    losses = torch.empty(N, device=hidden.device, dtype=total.dtype)
+    dweight.zero_()
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        n = chunk.stop - start
-        logits = torch.mm(hidden[chunk], compute_weight.T, out=logits_buffer[:n])  # (n, Vp)
+        logits = torch.mm(hidden[chunk], compute_weight.T, out=buffer[: chunk.stop - start])  # (n, Vp)
+        dz = softmax(logits, targets[chunk], losses[chunk])
+        if len(dhidden):
+            torch.mm(dz, compute_weight, out=dhidden[chunk])
+            _add_product(dweight, dz.T, hidden[chunk])
+    torch.sum(losses, dim=0, out=total)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where total may be wider."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda and _addmm_widens(left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=total.dtype)
+    elif left.dtype == torch.bfloat16:  # each chunk's product is rounded once, the sum is not
+        total += left @ right
+    else:  # a product over many rows can leave float16's range
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+@functools.cache
+def _addmm_widens(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch's addmm adds a product of low precision to a float32 sum in place."""
+    total = torch.zeros(16, 16, device="cuda")
+    factor = total.to(dtype)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    """Rows per chunk: logits of 100 MB on a CPU (its caches gain nothing from more), 1 GB elsewhere, in float32."""
+    budget = 25_000_000 if weight.device.type == "cpu" else 250_000_000  # elements
+    return max(1, budget // weight.shape[0])
+
+
+def _fill_torch(
+    outputs, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
+) -> None:
+    wide = outputs[0].dtype
+    valid = targets != ignore_index
+    outside = valid & ((targets < 0) | (targets >= vocab_size))
+    if hidden.device.type == "cpu" and bool(outside.any()):
+        worst = targets[outside][0].item()
+        raise ValueError(f"linear_cross_entropy: targets must be 0 to {vocab_size - 1} or {ignore_index}, got {worst}")
+    rows = min(hidden.shape[0], _chunk_rows(weight))
+    probs_buffer = hidden.new_empty(rows, weight.shape[0], dtype=wide)
+
+    def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        valid = (targets != ignore_index)[:, None]  # (n, 1)
+        labels = targets.clamp(0, vocab_size - 1)[:, None]
         logits[:, vocab_size:] = float("-inf")
         peak = logits.amax(dim=-1, keepdim=True).to(wide)
-        probs = torch.softmax(logits, dim=-1, dtype=wide, out=softmax_buffer[:n])
+        probs = torch.softmax(logits, dim=-1, dtype=wide, out=probs_buffer[: len(logits)])
         # The largest probability is exp(peak - logsumexp), so this is the log-sum-exp without a pass of its own.
-        log_sum_exp = peak - probs.amax(dim=-1, keepdim=True).log()  # (n, 1)
-        losses[chunk] = (log_sum_exp - logits.gather(1, labels[chunk])).squeeze(1)
-        if needs_grad:
-            dlogits = probs.scatter_add_(1, labels[chunk], probs.new_full((n, 1), -1.0)).to(hidden.dtype)
-            torch.mm(dlogits, compute_weight, out=dhidden[chunk])
-            counted = hidden[chunk] * valid[chunk, None]
-            if hidden.dtype == wide:
-                dweight.addmm_(dlogits.T, counted)
-            else:  # each chunk's product is rounded once, the sum is float32
-                dweight += dlogits.T @ counted
-    if needs_grad:
-        dhidden *= valid[:, None]
-    total = torch.where(valid, losses, 0.0).sum() + torch.where(outside.any(), float("nan"), 0.0)
-    return total, dhidden, dweight
+        loss = peak - probs.amax(dim=-1, keepdim=True).log() - logits.gather(1, labels)
+        losses.copy_(torch.where(valid, loss, 0.0).squeeze(1))
+        probs.scatter_add_(1, labels, torch.full_like(loss, -1.0))
+        return torch.mul(probs, valid, out=logits)
+
+    _in_chunks(outputs, hidden, weight, targets, rows, softmax)
+    outputs[0].masked_fill_(outside.any(), float("nan"))
 
 
-@_sum_and_gradients.register_fake
-def _(hidden, weight, targets, vocab_size, ignore_index, needs_grad):
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    total = hidden.new_empty((), dtype=wide)
-    dhidden = torch.empty_like(hidden if needs_grad else hidden[:0], memory_format=torch.contiguous_format)
-    dweight = hidden.new_empty(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
-    return total, dhidden, dweight
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)  # 1 / ln 2
 
 
-def _setup_context(ctx, inputs, output):
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    row_stride,
+    vocab_size,
+    padded_size,
+    ignore_index,
+    NEEDS_GRAD: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One program turns one row of logits z into its loss and, in their place, into softmax(z) - onehot(target)."""
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * row_stride
+    target = tl.load(targets_ptr + row)
+    counts = target != ignore_index
+    inside = (target >= 0) & (target < vocab_size)
+    target_logit = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)  # before it is gone
+
+    # Online: `total` has a lane per column of the block, so that only the maximum crosses threads at every step.
+    peak = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for start in tl.range(0, vocab_size, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+        new_peak = tl.maximum(peak, tl.max(z, axis=0))
+        total = total * _exp(peak - new_peak) + _exp(z - new_peak)
+        peak = new_peak
+    log2_total = tl.log2(tl.sum(total, axis=0))
+    loss = log2_total * 0.6931471805599453 + (peak - target_logit)  # ln 2
+    tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
+
+    if NEEDS_GRAD:
+        inverse = tl.exp2(-log2_total)
+        for start in tl.range(0, padded_size, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            z = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+            dz = _exp(z - peak) * inverse - tl.where(cols == target, 1.0, 0.0)
+            tl.store(logits_ptr + cols, tl.where(counts, dz, 0.0), mask=cols < padded_size)
+
+
+def _fill_triton(
+    outputs, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
+) -> None:
+    def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+        _cross_entropy_kernel[(len(logits),)](
+            logits,
+            targets,
+            losses,
+            logits.stride(0),
+            vocab_size,
+            logits.shape[1],
+            ignore_index,
+            NEEDS_GRAD=needs_grad,
+            BLOCK_V=min(8192, triton.next_power_of_2(weight.shape[0])),
+            num_warps=16,
+        )
+        return logits
+
+    _in_chunks(outputs, hidden, weight, targets.contiguous(), 8192, softmax)
+
+
+def _save(ctx, inputs, output) -> None:
     _, dhidden, dweight = output
     ctx.save_for_backward(dhidden, dweight)
     ctx.weight_dtype = inputs[1].dtype
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dtotal, _ddhidden, _ddweight):
+def _differentiate(ctx, dtotal, _ddhidden, _ddweight):
     dhidden, dweight = ctx.saved_tensors
     if dtotal is None:
         return None, None, None, None, None, None
@@ -130,15 +231,31 @@ def _backward(ctx, dtotal, _ddhidden, _ddweight):
     return dhidden, dweight, None, None, None, None
 
 
-_sum_and_gradients.register_autograd(_backward, setup_context=_setup_context)
+_torch_op = register("linear_cross_entropy_torch", _allocate, _fill_torch, save=_save, differentiate=_differentiate)
+_triton_op = register("linear_cross_entropy", _allocate, _fill_triton, save=_save, differentiate=_differentiate)
+
+
+def _mean_loss(
+    op: Callable, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, ignore_index: int
+) -> Tensor:
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    _check(hidden, weight, targets, vocab_size)
+    if op is _triton_op:
+        check_triton("linear_cross_entropy", hidden=hidden, weight=weight)
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, _, _ = op(hidden, weight, targets, vocab_size, ignore_index, needs_grad)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def linear_cross_entropy_torch(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, ignore_index: int = -100
 ) -> Tensor:
     """PyTorch's matrix products and softmax over chunks of rows: one chunk of logits in memory, never all."""
-    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    _check(hidden, weight, targets, vocab_size)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, _, _ = _sum_and_gradients(hidden, weight, targets, vocab_size, ignore_index, needs_grad)
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return _mean_loss(_torch_op, hidden, weight, targets, vocab_size, ignore_index)
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Chunks of 8,192 rows, with one kernel from logits to their gradient in place. Never waits for the GPU."""
+    return _mean_loss(_triton_op, hidden, weight, targets, vocab_size, ignore_index)

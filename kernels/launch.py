@@ -68,9 +68,9 @@ def register(
     """Registers torch.ops.gpt2.<name>, opaque to torch.compile, and returns it.
 
     allocate(*inputs) makes the outputs, empty; it is also what the compiler traces, so shapes, dtypes and strides are
-    said once, and its annotations are the op's schema. fill(outputs, *inputs) launches the kernels that write them, with
-    the first input's device current. save(ctx, inputs, output) and differentiate(ctx, *gradients) are the autograd
-    formula; a gradient that nobody uses arrives as None.
+    said once, and its annotations are the op's schema. fill(outputs, *inputs) launches the kernels that write them,
+    with the first input's device current. save(ctx, inputs, output) and differentiate(ctx, *gradients) are the
+    autograd formula; a gradient that nobody uses arrives as None.
     """
 
     def run(*inputs):

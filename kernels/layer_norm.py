@@ -123,7 +123,7 @@ def _layer_norm_bwd_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program differentiates rows_per_program consecutive rows and sums their dweight and dbias, unwritten till then."""
+    """One program differentiates rows_per_program consecutive rows and writes the sum of their dweight and dbias."""
     program = tl.program_id(0)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, N)
