@@ -9,6 +9,7 @@ bits. out: (C,), any floating dtype.
 
 from torch import Tensor
 
+from kernels.configs import launch
 from kernels.launch import tl, triton
 
 
@@ -27,4 +28,9 @@ def _column_sum_kernel(partials_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK
 def column_sum(partials: Tensor, out: Tensor) -> None:
     """Writes the sum over rows of partials (P, C) into out (C,)."""
     P, C = partials.shape
-    _column_sum_kernel[(triton.cdiv(C, 32),)](partials, out, P, C, BLOCK_P=32, BLOCK_C=32, num_warps=4)
+
+    def start(BLOCK_P: int, BLOCK_C: int, num_warps: int) -> None:
+        tile = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C}
+        _column_sum_kernel[(triton.cdiv(C, BLOCK_C),)](partials, out, P, C, **tile, num_warps=num_warps)
+
+    launch("column_sum", C, partials.device, start)

@@ -1,9 +1,109 @@
-"""Launch configurations: tiles, warps and pipeline stages of every kernel whose best ones depend on the GPU."""
+"""Launch configurations: tiles, warps and pipeline stages of every kernel, one static table per architecture.
 
+No entry was chosen by timing. Each is the first of a list, from the largest tile down, that compiles without a spilled
+register and within the architecture's shared memory (`python -m kernels.aot` shows it). GPT2_AUTOTUNE=1 times the
+neighbours of each entry where they run, uses the fastest, and prints what it would put here.
+"""
+
+import itertools
+import os
+import sys
 from collections.abc import Callable
 
 import torch
 
+from kernels.launch import HAS_TRITON, INTERPRETED, triton
 
-def launch(name: str, size: int, device: torch.device, start: Callable) -> None:
-    start(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+# What the numbers of a kernel's entries are, in order.
+FIELDS = {
+    "attention_fwd": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "attention_bwd_dq": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "attention_bwd_dkdv": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "layer_norm_fwd": ("num_warps",),
+    "layer_norm_bwd": ("programs_per_multiprocessor", "num_warps"),
+    "gelu_fwd": ("BLOCK_SIZE", "num_warps"),
+    "gelu_bwd": ("BLOCK_SIZE", "num_warps"),
+    "bias_gelu_fwd": ("BLOCK_ROWS", "BLOCK_COLS", "num_warps"),
+    "bias_gelu_bwd": ("programs_per_multiprocessor", "BLOCK_ROWS", "BLOCK_COLS", "num_warps"),
+    "cross_entropy": ("BLOCK_V", "num_warps"),
+    "column_sum": ("BLOCK_P", "BLOCK_C", "num_warps"),
+}
+
+# kernel/kind -> architecture -> size -> entry. A size takes the entry of the next larger one, or the last; an
+# architecture that is not listed takes "default", which fits in 64 KiB of shared memory.
+TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
+    # by head width, rounded up to a power of two
+    "attention_fwd/16bit": {"default": {256: (64, 64, 4, 2)}},
+    "attention_bwd_dq/16bit": {"default": {256: (64, 64, 4, 2)}},
+    "attention_bwd_dkdv/16bit": {"default": {256: (64, 64, 4, 2)}},
+    "attention_fwd/ieee": {"default": {256: (64, 64, 4, 2)}},
+    "attention_bwd_dq/ieee": {"default": {256: (64, 64, 4, 2)}},
+    "attention_bwd_dkdv/ieee": {"default": {256: (64, 64, 4, 2)}},
+    # by row width
+    "layer_norm_fwd": {"default": {1024: (1,), 2048: (2,), 4096: (4,), 8192: (8,), 16384: (16,)}},
+    "layer_norm_bwd": {"default": {1024: (8, 4), 2048: (4, 8), 16384: (2, 16)}},
+    # one for all sizes
+    "gelu_fwd": {"default": {1: (1024, 4)}},
+    "gelu_bwd": {"default": {1: (1024, 4)}},
+    "bias_gelu_fwd": {"default": {1: (4, 256, 4)}},
+    "bias_gelu_bwd": {"default": {1: (8, 4, 256, 4)}},
+    "cross_entropy": {"default": {1: (8192, 16)}},
+    "column_sum": {"default": {1: (32, 32, 4)}},
+}
+
+_tuned: dict[tuple[str, str, int], dict[str, int]] = {}
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "default" in the interpreter."""
+    if INTERPRETED or not HAS_TRITON:
+        return "default"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def lookup(name: str, arch: str, size: int) -> dict[str, int]:
+    """The table's entry as keyword arguments of a launch. name: "kernel" or "kernel/kind"."""
+    rows = TABLE[name]
+    sizes = rows.get(arch, rows["default"])
+    entry = sizes[min((s for s in sizes if s >= size), default=max(sizes))]
+    return dict(zip(FIELDS[name.partition("/")[0]], entry, strict=True))
+
+
+def launch(name: str, size: int, device: torch.device, start: Callable, *, in_place: bool = False) -> None:
+    """Calls start(**config) with the configuration of kernel `name` for this device.
+
+    With GPT2_AUTOTUNE=1 the neighbours of the table's entry are timed first, once for each name and size; not those of
+    a kernel that works in place, which would be run many times on its own output.
+    """
+    arch = architecture(device)
+    config = lookup(name, arch, size)
+    if os.environ.get("GPT2_AUTOTUNE") == "1" and device.type == "cuda" and not in_place:
+        config = _tune(name, arch, size, config, start, triton.testing.do_bench)
+    start(**config)
+
+
+def _tune(name: str, arch: str, size: int, shipped: dict, start: Callable, time_ms: Callable) -> dict:
+    """The fastest among the table's entry and its neighbours, each number halved, kept or doubled."""
+    key = (name, arch, size)
+    if key not in _tuned:
+        times = {}
+        for factors in itertools.product((1, 2, 0.5), repeat=len(shipped)):  # the shipped one first
+            values = tuple(int(value * factor) for value, factor in zip(shipped.values(), factors, strict=True))
+            candidate = dict(zip(shipped, values, strict=True))
+            if min(values) < 1 or not 1 <= candidate["num_warps"] <= 32:
+                continue
+            try:
+                times[values] = time_ms(lambda candidate=candidate: start(**candidate))
+            except Exception as error:  # whatever the compiler or the driver says: too large, or not buildable
+                if not times:
+                    raise  # the shipped one
+                print(f"{name} {arch} {size}: {values} left out, {type(error).__name__}", file=sys.stderr)
+        best = min(times, key=times.get)
+        was = times[tuple(shipped.values())]
+        print(f"{name} {arch} {size}: {best}  # {times[best]:.4f} ms, was {was:.4f}", file=sys.stderr, flush=True)
+        _tuned[key] = dict(zip(shipped, best, strict=True))
+    return _tuned[key]

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.configs import launch
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
 
 
@@ -199,18 +200,23 @@ def _fill_triton(
     outputs, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
 ) -> None:
     def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
-        _cross_entropy_kernel[(len(logits),)](
-            logits,
-            targets,
-            losses,
-            logits.stride(0),
-            vocab_size,
-            logits.shape[1],
-            ignore_index,
-            NEEDS_GRAD=needs_grad,
-            BLOCK_V=min(8192, triton.next_power_of_2(weight.shape[0])),
-            num_warps=16,
-        )
+        n, Vp = logits.shape
+
+        def start(BLOCK_V: int, num_warps: int) -> None:
+            _cross_entropy_kernel[(n,)](
+                logits,
+                targets,
+                losses,
+                logits.stride(0),
+                vocab_size,
+                Vp,
+                ignore_index,
+                NEEDS_GRAD=needs_grad,
+                BLOCK_V=min(BLOCK_V, triton.next_power_of_2(Vp)),
+                num_warps=num_warps,
+            )
+
+        launch("cross_entropy", Vp, logits.device, start, in_place=True)
         return logits
 
     _in_chunks(outputs, hidden, weight, targets.contiguous(), 8192, softmax)

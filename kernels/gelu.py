@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
+from kernels.configs import launch
 from kernels.launch import check_floating, check_shape, check_triton, num_programs, register, require, tl, triton
 
 
@@ -131,74 +132,85 @@ def _bias_gelu_bwd_kernel(
     tl.store(dbias_ptr + program * F + cols, tl.sum(dbias, axis=0), mask=cols < F)
 
 
-def _like_x(x: Tensor) -> Tensor:
+def _allocate(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _like_x_with_dy(dy: Tensor, x: Tensor) -> Tensor:
+def _fill(y: Tensor, x: Tensor) -> None:
+    n, x = x.numel(), x.contiguous()
+
+    def start(BLOCK_SIZE: int, num_warps: int) -> None:
+        _gelu_fwd_kernel[(triton.cdiv(n, BLOCK_SIZE),)](x, y, n, BLOCK_SIZE=BLOCK_SIZE, num_warps=num_warps)
+
+    launch("gelu_fwd", n, x.device, start)
+
+
+def _allocate_backward(dy: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _like_x_with_bias(x: Tensor, bias: Tensor) -> Tensor:
+def _fill_backward(dx: Tensor, dy: Tensor, x: Tensor) -> None:
+    n, dy, x = x.numel(), dy.contiguous(), x.contiguous()
+
+    def start(BLOCK_SIZE: int, num_warps: int) -> None:
+        _gelu_bwd_kernel[(triton.cdiv(n, BLOCK_SIZE),)](dy, x, dx, n, BLOCK_SIZE=BLOCK_SIZE, num_warps=num_warps)
+
+    launch("gelu_bwd", n, x.device, start)
+
+
+def _allocate_bias(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _like_x_and_bias(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _fill_bias(y: Tensor, x: Tensor, bias: Tensor) -> None:
+    N, width, x, bias = x[..., :1].numel(), x.shape[-1], x.contiguous(), bias.contiguous()
+
+    def start(BLOCK_ROWS: int, BLOCK_COLS: int, num_warps: int) -> None:
+        grid = (triton.cdiv(N, BLOCK_ROWS) * triton.cdiv(width, BLOCK_COLS),)
+        tile = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLS": BLOCK_COLS}
+        _bias_gelu_fwd_kernel[grid](x, bias, y, N, width, **tile, num_warps=num_warps)
+
+    launch("bias_gelu_fwd", width, x.device, start)
+
+
+def _allocate_bias_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-def _fill_gelu(y: Tensor, x: Tensor) -> None:
-    n = x.numel()
-    _gelu_fwd_kernel[(triton.cdiv(n, 1024),)](x.contiguous(), y, n, BLOCK_SIZE=1024, num_warps=4)
-
-
-def _fill_gelu_backward(dx: Tensor, dy: Tensor, x: Tensor) -> None:
-    n = x.numel()
-    grid = (triton.cdiv(n, 1024),)
-    _gelu_bwd_kernel[grid](dy.contiguous(), x.contiguous(), dx, n, BLOCK_SIZE=1024, num_warps=4)
-
-
-def _fill_bias_gelu(y: Tensor, x: Tensor, bias: Tensor) -> None:
-    if x.numel() == 0:
-        return
-    F_, N = x.shape[-1], x[..., 0].numel()
-    tile = dict(BLOCK_ROWS=4, BLOCK_COLS=256)
-    grid = (triton.cdiv(N, tile["BLOCK_ROWS"]) * triton.cdiv(F_, tile["BLOCK_COLS"]),)
-    _bias_gelu_fwd_kernel[grid](x.contiguous(), bias.contiguous(), y, N, F_, **tile, num_warps=4)
-
-
-def _fill_bias_gelu_backward(outputs, dy: Tensor, x: Tensor, bias: Tensor) -> None:
+def _fill_bias_backward(outputs, dy: Tensor, x: Tensor, bias: Tensor) -> None:
     dx, dbias = outputs
-    if x.numel() == 0:
-        dbias.zero_()
-        return
-    F_, N = x.shape[-1], x[..., 0].numel()
-    tile = dict(BLOCK_ROWS=4, BLOCK_COLS=256)
-    col_blocks = triton.cdiv(F_, tile["BLOCK_COLS"])
-    P = max(1, num_programs(x.device, per_multiprocessor=8) // col_blocks)
-    rows_per_program = triton.cdiv(N, P)
-    P = triton.cdiv(N, max(1, rows_per_program))
-    partials = x.new_empty(P, F_, dtype=torch.float32)
-    _bias_gelu_bwd_kernel[(P * col_blocks,)](
-        dy.contiguous(), x.contiguous(), bias.contiguous(), dx, partials, N, F_, rows_per_program, **tile, num_warps=4
-    )
-    column_sum(partials, dbias)
+    N, width = x[..., :1].numel(), x.shape[-1]
+    tensors = [t.contiguous() for t in (dy, x, bias)]
+
+    def start(programs_per_multiprocessor: int, BLOCK_ROWS: int, BLOCK_COLS: int, num_warps: int) -> None:
+        col_blocks = triton.cdiv(width, BLOCK_COLS)
+        programs = max(1, num_programs(x.device, programs_per_multiprocessor) // max(1, col_blocks))
+        rows_per_program = max(1, triton.cdiv(N, programs))
+        P = triton.cdiv(N, rows_per_program)
+        partials = x.new_empty(P, width, dtype=torch.float32)
+        tile = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLS": BLOCK_COLS}
+        _bias_gelu_bwd_kernel[(P * col_blocks,)](
+            *tensors, dx, partials, N, width, rows_per_program, **tile, num_warps=num_warps
+        )
+        column_sum(partials, dbias)
+
+    launch("bias_gelu_bwd", width, x.device, start)
 
 
-_gelu_backward = register("gelu_backward", _like_x_with_dy, _fill_gelu_backward)
-_bias_gelu_backward = register("bias_gelu_backward", _like_x_and_bias, _fill_bias_gelu_backward)
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_gelu_backward = register("gelu_backward", _allocate_backward, _fill_backward)
 _gelu = register(
-    "gelu",
-    _like_x,
-    _fill_gelu,
-    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    differentiate=lambda ctx, dy: _gelu_backward(dy, *ctx.saved_tensors),
+    "gelu", _allocate, _fill, save=_save, differentiate=lambda ctx, dy: _gelu_backward(dy, *ctx.saved_tensors)
 )
+_bias_gelu_backward = register("bias_gelu_backward", _allocate_bias_backward, _fill_bias_backward)
 _bias_gelu = register(
     "bias_gelu",
-    _like_x_with_bias,
-    _fill_bias_gelu,
-    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    _allocate_bias,
+    _fill_bias,
+    save=_save,
     differentiate=lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors),
 )
 

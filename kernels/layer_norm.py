@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
+from kernels.configs import launch
 from kernels.launch import (
     check_floating,
     check_shape,
@@ -153,25 +154,14 @@ def _layer_norm_bwd_kernel(
 def _fill_forward(outputs, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
     y, summed, mean, rstd = outputs
     C = x.shape[-1]
-    _layer_norm_fwd_kernel[(mean.numel(),)](
-        x.contiguous(),
-        None if residual is None else residual.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        y,
-        summed,
-        mean,
-        rstd,
-        C=C,
-        EPS=eps,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=_num_warps(C),
-    )
+    tensors = [None if t is None else t.contiguous() for t in (x, residual, weight, bias)]
 
+    def start(num_warps: int) -> None:
+        _layer_norm_fwd_kernel[(mean.numel(),)](
+            *tensors, y, summed, mean, rstd, C=C, EPS=eps, BLOCK_C=triton.next_power_of_2(C), num_warps=num_warps
+        )
 
-def _num_warps(C: int) -> int:
-    """One warp up to 1,024 columns, so that a row is summed without a barrier; then 1,024 columns a warp."""
-    return min(16, triton.next_power_of_2(triton.cdiv(C, 1024)))
+    launch("layer_norm_fwd", C, x.device, start)
 
 
 def _allocate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,27 +185,28 @@ def _allocate_backward(
 def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> None:
     dx, dweight, dbias = outputs
     N, C = mean.numel(), x.shape[-1]
-    rows_per_program = triton.cdiv(N, num_programs(x.device, per_multiprocessor=8))
-    P = triton.cdiv(N, max(1, rows_per_program))
-    partials = x.new_empty(2, P, C, dtype=torch.float32)
-    _layer_norm_bwd_kernel[(P,)](
-        dy.contiguous(),
-        None if dsummed is None else dsummed.contiguous(),
-        x.contiguous(),
-        weight.contiguous(),
-        mean,
-        rstd,
-        dx,
-        partials[0],
-        partials[1],
-        N,
-        rows_per_program,
-        C=C,
-        BLOCK_C=triton.next_power_of_2(C),
-        num_warps=max(_num_warps(C), 4),
-    )
-    column_sum(partials[0], dweight)
-    column_sum(partials[1], dbias)
+    tensors = [None if t is None else t.contiguous() for t in (dy, dsummed, x, weight)]
+
+    def start(programs_per_multiprocessor: int, num_warps: int) -> None:
+        rows_per_program = max(1, triton.cdiv(N, num_programs(x.device, programs_per_multiprocessor)))
+        P = triton.cdiv(N, rows_per_program)
+        partials = x.new_empty(2, P, C, dtype=torch.float32)
+        _layer_norm_bwd_kernel[(P,)](
+            *tensors,
+            mean,
+            rstd,
+            dx,
+            *partials,
+            N,
+            rows_per_program,
+            C=C,
+            BLOCK_C=triton.next_power_of_2(C),
+            num_warps=num_warps,
+        )
+        column_sum(partials[0], dweight)
+        column_sum(partials[1], dbias)
+
+    launch("layer_norm_bwd", C, x.device, start)
 
 
 _layer_norm_backward = register("layer_norm_backward", _allocate_backward, _fill_backward)
