@@ -297,7 +297,8 @@ def _launch(name, owned, kernel, qkv: Tensor, tensors, is_causal: bool, dropout_
             **tile,
         )
 
-    launch(f"{name}/{kind}", BLOCK_D, qkv.device, start)
+    size = 2 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits take registers: the tile of the next head width
+    launch(f"{name}/{kind}", size, qkv.device, start)
 
 
 _attention_backward = register("attention_backward", _allocate_backward, _fill_backward)

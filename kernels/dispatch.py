@@ -1,5 +1,7 @@
 """Which implementation of each op runs, and why: the one place that decides."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,10 +9,12 @@ from typing import Literal
 import torch
 
 from kernels import attention, cross_entropy, gelu, layer_norm
+from kernels.configs import architecture
+from kernels.launch import HAS_TRITON, INTERPRETED, TRITON_FLOATING
 
 Backend = Literal["auto", "triton", "torch"]
 
-# Each op and the file it lives in. A file offers <op>_torch, and <op>_triton once its kernel is written.
+# Each op and the file it lives in, which offers <op>_reference, <op>_torch and <op>_triton.
 MODULES = {
     "attention": attention,
     "layer_norm": layer_norm,
@@ -61,30 +65,48 @@ def select(backend: Backend, device: torch.device | str, dtype: torch.dtype, hea
     device = torch.device(device)
     choices = []
     for op in MODULES:
-        obstacle = _triton_obstacle(op, device, dtype, head_dim)
+        obstacle = triton_obstacle(op, device, dtype, head_dim)
         if backend == "torch":
             choices.append(Choice(op, "torch", "asked for"))
-        elif obstacle is None:
-            choices.append(Choice(op, "triton", f"runs on {device}"))
-        elif backend == "auto":
-            choices.append(Choice(op, "torch", obstacle))
-        else:
+        elif obstacle is not None and backend == "triton":
             raise ValueError(
                 f"kernels: the triton backend must be able to run every op, {op} cannot: {obstacle}; "
                 'use "auto" or "torch"'
             )
+        elif obstacle is not None:
+            choices.append(Choice(op, "torch", obstacle))
+        elif INTERPRETED and backend == "auto":
+            choices.append(Choice(op, "torch", "Triton's interpreter is for tests, ask for triton to run it"))
+        else:
+            choices.append(Choice(op, "triton", "interpreter" if INTERPRETED else architecture(device)))
     functions = {choice.op: getattr(MODULES[choice.op], f"{choice.op}_{choice.implementation}") for choice in choices}
     return Ops(**functions, choices=tuple(choices))
 
 
-def _triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `op` cannot run on Triton here, or None if it can."""
-    if not hasattr(MODULES[op], f"{op}_triton"):
-        return "this version has no Triton kernel for it"
-    if device.type != "cuda":
-        return f"no CUDA device, the tensors are on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if op == "attention" and not 16 <= head_dim <= 256:
-        return f"head_dim {head_dim} is outside 16 to 256"
+def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `op` cannot run on Triton here, or None if it can. In the interpreter the CPU counts as a device."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if INTERPRETED:
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly"
+    elif not torch.cuda.is_available():
+        return "no CUDA device"
+    elif device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{architecture(device)} < sm_80"
+    elif not has_c_compiler():
+        return "no C compiler, with which Triton builds its launchers"
+    if dtype not in TRITON_FLOATING:
+        return f"{str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
+    if op == "attention" and head_dim < 16:
+        return f"head_dim {head_dim} < 16"
+    if op == "attention" and head_dim > 256:
+        return f"head_dim {head_dim} > 256"
     return None
+
+
+def has_c_compiler() -> bool:
+    """Whether Triton finds what compiles C: CC, or clang or gcc on PATH."""
+    return any(shutil.which(name) for name in (os.environ.get("CC"), "clang", "gcc") if name)

@@ -123,8 +123,12 @@ def _layer_norm_bwd_kernel(
     rows_per_program,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SUM_PARAMETERS: tl.constexpr,
 ):
-    """One program differentiates rows_per_program consecutive rows and writes the sum of their dweight and dbias."""
+    """One program differentiates rows_per_program consecutive rows.
+
+    With SUM_PARAMETERS it keeps the sums of their dweight and dbias in registers and writes them once.
+    """
     program = tl.program_id(0)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, N)
@@ -144,11 +148,51 @@ def _layer_norm_bwd_kernel(
         if dsummed_ptr is not None:
             dx += tl.load(dsummed_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, dx, mask=mask)
-        dweight += dy * normed
-        dbias += dy
+        if SUM_PARAMETERS:
+            dweight += dy * normed
+            dbias += dy
         offsets += C
-    tl.store(dweight_ptr + program * C + cols, dweight, mask=mask)
-    tl.store(dbias_ptr + program * C + cols, dbias, mask=mask)
+    if SUM_PARAMETERS:
+        tl.store(dweight_ptr + program * C + cols, dweight, mask=mask)
+        tl.store(dbias_ptr + program * C + cols, dbias, mask=mask)
+
+
+@triton.jit
+def _layer_norm_bwd_parameters_kernel(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    N,
+    C,
+    rows_per_program,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program sums dweight and dbias of BLOCK_C columns over rows_per_program rows, where a row is too wide for
+    the kernel above to hold both sums.
+    """
+    col_blocks = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0) // col_blocks
+    cols = tl.program_id(0) % col_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, N)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype=tl.float32)
+    for start in tl.range(first, last, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        offsets = rows[:, None].to(tl.int64) * C + cols[None, :]
+        mask = (rows < last)[:, None] & (cols < C)[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < last, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < last, other=0.0)
+        dweight += dy * (x - mean[:, None]) * rstd[:, None]
+        dbias += dy
+    tl.store(dweight_ptr + program * C + cols, tl.sum(dweight, axis=0), mask=cols < C)
+    tl.store(dbias_ptr + program * C + cols, tl.sum(dbias, axis=0), mask=cols < C)
 
 
 def _fill_forward(outputs, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -186,6 +230,7 @@ def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> N
     dx, dweight, dbias = outputs
     N, C = mean.numel(), x.shape[-1]
     tensors = [None if t is None else t.contiguous() for t in (dy, dsummed, x, weight)]
+    is_wide = C > 8192  # a row and the sums of dweight and dbias then exceed the registers of 16 warps
 
     def start(programs_per_multiprocessor: int, num_warps: int) -> None:
         rows_per_program = max(1, triton.cdiv(N, num_programs(x.device, programs_per_multiprocessor)))
@@ -201,8 +246,14 @@ def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> N
             rows_per_program,
             C=C,
             BLOCK_C=triton.next_power_of_2(C),
+            SUM_PARAMETERS=not is_wide,
             num_warps=num_warps,
         )
+        if is_wide:
+            grid = (P * triton.cdiv(C, 256),)
+            _layer_norm_bwd_parameters_kernel[grid](
+                tensors[0], tensors[2], mean, rstd, *partials, N, C, rows_per_program, BLOCK_ROWS=4, BLOCK_C=256
+            )
         column_sum(partials[0], dweight)
         column_sum(partials[1], dbias)
 
