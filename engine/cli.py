@@ -17,6 +17,7 @@ SUMMARIES = {
     "import": "GPT-2 weights in the Hugging Face layout to a run directory",
     "export": "a run to a directory that transformers opens",
     "plot": "draw a run's loss curve and learning rate again",
+    "doctor": "what this machine has, and what each op runs on here and why",
 }
 
 
@@ -56,6 +57,15 @@ class Plot:
     """Draws loss_curve.png and lr_schedule.png of a run again."""
 
     run: str  # run directory
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Says what this machine has and what each op of the model runs on here, with the reason. Starts nothing."""
+
+    preset: str = "gpt2"  # the model whose heads to judge by
+    head_dim: int | None = None  # width of a head; None: the preset's
+    precision: str = "auto"  # auto, bf16, fp16, tf32 or fp32, as for gpt2 train
 
 
 def _parse(kind: type, args: list[str], prog: str) -> Any:
@@ -206,6 +216,27 @@ def plot(args: list[str], prog: str) -> None:
         print(path)
 
 
+def doctor(args: list[str], prog: str) -> None:
+    """This machine, op by op."""
+    asked = _parse(Doctor, args, prog)
+    from typing import get_args
+
+    from engine import doctor as physician
+    from engine.config import Precision
+    from model.presets import PRESETS
+
+    if asked.preset not in PRESETS:
+        raise BadInput(f"doctor: --preset must be a preset, got {asked.preset!r}{nearest(asked.preset, PRESETS)}")
+    if asked.precision not in get_args(Precision):
+        raise BadInput(f"doctor: --precision must be one of {', '.join(get_args(Precision))}, got {asked.precision!r}")
+    head_dim = PRESETS[asked.preset].head_dim if asked.head_dim is None else asked.head_dim
+    if head_dim < 1:
+        raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
+    if (stranger := physician.shadow()) is not None:
+        raise BadInput(stranger)
+    print(physician.report(head_dim, asked.precision))
+
+
 COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "prepare": prepare,
     "train": train,
@@ -214,6 +245,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "import": import_,
     "export": export,
     "plot": plot,
+    "doctor": doctor,
 }
 
 USAGE = "usage: gpt2 COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(

@@ -12,6 +12,7 @@ from engine import checkpoint, config, data, hf_tokenizer, metrics, plots, token
 from engine.checkpoint import Checkpoint
 from engine.config import CONFIG_FILE, TrainConfig
 from engine.errors import BadInput
+from kernels.dispatch import Ops
 from model.generate import generate
 from model.gpt2 import GPT2
 
@@ -113,10 +114,10 @@ def check_vocabulary(train: TrainConfig, words: tokenizer.Tokenizer) -> None:
         )
 
 
-def configure(model: GPT2, train: TrainConfig, compute_dtype: torch.dtype) -> None:
+def configure(model: GPT2, train: TrainConfig, compute_dtype: torch.dtype) -> Ops:
     """Chooses the model's ops. Raises BadInput if --kernels asks for what cannot run here."""
     try:
-        model.configure(train.kernels, compute_dtype)
+        return model.configure(train.kernels, compute_dtype)
     except ValueError as error:
         raise BadInput(f"train: {error}") from error
 

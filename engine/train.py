@@ -57,7 +57,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     elif config.init_from is not None:
         runs.load_weights(config.init_from, raw_model)
     raw_model.to(ranks.device)
-    runs.configure(raw_model, config, precision.apply(arithmetic))
+    ops = runs.configure(raw_model, config, precision.apply(arithmetic))
     optimizer = optim.build(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=arithmetic == "fp16")
     if found is not None:
@@ -74,7 +74,7 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         f"{len(val_stream):,} validation {words.unit}s in {config.data}\n"
         f"step: {config.tokens_per_step:,} {words.unit}s = {micro_batch_size} sequences x {config.sequence_length} x "
         f"{accumulation} micro-batches x {ranks.world_size} processes on {ranks.device.type}\n"
-        f"precision: {arithmetic}, {why}\ncompile: {compile_why}"
+        f"precision: {arithmetic}, {why}\nkernels: {ops.summary()}\ncompile: {compile_why}"
         + (f"\ngoing on from {found.path}" if found is not None else "")
     )
     record = metrics.Metrics(config, start, ranks.is_first, words.unit)

@@ -297,7 +297,7 @@ def _launch(name, owned, kernel, qkv: Tensor, tensors, is_causal: bool, dropout_
             **tile,
         )
 
-    size = 2 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits take registers: the tile of the next head width
+    size = 4 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits take registers: the tile of a wider head
     launch(f"{name}/{kind}", size, qkv.device, start)
 
 

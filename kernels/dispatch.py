@@ -53,6 +53,15 @@ class Ops:
         """One line per op: what runs and why."""
         return "\n".join(str(choice) for choice in self.choices)
 
+    def summary(self) -> str:
+        """One line: "triton: sm_90", or each reason with the ops it holds for where they differ."""
+        groups: dict[str, list[str]] = {}
+        for choice in self.choices:
+            groups.setdefault(f"{choice.implementation}: {choice.reason}", []).append(choice.op)
+        if len(groups) == 1:
+            return next(iter(groups))
+        return "; ".join(f"{what} ({', '.join(ops)})" for what, ops in groups.items())
+
 
 def select(backend: Backend, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
     """Chooses an implementation of every op for inputs on `device`, of `dtype`, with heads `head_dim` wide.

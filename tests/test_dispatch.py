@@ -5,27 +5,42 @@ import types
 import pytest
 import torch
 
+import kernels.configs
 from kernels import dispatch
-from kernels.dispatch import MODULES, Choice, Ops, select
+from kernels.dispatch import MODULES, Choice, Ops, has_c_compiler, select
 
 OPS = ("attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear_cross_entropy")
 
 
 @pytest.fixture
-def kernels_for_all(monkeypatch) -> dict[str, types.SimpleNamespace]:
-    """Every op with a Triton kernel, a stand-in that is only ever chosen and never run."""
+def on_a_gpu(monkeypatch) -> dict[str, types.SimpleNamespace]:
+    """A machine with an sm_90 and stand-ins for every op, which are only ever chosen and never run."""
     modules = {
         op: types.SimpleNamespace(**{f"{op}_torch": f"{op} on torch", f"{op}_triton": f"{op} on triton"}) for op in OPS
     }
     monkeypatch.setattr(dispatch, "MODULES", modules)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "has_c_compiler", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for module in (dispatch, kernels.configs):
+        monkeypatch.setattr(module, "INTERPRETED", False)
     return modules
 
 
-def test_every_op_has_a_definition_and_a_pytorch_implementation():
+@pytest.fixture
+def without_a_gpu(monkeypatch) -> None:
+    """A machine with Triton and a compiler, and no GPU; nobody asked for the interpreter."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_every_op_has_a_definition_and_two_implementations():
     assert tuple(MODULES) == OPS
     for op, module in MODULES.items():
         assert callable(getattr(module, f"{op}_reference"))
         assert callable(getattr(module, f"{op}_torch"))
+        assert callable(getattr(module, f"{op}_triton"))
 
 
 def test_torch_takes_pytorch_for_every_op():
@@ -35,45 +50,42 @@ def test_torch_takes_pytorch_for_every_op():
     assert ops.choices == tuple(Choice(op, "torch", "asked for") for op in OPS)
 
 
-def test_torch_is_taken_even_where_triton_can_run(kernels_for_all):
+def test_torch_is_taken_even_where_triton_can_run(on_a_gpu):
     ops = select("torch", "cuda", torch.bfloat16, 64)
     assert ops.attention == "attention on torch"
     assert {choice.implementation for choice in ops.choices} == {"torch"}
 
 
-def test_auto_on_a_cpu_takes_pytorch_and_says_why():
+def test_auto_on_a_cpu_takes_pytorch_and_says_why(without_a_gpu):
     ops = select("auto", torch.device("cpu"), torch.float32, 64)
-    for op, choice in zip(OPS, ops.choices, strict=True):
+    for op in OPS:
         assert getattr(ops, op) is getattr(MODULES[op], f"{op}_torch")
-        has_kernel = hasattr(MODULES[op], f"{op}_triton")
-        assert ("the tensors are on cpu" if has_kernel else "no Triton kernel") in choice.reason
+    assert ops.choices == tuple(Choice(op, "torch", "no CUDA device") for op in OPS)
 
 
-def test_auto_takes_triton_where_it_can_run(kernels_for_all):
+def test_auto_takes_triton_where_it_can_run(on_a_gpu):
     ops = select("auto", "cuda", torch.bfloat16, 64)
     assert [getattr(ops, op) for op in OPS] == [f"{op} on triton" for op in OPS]
-    assert {choice.reason for choice in ops.choices} == {"runs on cuda"}
+    assert {str(choice).split(maxsplit=1)[1] for choice in ops.choices} == {"triton: sm_90"}
 
 
 OBSTACLES = [
-    pytest.param("cpu", torch.float32, 64, OPS, "no CUDA device, the tensors are on cpu", id="a CPU"),
-    pytest.param("cuda", torch.float64, 64, OPS, "not float64", id="float64"),
-    pytest.param("cuda", torch.bfloat16, 8, ("attention",), "head_dim 8 is outside 16 to 256", id="narrow heads"),
-    pytest.param("cuda", torch.bfloat16, 257, ("attention",), "head_dim 257 is outside 16 to 256", id="wide heads"),
+    pytest.param("cpu", torch.float32, 64, OPS, "the tensors are on cpu", id="a CPU beside a GPU"),
+    pytest.param("cuda", torch.float64, 64, OPS, "float64 is not float32, bfloat16 or float16", id="float64"),
+    pytest.param("cuda", torch.bfloat16, 12, ("attention",), "head_dim 12 < 16", id="narrow heads"),
+    pytest.param("cuda", torch.bfloat16, 257, ("attention",), "head_dim 257 > 256", id="wide heads"),
 ]
 
 
 @pytest.mark.parametrize(("device", "dtype", "head_dim", "stopped", "reason"), OBSTACLES)
-def test_auto_goes_around_an_obstacle_and_names_it(kernels_for_all, device, dtype, head_dim, stopped, reason):
+def test_auto_goes_around_an_obstacle_and_names_it(on_a_gpu, device, dtype, head_dim, stopped, reason):
     for choice in select("auto", device, dtype, head_dim).choices:
         assert choice.implementation == ("torch" if choice.op in stopped else "triton")
         assert (reason in choice.reason) == (choice.op in stopped)
 
 
 @pytest.mark.parametrize(("device", "dtype", "head_dim", "stopped", "reason"), OBSTACLES)
-def test_triton_where_it_cannot_run_is_an_error_with_the_reason(
-    kernels_for_all, device, dtype, head_dim, stopped, reason
-):
+def test_triton_where_it_cannot_run_is_an_error_with_the_reason(on_a_gpu, device, dtype, head_dim, stopped, reason):
     with pytest.raises(
         ValueError, match=f'the triton backend must .*{stopped[0]} cannot: .*{reason}.*use "auto" or "torch"'
     ):
@@ -82,22 +94,52 @@ def test_triton_where_it_cannot_run_is_an_error_with_the_reason(
 
 @pytest.mark.parametrize("head_dim", [16, 80, 256], ids=["narrowest", "no power of two", "widest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_triton_takes_every_contracted_size_and_dtype(kernels_for_all, dtype, head_dim):
+def test_triton_takes_every_contracted_size_and_dtype(on_a_gpu, dtype, head_dim):
     assert select("triton", "cuda", dtype, head_dim).attention == "attention on triton"
 
 
-def test_an_op_without_a_kernel_is_named(kernels_for_all):
-    del kernels_for_all["gelu"].gelu_triton
-    with pytest.raises(ValueError, match="gelu cannot: this version has no Triton kernel for it"):
+MISSING = [
+    pytest.param(dispatch, "HAS_TRITON", False, "Triton is not installed", id="no Triton"),
+    pytest.param(torch.cuda, "is_available", lambda: False, "no CUDA device", id="no GPU"),
+    pytest.param(torch.cuda, "get_device_capability", lambda device: (7, 5), "sm_75 < sm_80", id="an old GPU"),
+    pytest.param(dispatch, "has_c_compiler", lambda: False, "no C compiler", id="no C compiler"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "value", "reason"), MISSING)
+def test_a_machine_that_lacks_something_runs_pytorch_and_says_what(on_a_gpu, monkeypatch, owner, name, value, reason):
+    monkeypatch.setattr(owner, name, value)
+    for choice in select("auto", "cuda", torch.bfloat16, 64).choices:
+        assert choice.implementation == "torch"
+        assert choice.reason.startswith(reason)
+    with pytest.raises(ValueError, match=f"attention cannot: {reason}"):
         select("triton", "cuda", torch.bfloat16, 64)
-    assert [c.op for c in select("auto", "cuda", torch.bfloat16, 64).choices if c.implementation == "torch"] == ["gelu"]
 
 
-def test_triton_on_a_cpu_is_an_error_with_the_shipped_ops():
+def test_a_compiler_named_by_cc_counts(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert not has_c_compiler()
+    compiler = tmp_path / "mycc"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert has_c_compiler()
+
+
+def test_triton_on_a_cpu_is_an_error_with_the_shipped_ops(without_a_gpu):
     with pytest.raises(
-        ValueError, match="kernels: the triton backend must be able to run every op, attention cannot: "
+        ValueError, match="kernels: the triton backend must be able to run every op, attention cannot: no CUDA device"
     ):
         select("triton", "cpu", torch.float32, 64)
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="kernels run natively here")
+def test_the_interpreter_runs_only_when_triton_is_asked_for():
+    ops = select("triton", "cpu", torch.float32, 64)
+    assert {str(choice).split(maxsplit=1)[1] for choice in ops.choices} == {"triton: interpreter"}
+    assert {choice.implementation for choice in select("auto", "cpu", torch.float32, 64).choices} == {"torch"}
+    with pytest.raises(ValueError, match="attention cannot: Triton's interpreter computes bfloat16 wrongly"):
+        select("triton", "cpu", torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "Triton", "", None], ids=repr)

@@ -1,0 +1,85 @@
+"""gpt2 doctor: a row per op with the true reason, and a word when a stranger's package stands in for ours."""
+
+import importlib.util
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from engine import cli, doctor
+from kernels.dispatch import MODULES
+
+
+def say(capsys, *args: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of gpt2 doctor."""
+    code = cli.main(["doctor", *args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_prints_the_machine_and_a_row_for_every_op(capsys):
+    code, out, _ = say(capsys, "--precision", "fp32")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert {"python", "torch", "triton", "processor", "precision", "disk", *MODULES} <= set(rows)
+    assert all("torch: " in rows[op] or "triton: " in rows[op] for op in MODULES)
+    assert "ops at head_dim 64, fp32" in out
+
+
+@pytest.mark.skipif(not __import__("torch").cuda.is_available(), reason="without a GPU no op gets as far as its width")
+def test_heads_too_narrow_for_triton_are_named(capsys):
+    _, out, _ = say(capsys, "--head-dim", "12")
+    assert "torch: head_dim 12 < 16" in out
+
+
+def test_the_presets_heads_are_judged_unless_a_width_is_given(capsys):
+    assert "ops at head_dim 32, fp32" in say(capsys, "--preset", "tiny", "--precision", "fp32")[1]
+    assert "ops at head_dim 80, fp32" in say(capsys, "--head-dim", "80", "--precision", "fp32")[1]
+
+
+REFUSED = [
+    (["--preset", "gpt-2"], "--preset must be a preset, got 'gpt-2'; did you mean \"gpt2\"?"),
+    (["--precision", "b16"], "--precision must be one of auto, bf16, fp16, tf32, fp32, got 'b16'"),
+    (["--head-dim", "0"], "--head-dim must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("args", "sentence"), REFUSED, ids=lambda value: "" if isinstance(value, str) else value[0])
+def test_bad_input_is_a_sentence_and_exit_code_2(capsys, args, sentence):
+    code, out, err = say(capsys, *args)
+    assert (code, out, err.strip()) == (2, "", f"doctor: {sentence}")
+
+
+def test_a_stranger_named_kernels_is_pointed_out(tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('a stranger')\n")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
+         "from engine import cli; sys.exit(cli.main(['doctor']))"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"doctor: `import kernels` must find {ROOT / 'kernels'}, got {package}; another package"
+    )
+
+
+def test_a_package_that_is_missing_is_pointed_out(monkeypatch):
+    assert doctor.shadow() is None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "model" else find(name))
+    assert "`import model` must find" in doctor.shadow()
+    assert "got nothing" in doctor.shadow()
+
+
+def test_gpus_are_named_with_architecture_and_memory(monkeypatch):
+    import torch
+
+    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert doctor._gpus() == [("GPU 0", "NVIDIA H200, sm_90, 140 GiB")]
