@@ -155,6 +155,13 @@ def _exp(x):
 
 
 @triton.jit
+def _load_logits(ptr, cols, vocab_size, padded_size):
+    """Logits, -inf in the padding. It is read all the same: a mask that ends at 50,257 would rule out wide loads."""
+    z = tl.load(ptr + cols, mask=cols < padded_size, other=float("-inf")).to(tl.float32)
+    return tl.where(cols < vocab_size, z, float("-inf"))
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
@@ -179,7 +186,7 @@ def _cross_entropy_kernel(
     total = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for start in tl.range(0, vocab_size, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+        z = _load_logits(logits_ptr, cols, vocab_size, padded_size)
         new_peak = tl.maximum(peak, tl.max(z, axis=0))
         total = total * _exp(peak - new_peak) + _exp(z - new_peak)
         peak = new_peak
@@ -191,7 +198,7 @@ def _cross_entropy_kernel(
         inverse = tl.exp2(-log2_total)
         for start in tl.range(0, padded_size, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
+            z = _load_logits(logits_ptr, cols, vocab_size, padded_size)
             dz = _exp(z - peak) * inverse - tl.where(cols == target, 1.0, 0.0)
             tl.store(logits_ptr + cols, tl.where(counts, dz, 0.0), mask=cols < padded_size)
 

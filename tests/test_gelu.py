@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tolerances import (
     DEVICE,
     DTYPES,
+    MANY,
     assert_accurate,
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
@@ -37,6 +38,7 @@ SHAPES = [
     pytest.param((3,), id="three"),
     pytest.param((7, 17), id="prime width"),
     pytest.param((2, 5, 768), id="three axes"),
+    pytest.param((2, 1600), id="GPT-2 XL"),
     pytest.param((3, 1601), id="odd, over a block of 1024"),
     pytest.param((4097,), id="one over a power of two"),
     pytest.param((1025, 3), id="more rows than any block, narrow"),
@@ -91,8 +93,20 @@ def test_float32_bias_with_low_precision_activations_matches_reference(ops, dtyp
 def test_tails_are_zero_and_the_identity(ops, dtype):
     x = torch.tensor([-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4], device=DEVICE, dtype=dtype)
     y, dx = values_and_gradients(ops[0], [x], [torch.ones_like(x)])
-    torch.testing.assert_close(y, x.clamp(min=0.0), rtol=0, atol=0)
-    torch.testing.assert_close(dx, torch.tensor([0, 0, 0, 0.5, 1, 1, 1], device=DEVICE, dtype=dtype), rtol=0, atol=0)
+    slope = torch.tensor([0, 0, 0, 0.5, 1, 1, 1], device=DEVICE, dtype=dtype)
+    assert_bitwise([y, dx], [x.clamp(min=0.0), slope])
+    zeros, ones = torch.zeros_like(x), torch.ones_like(x)
+    assert_bitwise(values_and_gradients(ops[1], [x, zeros], [ones]), [x.clamp(min=0.0), slope, slope])
+    assert_bitwise(values_and_gradients(ops[1], [zeros, x], [ones]), [x.clamp(min=0.0), slope, slope])
+
+
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
+def test_tiny_inputs_are_halved(ops):
+    x = torch.tensor([-1e-8, -1e-30, 1e-30, 1e-8], device=DEVICE)
+    for op, tensors in ((ops[0], [x]), (ops[1], [x, torch.zeros_like(x)])):
+        y, dx, *_ = values_and_gradients(op, tensors, [torch.ones_like(x)])
+        torch.testing.assert_close(y, x / 2, rtol=1e-6, atol=0)
+        torch.testing.assert_close(dx, torch.full_like(x, 0.5), rtol=1e-6, atol=0)
 
 
 STRIDED = [
@@ -122,8 +136,8 @@ def test_strided_and_expanded_gradients_are_taken(ops):
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_inputs_stay_unchanged_and_runs_are_bitwise_equal(ops):
-    x, bias = inputs((259, 768))
-    dy = randn(259, 768, seed=2)
+    x, bias = inputs((MANY, 768))
+    dy = randn(MANY, 768, seed=2)
     before = [t.clone() for t in (x, bias, dy)]
     for op, tensors in ((ops[0], [x]), (ops[1], [x, bias])):
         first = values_and_gradients(op, tensors, [dy])
@@ -148,6 +162,24 @@ def test_compiles_fullgraph(ops):
         expected = values_and_gradients(op, tensors, [dy])
         for ours, eager in zip(values_and_gradients(compiled, tensors, [dy]), expected, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = [
+    pytest.param(torch.clone, id="contiguous"),
+    pytest.param(lambda x: x.transpose(0, -1).contiguous().transpose(0, -1), id="permuted"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_passes_opcheck(layout):
+    x, bias = inputs((3, 2, 5))
+    x, dy, ops = layout(x), layout(randn(3, 2, 5, seed=2)), torch.ops.gpt2
+    torch.library.opcheck(ops.gelu_backward.default, (dy, x))
+    torch.library.opcheck(ops.bias_gelu_backward.default, (dy, x, bias))
+    for needs_grad in (False, True):
+        x, bias = x.requires_grad_(needs_grad), bias.requires_grad_(needs_grad)
+        torch.library.opcheck(ops.gelu.default, (x,))
+        torch.library.opcheck(ops.bias_gelu.default, (x, bias))
 
 
 def test_reference_is_the_equation_and_its_derivative():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tolerances import (
     DEVICE,
     DTYPES,
+    MANY,
     assert_accurate,
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
@@ -30,12 +31,13 @@ IMPLEMENTATIONS = [
     pytest.param((layer_norm_triton, add_layer_norm_triton), id="triton"),
 ]
 REFERENCE = pytest.param((layer_norm_reference, add_layer_norm_reference), id="reference")
-WIDTHS = {3: "tiny", 17: "prime", 768: "GPT-2", 1601: "odd, over GPT-2 XL"}
+WIDTHS = {3: "tiny", 17: "prime", 768: "GPT-2", 1600: "GPT-2 XL", 1601: "odd, over GPT-2 XL"}
 SHAPES = [
     *(pytest.param((5, 3, C), id=f"C={C} {why}") for C, why in WIDTHS.items()),
     pytest.param((1, 64), id="one row"),
     pytest.param((64,), id="no leading axis"),
     pytest.param((259, 33), id="more rows than any block"),
+    pytest.param((3, 8193), id="C=8193 a row and its sums fill the registers"),
 ]
 NAMES = "y dx dweight dbias"
 ADD_NAMES = "y summed dx dresidual dweight dbias"
@@ -114,12 +116,20 @@ def test_eps_is_used(ops):
     compare(ops, x * 0.1, residual * 0.1, weight, bias, eps=0.1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])  # 1e-4 is no normal float16
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
-def test_rows_of_tiny_variance_match_reference(ops):
-    x, residual, weight, bias = inputs((7, 64))
-    compare(
-        ops, x * 1e-4, residual * 1e-4, weight, bias, dy=randn(7, 64, seed=4) * 1e-2
-    )  # rstd 300, variance below eps
+def test_rows_of_tiny_variance_match_reference(ops, dtype):
+    x, residual, weight, bias = inputs((7, 64), dtype)
+    x, residual, dy = x * 5e-5, residual * 5e-5, randn(7, 64, seed=4, dtype=dtype)  # a variance of 1e-8
+    compare(ops, x, residual, weight, bias, dy=dy * 1e-2)  # rstd is 316: the variance is below eps
+    compare(ops, x, residual, weight, bias, dy=dy * 1e-4, eps=1e-12)  # rstd is 1e4
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("ops", IMPLEMENTATIONS)
+def test_rows_of_huge_values_match_reference(ops, dtype):
+    x, residual, weight, bias = inputs((7, 64), dtype)
+    compare(ops, x * 1e4, residual * 1e4, weight, bias, dy=randn(7, 64, seed=4, dtype=dtype) * 1e4)
 
 
 @pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
@@ -130,6 +140,16 @@ def test_rows_of_equal_values_give_the_bias(ops):
     y, summed = ops[1](x, x, weight, bias)
     torch.testing.assert_close(y, bias.expand(4, 64), rtol=0, atol=0)
     torch.testing.assert_close(summed, x + x, rtol=0, atol=0)
+    compare(ops, x, x, weight, bias, dy=randn(4, 64, seed=4) * 1e-2)
+
+
+@pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
+def test_no_rows_give_no_gradient(ops):
+    x, residual, weight, bias = inputs((0, 5))
+    for op, tensors, douts in ((ops[0], [x, weight, bias], [x]), (ops[1], [x, residual, weight, bias], [x, x])):
+        *others, dweight, dbias = values_and_gradients(op, tensors, douts)
+        assert {t.shape for t in others} == {(0, 5)}
+        assert_bitwise([dweight, dbias], [torch.zeros(5, device=DEVICE)] * 2)
 
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
@@ -184,8 +204,8 @@ def test_one_used_output_of_two_is_enough(ops, used):
 
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_inputs_stay_unchanged_and_runs_are_bitwise_equal(ops):
-    x, residual, weight, bias = inputs((259, 768))
-    dy = randn(259, 768, seed=4)
+    x, residual, weight, bias = inputs((MANY, 768))
+    dy = randn(MANY, 768, seed=4)
     before = [t.clone() for t in (x, residual, weight, bias, dy)]
     for op, tensors, douts in ((ops[0], [x, weight, bias], [dy]), (ops[1], [x, residual, weight, bias], [dy, dy])):
         first = values_and_gradients(op, tensors, douts)
@@ -210,6 +230,27 @@ def test_compiles_fullgraph(ops):
         expected = values_and_gradients(op, tensors, douts)
         for ours, eager in zip(values_and_gradients(compiled, tensors, douts), expected, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = [
+    pytest.param(torch.clone, id="contiguous"),
+    pytest.param(lambda x: x.transpose(0, -1).contiguous().transpose(0, -1), id="permuted"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_passes_opcheck(layout):
+    x, residual, weight, bias = inputs((3, 2, 5))
+    dy, x, residual = (layout(t) for t in (randn(3, 2, 5, seed=4), x, residual))
+    ops = torch.ops.gpt2
+    _, mean, rstd = ops.layer_norm(x, weight, bias, 1e-5)
+    for dsummed in (None, residual):
+        saved = dy, dsummed, x, weight, mean, rstd, torch.float32
+        torch.library.opcheck(ops.layer_norm_backward.default, saved)
+    for needs_grad in (False, True):
+        leaves = [t.requires_grad_(needs_grad) for t in (x, residual, weight, bias)]
+        torch.library.opcheck(ops.layer_norm.default, (leaves[0], *leaves[2:], 1e-5))
+        torch.library.opcheck(ops.add_layer_norm.default, (*leaves, 1e-5))
 
 
 def test_reference_is_pytorchs_float64_layer_norm():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MANY = 4099 if DEVICE.type == "cuda" else 37  # rows, for which the interpreter takes 10 ms each
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -74,6 +75,13 @@ def assert_accurate(
             allowed += 2.0 * (theirs.double() - truth).abs().max().item()
         error = (ours.double() - truth).abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Every tensor is within TOLERANCE of the expected one's largest value: two orders of the same arithmetic."""
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        assert error <= TOLERANCE[theirs.dtype] * scale, f"tensor {i}: error {error:.3g} at scale {scale:.3g}"
 
 
 def assert_bitwise(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
