@@ -190,8 +190,11 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def compile_all(targets: list[str], cases: list[str], jobs: int) -> Iterator[list[Row]]:
-    """Rows of every case for every target, in order, compiled in `jobs` processes."""
+    """Rows of every case for every target, in order, compiled in `jobs` processes or, if 1, in this one."""
     pairs = [(target, case) for target in targets for case in cases]
+    if jobs == 1:
+        yield from (compile_case(*pair) for pair in pairs)
+        return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, *zip(*pairs, strict=True))
 

@@ -5,7 +5,25 @@
 qkv: (B, T, 3, H, D), the fused projection's output viewed in place; out: (B, T, H, D), so that the next
 linear layer reads it as (B, T, H * D) without a copy. T >= 1. Scores and softmax are float32 or wider; out
 has qkv's dtype. `scale` is 1 / sqrt(D) unless given. `dropout_p` drops attention weights, not outputs.
-Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
+
+The Triton kernels never hold a (T, T) matrix. With s_ij = scale q_i . k_j and w_ij = exp(s_ij - lse_i), where lse_i =
+log sum_j exp(s_ij), they rest on three facts.
+
+1. Softmax can be computed online. Over the keys seen so far keep the peak m, the total l = sum_j exp(s_ij - m) and the
+   sum a = sum_j exp(s_ij - m) v_j. A block of keys with a larger peak m' shrinks both by exp(m - m') and adds its own
+   terms. At the end out_i = a / l and lse_i = m + log l: one number per row is all that backward needs of the forward.
+2. Backward recomputes w_ij from q, k and lse. From out_i = sum_j w_ij v_j:  dv_j = sum_i w_ij dout_i  and
+   dw_ij = dout_i . v_j.  Softmax gives  ds_ij = w_ij (dw_ij - sum_l w_il dw_il),  and that sum is  delta_i =
+   dout_i . sum_l w_il v_l = dout_i . out_i:  known before any key is visited. Then  dq_i = scale sum_j ds_ij k_j  and
+   dk_j = scale sum_i ds_ij q_i.
+3. dq sums over keys, dk and dv over queries. One kernel whose programs own rows of dq and one whose programs own rows
+   of dk and dv recompute the scores twice (7 products where a shared sum needs 5) and need no atomics: every element is
+   written once, in a fixed order, so two runs give the same bits.
+
+A causal block of queries visits the keys before it without a mask, then those on its diagonal with one, then stops.
+Dropout drops w_ij after lse is fixed: where it keeps, w and dw are divided by 1 - p; delta_i stays dout_i . out_i.
+Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Milakov & Gimelshein 2018, arXiv:1805.02867 (online
+softmax); Dao et al. 2022, arXiv:2205.14135, section 3 and appendix B; Dao 2023, arXiv:2307.08691, section 3.
 """
 
 import math
@@ -47,7 +65,7 @@ def attention_torch(
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention on strided views of qkv: nothing is copied on the way in."""
     _check(qkv, dropout_p, scale)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), a view
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) views; backward packs them in one copy
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).contiguous()  # flash kernels already lay it out as (B, T, H, D): then a view
 

@@ -3,6 +3,8 @@
     z = hidden weight^T,   loss = mean over targets not ignored of  logsumexp(z_i) - z_i[target_i]
     dz_i = (softmax(z_i) - onehot(target_i)) / count,   dhidden = dz weight,   dweight = dz^T hidden
 
+since the derivative of logsumexp(z) in z is softmax(z), and that of z[t] is onehot(t).
+
 hidden: (N, C) and weight: (Vp, C), float32, bfloat16 or float16; targets: (N,) int64; loss: scalar float32
 (float64 for float64 inputs). Columns of weight from vocab_size up are padding: they take no probability and no
 gradient. Rows whose target is ignore_index count for nothing; when all are ignored the loss and every gradient

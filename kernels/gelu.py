@@ -4,6 +4,9 @@
 
 x, y: any shape, for bias_gelu (..., F) with bias (F,); float32, bfloat16 or float16. Arithmetic is float32 or
 wider; y has x's dtype. GPT-2 was trained with this form, not with the exact erf form.
+
+Since (1 + tanh u) / 2 = sigmoid(2 u) =: s, gelu(x) = x s, and  dgelu/dx = s + x s (1 - s) 2 du/dx  with  du/dx =
+sqrt(2 / pi) (1 + 3 * 0.044715 x^2).  Backward recomputes s from x; dbias is dx summed over rows.
 Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
 """
 

@@ -5,6 +5,13 @@
 
 x, residual, y, summed: (..., C), float32, bfloat16 or float16; weight, bias: (C,), any of these dtypes.
 Statistics are float32 or wider and var is biased (divided by C); y and summed have x's dtype.
+
+Backward, with n = (x - mean) rstd and g = dy weight, all sums over a row's C elements. mean and rstd depend on every
+x_j:  dmean/dx_j = 1 / C,  drstd/dx_j = -rstd^2 n_j / C,  so that  dn_i/dx_j = rstd ([i = j] - 1 / C - n_i n_j / C)  and
+
+    dx = rstd (g - sum(g) / C - n sum(g n) / C),   dweight = sum over rows of dy n,   dbias = sum over rows of dy
+
+In add_layer_norm x and residual have the same gradient: dx above, plus what arrives through `summed`.
 Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450, section 3.
 """
 

@@ -199,6 +199,14 @@ def test_huge_scores_do_not_overflow(op):
     torch.testing.assert_close(got[0].double(), exact, rtol=0, atol=2e-2)  # 1e4 * 2^-23 enters each exponent
 
 
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_scores_far_below_zero_match_reference(op, is_causal):
+    qkv, dout = inputs(SMALL)
+    qkv[:, :, 0], qkv[:, :, 1] = 6.0, -6.0  # every score is -144: a key past the end, whose score is 0, would weigh inf
+    compare(op, qkv, dout, is_causal=is_causal)
+
+
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_equal_keys_average_the_values(op):
     qkv, _ = inputs(SMALL)

@@ -1,0 +1,22 @@
+"""Run by torchrun from test_kernel_model.py: one backward pass on Triton on two ranks that hold different batches."""
+
+import torch
+from tolerances import assert_same
+
+from engine import distributed
+from model.gpt2 import GPT2, GPT2Config
+
+with distributed.process_group() as ranks:
+    torch.manual_seed(0)
+    raw_model = GPT2(GPT2Config(2, 2, 32, 16, 257)).to(ranks.device)
+    batches = torch.randint(257, (2, 2, 9), generator=torch.Generator().manual_seed(1)).to(ranks.device)  # rank, B, T
+
+    raw_model(batches[:, :, :-1].flatten(0, 1), batches[:, :, 1:].flatten(0, 1)).backward()  # all of it, on PyTorch
+    expected = [p.grad.clone() for p in raw_model.parameters()]
+    raw_model.zero_grad()
+
+    raw_model.configure("triton", torch.float32)
+    model = distributed.wrap(raw_model, ranks)
+    model(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
+    assert_same([p.grad for p in raw_model.parameters()], expected)
+    ranks.say("gradient is the mean over both ranks: True")

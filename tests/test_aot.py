@@ -1,0 +1,142 @@
+"""The kernels compiled for GPUs that are not here: no spilled register, enough shared memory, tensor cores, wide loads.
+
+Kernels are either interpreted or compiled in a process, so these compile in processes of their own.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from kernels import aot
+from kernels.aot import CASES, SHARED_LIMIT, Row, compile_case
+from kernels.launch import HAS_TRITON, INTERPRETED
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
+
+TARGETS = ("sm_80", "sm_86", "sm_90")
+HEADS = [f"attention D={D} bf16" for D in (64, 80, 96, 128)]
+REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
+AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
+CHILD = f"""
+import dataclasses, json, os
+from kernels.aot import compile_all
+if __name__ == "__main__":
+    rows = []
+    for targets, cases in (({TARGETS!r}, {HEADS!r}), (("sm_90",), {REST!r}), (("gfx942",), {AMD!r})):
+        rows += [dataclasses.asdict(row) for found in compile_all(targets, cases, os.cpu_count()) for row in found]
+    print(json.dumps(rows))
+"""
+
+
+def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    """A Python process at the repository's root in which kernels are compiled, not interpreted."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[Row]:
+    script = tmp_path_factory.mktemp("aot") / "compile.py"  # a file, so that the processes it starts can import it
+    script.write_text(CHILD)
+    done = run(str(script), PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    return [Row(**row) for row in json.loads(done.stdout)]
+
+
+def test_no_kernel_spills_or_exceeds_shared_memory(rows):
+    assert not [str(row) for row in rows if row.problem]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", HEADS)
+def test_every_attention_kernel_is_there(rows, target, case):
+    kernels = [row.kernel for row in rows if row.target == target and row.case == case]
+    assert sorted(kernels) == ["attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"]
+
+
+def test_every_matmul_of_attention_is_wgmma_on_hopper_and_mma_before_it(rows):
+    for row in rows:
+        if row.case in HEADS and row.target in TARGETS:
+            kinds = row.tensor_core.split()[1::2]
+            assert kinds == (["HGMMA"] if row.target == "sm_90" else ["HMMA"]), str(row)
+
+
+def test_memory_is_read_128_bits_at_a_time(rows):
+    for row in rows:
+        if row.target.startswith("sm_"):
+            assert row.wide_loads > 0, str(row)
+
+
+def test_amd_compiles_every_op_with_matrix_instructions(rows):
+    amd = [row for row in rows if row.target == "gfx942"]
+    assert {row.case for row in amd} == set(AMD)
+    assert all("MFMA" in row.tensor_core for row in amd if row.kernel.startswith("attention"))
+
+
+def test_every_op_is_a_case():
+    assert {case.split()[0] for case in CASES} == {"attention", "layer_norm", "gelu", "cross_entropy"}
+    assert {f"attention D={D} bf16" for D in (16, 32, 64, 80, 96, 128, 256)} <= set(CASES)
+
+
+FITTING = Row("sm_86", "attention_fwd", "attention D=64 bf16", 155, 0, 99 * 1024, "128 HMMA", 28)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, ""),
+        ({"spilled_bytes": 8}, "spills"),
+        ({"shared_bytes": 99 * 1024 + 1}, "too much shared memory"),
+        ({"failure": "does not compile: CompilationError"}, "does not compile: CompilationError"),
+    ],
+    ids=["fits to the byte", "one spill", "one byte over", "a failure"],
+)
+def test_a_row_says_what_is_wrong_with_it(change, problem):
+    row = dataclasses.replace(FITTING, **change)
+    assert row.problem == problem
+    assert str(row).endswith(problem)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run natively here")
+def test_nothing_compiles_under_the_interpreter_and_it_says_so():
+    with pytest.raises(ValueError, match="TRITON_INTERPRET must be unset"):
+        compile_case("sm_90", "gelu F=3072 fp32")
+    assert aot.main([]) == 2
+
+
+def test_the_command_prints_a_table_and_exits_with_0():
+    done = run("-m", "kernels.aot", "--target", "sm_90", "--only", "gelu F=3072 bf16", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"sm_90: at most {SHARED_LIMIT['sm_90']} KiB of shared memory" in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if "gelu F=3072" in line] == [
+        "gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "column_sum",
+    ]  # fmt: skip
+
+
+BROKEN = {
+    "a tile that spills": "configs.TABLE['attention_fwd/16bit'] = {'default': {256: (128, 128, 4, 2)}}",
+    "a kernel that does not compile": "attention._attention_fwd_kernel = None",
+}
+
+
+@pytest.mark.parametrize("breakage", BROKEN.values(), ids=BROKEN)
+def test_the_command_exits_with_1_when_a_kernel_does_not_fit(breakage):
+    code = f"import sys\nfrom kernels import aot, attention, configs\n{breakage}\n"
+    code += "sys.exit(aot.main(['--target', 'sm_86', '--only', 'D=64 fp16', '--jobs', '1']))"
+    done = run("-c", code)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "of the kernels do not fit" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_case_is_a_sentence_that_lists_them(capsys):
+    done = run("-m", "kernels.aot", "--only", "nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("kernels.aot: --only must be part of a case, got 'nothing'; the cases are: attention")
