@@ -5,14 +5,12 @@ where the engine's own requirements are not installed.
 Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from bench.gpu_timing import Timer, summary
-from kernels import attention, cross_entropy, gelu, layer_norm
 from model.gpt2 import GPT2, PRESETS
 from model.presets import GPT2Config
 
@@ -20,15 +18,6 @@ STEP = "training step"
 PEAK_TFLOPS = {"H200": 989, "H100": 989}  # dense bf16, NVIDIA's data sheets
 WARM_UP, STEPS = 3, 10
 LOSS_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}  # relative
-
-TRITON = {
-    "attention": attention.attention_triton,
-    "layer_norm": layer_norm.layer_norm_triton,
-    "add_layer_norm": layer_norm.add_layer_norm_triton,
-    "gelu": gelu.gelu_triton,
-    "bias_gelu": gelu.bias_gelu_triton,
-    "linear_cross_entropy": cross_entropy.linear_cross_entropy_triton,
-}
 
 
 def flops_per_token(model: GPT2, context: int) -> int:
@@ -41,13 +30,6 @@ def model_flops_utilization(tokens_per_s: float, model: GPT2, context: int, gpu:
     """The share of the GPU's data-sheet peak, or None where that is not known."""
     peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
     return None if peak is None else tokens_per_s * flops_per_token(model, context) / peak
-
-
-def configure(model: GPT2, backend: str, dtype: torch.dtype, dry_run: bool) -> None:
-    """Sets the model's ops. In a dry run Triton's are put in by hand: dispatch never chooses them on a CPU."""
-    ops = model.configure("torch" if dry_run else backend, dtype)
-    if dry_run and backend == "triton":
-        model.configure(dataclasses.replace(ops, **TRITON), dtype)
 
 
 def adamw(model: GPT2) -> torch.optim.Optimizer:
@@ -78,9 +60,9 @@ def measure(backend: str, compiled: bool, compiler: str, device: torch.device, d
 
     with torch.no_grad():
         few = [t[:2] for t in batches[0]]
-        configure(raw_model, "torch", torch.float32, dry_run)
+        raw_model.configure("torch", torch.float32)
         expected = raw_model(*few)
-        configure(raw_model, backend, dtype, dry_run)
+        raw_model.configure(backend, dtype)
         loss = raw_model(*few)
         require_close(loss, expected, dtype, "the loss of two sequences, in float32 on PyTorch's ops,")
         expected = raw_model(*batches[0]) if B > 2 else loss
