@@ -1,7 +1,9 @@
-"""Run by torchrun from test_kernel_model.py: one backward pass on Triton on two ranks that hold different batches."""
+"""Run by torchrun from test_kernel_model.py: a backward pass on Triton on two ranks, by DDP and by FSDP2."""
 
 import torch
 from tolerances import assert_same
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from engine import distributed
 from model.gpt2 import GPT2, GPT2Config
@@ -20,3 +22,14 @@ with distributed.process_group() as ranks:
     model(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad for p in raw_model.parameters()], expected)
     ranks.say("gradient is the mean over both ranks: True")
+
+    torch.manual_seed(0)
+    sharded = GPT2(GPT2Config(2, 2, 32, 16, 257)).to(ranks.device)
+    sharded.configure("triton", torch.float32)
+    mesh = init_device_mesh(ranks.device.type, (2,))
+    for block in sharded.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    sharded(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
+    assert_same([p.grad.full_tensor() for p in sharded.parameters()], expected)
+    ranks.say("so it is where parameters are sharded: True")

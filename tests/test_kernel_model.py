@@ -95,7 +95,7 @@ def test_twenty_steps_have_the_losses_of_pytorch():
     assert theirs[-2:].mean() < theirs[:2].mean() - 1.0  # there was something to agree on
 
 
-def test_two_processes_average_the_gradients():
+def test_two_processes_average_the_gradients_replicated_and_sharded():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if torch.cuda.device_count() < 2:
@@ -104,3 +104,4 @@ def test_two_processes_average_the_gradients():
     done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "gradient is the mean over both ranks: True" in done.stdout
+    assert "so it is where parameters are sharded: True" in done.stdout
