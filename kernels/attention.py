@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.configs import launch
+from kernels.configs import with_config
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
 
 
@@ -316,7 +316,7 @@ def _launch(name, owned, kernel, qkv: Tensor, tensors, is_causal: bool, dropout_
         )
 
     size = 4 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits take registers: the tile of a wider head
-    launch(f"{name}/{kind}", size, qkv.device, start)
+    with_config(f"{name}/{kind}", size, qkv.device, start)
 
 
 _attention_backward = register("attention_backward", _allocate_backward, _fill_backward)

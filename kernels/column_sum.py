@@ -9,7 +9,7 @@ bits. out: (C,), any floating dtype.
 
 from torch import Tensor
 
-from kernels.configs import launch
+from kernels.configs import with_config
 from kernels.launch import tl, triton
 
 
@@ -33,4 +33,4 @@ def column_sum(partials: Tensor, out: Tensor) -> None:
         tile = {"BLOCK_P": BLOCK_P, "BLOCK_C": BLOCK_C}
         _column_sum_kernel[(triton.cdiv(C, BLOCK_C),)](partials, out, P, C, **tile, num_warps=num_warps)
 
-    launch("column_sum", C, partials.device, start)
+    with_config("column_sum", C, partials.device, start)

@@ -135,7 +135,7 @@ def lookup(name: str, arch: str, size: int) -> dict[str, int]:
     return dict(zip(FIELDS[name.partition("/")[0]], entry, strict=True))
 
 
-def launch(name: str, size: int, device: torch.device, start: Callable, *, in_place: bool = False) -> None:
+def with_config(name: str, size: int, device: torch.device, start: Callable, *, in_place: bool = False) -> None:
     """Calls start(**config) with the configuration of kernel `name` for this device.
 
     With GPT2_AUTOTUNE=1 the neighbours of the table's entry are timed first, once for each name and size; not those of

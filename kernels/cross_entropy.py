@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.configs import launch
+from kernels.configs import with_config
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
 
 
@@ -225,7 +225,7 @@ def _fill_triton(
                 num_warps=num_warps,
             )
 
-        launch("cross_entropy", Vp, logits.device, start, in_place=True)
+        with_config("cross_entropy", Vp, logits.device, start, in_place=True)
         return logits
 
     _in_chunks(outputs, hidden, weight, targets.contiguous(), 8192, softmax)

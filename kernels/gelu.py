@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
-from kernels.configs import launch
+from kernels.configs import with_config
 from kernels.launch import check_floating, check_shape, check_triton, num_programs, register, require, tl, triton
 
 
@@ -145,7 +145,7 @@ def _fill(y: Tensor, x: Tensor) -> None:
     def start(BLOCK_SIZE: int, num_warps: int) -> None:
         _gelu_fwd_kernel[(triton.cdiv(n, BLOCK_SIZE),)](x, y, n, BLOCK_SIZE=BLOCK_SIZE, num_warps=num_warps)
 
-    launch("gelu_fwd", n, x.device, start)
+    with_config("gelu_fwd", n, x.device, start)
 
 
 def _allocate_backward(dy: Tensor, x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def _fill_backward(dx: Tensor, dy: Tensor, x: Tensor) -> None:
     def start(BLOCK_SIZE: int, num_warps: int) -> None:
         _gelu_bwd_kernel[(triton.cdiv(n, BLOCK_SIZE),)](dy, x, dx, n, BLOCK_SIZE=BLOCK_SIZE, num_warps=num_warps)
 
-    launch("gelu_bwd", n, x.device, start)
+    with_config("gelu_bwd", n, x.device, start)
 
 
 def _allocate_bias(x: Tensor, bias: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _fill_bias(y: Tensor, x: Tensor, bias: Tensor) -> None:
         tile = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLS": BLOCK_COLS}
         _bias_gelu_fwd_kernel[grid](x, bias, y, N, width, **tile, num_warps=num_warps)
 
-    launch("bias_gelu_fwd", width, x.device, start)
+    with_config("bias_gelu_fwd", width, x.device, start)
 
 
 def _allocate_bias_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def _fill_bias_backward(outputs, dy: Tensor, x: Tensor, bias: Tensor) -> None:
         )
         column_sum(partials, dbias)
 
-    launch("bias_gelu_bwd", width, x.device, start)
+    with_config("bias_gelu_bwd", width, x.device, start)
 
 
 def _save(ctx, inputs, output) -> None:

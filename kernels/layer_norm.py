@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
-from kernels.configs import launch
+from kernels.configs import with_config
 from kernels.launch import (
     check_floating,
     check_shape,
@@ -212,7 +212,7 @@ def _fill_forward(outputs, x: Tensor, residual: Tensor | None, weight: Tensor, b
             *tensors, y, summed, mean, rstd, C=C, EPS=eps, BLOCK_C=triton.next_power_of_2(C), num_warps=num_warps
         )
 
-    launch("layer_norm_fwd", C, x.device, start)
+    with_config("layer_norm_fwd", C, x.device, start)
 
 
 def _allocate(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +264,7 @@ def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> N
         column_sum(partials[0], dweight)
         column_sum(partials[1], dbias)
 
-    launch("layer_norm_bwd", C, x.device, start)
+    with_config("layer_norm_bwd", C, x.device, start)
 
 
 _layer_norm_backward = register("layer_norm_backward", _allocate_backward, _fill_backward)

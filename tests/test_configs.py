@@ -112,7 +112,7 @@ def test_without_the_variable_nothing_is_timed(three, monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(configs, "_tune", lambda *args: pytest.fail("tuned"))
     started = []
-    configs.launch("three", 64, torch.device("cuda"), lambda **config: started.append(config))
+    configs.with_config("three", 64, torch.device("cuda"), lambda **config: started.append(config))
     assert started == [{"BLOCK": 128, "num_warps": 8}]
 
 
@@ -122,6 +122,6 @@ def test_with_the_variable_all_but_in_place_kernels_are_tuned(three, monkeypatch
     monkeypatch.setattr(configs, "_tune", lambda *args: {"BLOCK": 1, "num_warps": 1})
     started = []
     for in_place in (False, True):
-        configs.launch("three", 64, torch.device("cuda"), lambda **c: started.append(c), in_place=in_place)
-    configs.launch("three", 64, CPU, lambda **c: started.append(c))
+        configs.with_config("three", 64, torch.device("cuda"), lambda **c: started.append(c), in_place=in_place)
+    configs.with_config("three", 64, CPU, lambda **c: started.append(c))
     assert [config["BLOCK"] for config in started] == [1, 128, 128]
