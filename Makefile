@@ -24,7 +24,7 @@ endif
 	$(BIN)/gpt2 train $(PRESET) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.6",
             "transformers>=4.44",

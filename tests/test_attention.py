@@ -17,8 +17,9 @@ from tolerances import (
     widened,
 )
 
-import kernels.attention
+import kernels.configs
 from kernels.attention import attention_reference, attention_torch, attention_triton
+from kernels.configs import FIELDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -105,10 +106,8 @@ def test_a_given_scale_matches_reference(op, scale, is_causal):
 @pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 128), (128, 32), (16, 16)], ids=str)
 @pytest.mark.parametrize("op", [attention_triton], ids=["triton"])
 def test_any_tile_gives_the_same(op, tile, is_causal, monkeypatch):
-    def launch(name, size, device, start):
-        start(**dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True)), num_warps=4, num_stages=2)
-
-    monkeypatch.setattr(kernels.attention, "launch", launch)
+    config = dict(zip(FIELDS["attention_fwd"], (*tile, 4, 2), strict=True))
+    monkeypatch.setattr(kernels.configs, "lookup", lambda name, arch, size: config)
     compare(op, *inputs((1, 77, 1, 16)), is_causal=is_causal)
 
 

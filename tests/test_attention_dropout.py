@@ -15,8 +15,9 @@ from tolerances import (
 )
 from torch.utils.checkpoint import checkpoint
 
-import kernels.attention
+import kernels.configs
 from kernels.attention import attention_torch, attention_triton
+from kernels.configs import FIELDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -76,11 +77,11 @@ def test_forward_and_backward_drop_the_same_weights(op, dtype, is_causal):
 def test_no_two_kernels_need_the_same_tile(op, is_causal, monkeypatch):
     tiles = {"attention_fwd": (64, 32), "attention_bwd_dq": (32, 64), "attention_bwd_dkdv": (16, 32)}
 
-    def launch(name, size, device, start):
-        BLOCK_M, BLOCK_N = tiles[name.partition("/")[0]]
-        start(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2)
+    def lookup(name, arch, size):
+        kernel = name.partition("/")[0]
+        return dict(zip(FIELDS[kernel], (*tiles[kernel], 4, 2), strict=True))
 
-    monkeypatch.setattr(kernels.attention, "launch", launch)
+    monkeypatch.setattr(kernels.configs, "lookup", lookup)
     compare(op, (1, 65, 2, 80), torch.float32, is_causal)
 
 

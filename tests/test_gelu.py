@@ -88,6 +88,15 @@ def test_float32_bias_with_low_precision_activations_matches_reference(ops, dtyp
     compare(ops, *inputs((5, 768), dtype, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("op", [bias_gelu_triton], ids=["triton"])
+def test_the_gradient_of_a_float32_bias_is_not_rounded(op, dtype):
+    x, bias = inputs((MANY, 33), dtype, torch.float32)
+    *_, dbias = values_and_gradients(op, [x, bias], [x])
+    *_, exact = values_and_gradients(bias_gelu_reference, widened([x, bias]), widened([x]))
+    assert_accurate([dbias], [dbias], [exact], torch.float32, "dbias")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ops", [*IMPLEMENTATIONS, REFERENCE])
 def test_tails_are_zero_and_the_identity(ops, dtype):

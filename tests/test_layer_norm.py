@@ -102,6 +102,15 @@ def test_float32_parameters_with_low_precision_activations_match_reference(ops, 
     compare(ops, *inputs((5, 3, 768), dtype, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("op", [layer_norm_triton], ids=["triton"])
+def test_gradients_of_float32_parameters_are_not_rounded(op, dtype):
+    x, dy, *parameters = inputs((MANY, 33), dtype, torch.float32)
+    got = values_and_gradients(op, [x, *parameters], [dy])[2:]
+    exact = values_and_gradients(layer_norm_reference, widened([x, *parameters]), widened([dy]))[2:]
+    assert_accurate(got, got, exact, torch.float32, "dweight dbias")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_one_column_gives_the_bias(ops, dtype):
