@@ -144,6 +144,8 @@ def _fill_torch(
         # The largest probability is exp(peak - logsumexp), so this is the log-sum-exp without a pass of its own.
         loss = peak - probs.amax(dim=-1, keepdim=True).log() - logits.gather(1, labels)
         losses.copy_(torch.where(valid, loss, 0.0).squeeze(1))
+        if not needs_grad:
+            return logits
         probs.scatter_add_(1, labels, torch.full_like(loss, -1.0))
         return torch.mul(probs, valid, out=logits)
 

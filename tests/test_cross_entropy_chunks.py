@@ -88,3 +88,9 @@ def test_without_gradients_only_the_loss_is_computed(op, prepare, mode, monkeypa
         loss = op(prepare(hidden.detach()), prepare(weight.detach()), targets, vocab_size=257)
     assert torch.equal(loss, expected)
     assert [tuple(t.shape) for t in outputs] == [(), (0, 33), (0, 33)]
+
+
+def test_pytorch_makes_no_gradient_of_the_logits_in_evaluation(monkeypatch):
+    monkeypatch.setattr(torch, "mul", lambda *_, **__: pytest.fail("made a gradient"))
+    with torch.no_grad():
+        assert linear_cross_entropy_torch(*inputs(7, 5, 11, 16), vocab_size=11).isfinite()
