@@ -49,16 +49,29 @@ class TrainConfig:
     precision: Precision = "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it can run
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU
-    parallel: Literal["ddp"] = "ddp"  # ddp: a replica per process, gradients averaged
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # replicas, one model in shards, or replicas in shards
+    shard_size: int | None = None  # hsdp: processes that share one replica; None: those of one host
+    reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
+    recompute: Literal["none", "attention", "block"] = "none"  # activations made again in the backward, to save memory
     seed: int = 1  # of the weights, the order of the data and dropout
     resume: str = "auto"  # auto: go on from --out's last whole checkpoint; never: set that run aside; or a checkpoint
+    resume_changed: bool = False  # go on although data, seed, batch, context or dropout are not those of the checkpoint
     init_from: str | None = None  # start from these weights: a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and pictures; None: only at the end
     eval_tokens: int = 1_048_576  # validation tokens, the same ones each time
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
-    keep_last: int = 2  # checkpoints kept
+    keep_last: int = 2  # checkpoints kept, besides the one with the lowest validation loss
+    async_save: bool = True  # checkpoints are written by a thread while training goes on
+    max_minutes: float | None = None  # save and stop in time for a queue's limit, counted from the launch
+    grace_seconds: float = 25.0  # from a signal to the end of the process, saved or not
+    timeout_minutes: float = 10.0  # without progress until a run counts as hanging; longer than a compile and a save
+    max_skipped: int = 20  # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
+    skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
+    check_replicas_every: int | None = 100  # steps between comparisons of all replicas' weights, to the bit
     log_every: int = 10  # steps between training measurements
     tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard
+    wandb: bool = False  # also send the measurements to Weights & Biases
+    profile: str | None = None  # START:STOP, steps to trace into OUT for Perfetto
     prompt: str = GPT_PROMPT  # what the samples continue
     sample_tokens: int = 64  # length of a sample
     model: GPT2Config = field(default_factory=GPT2Config)
@@ -77,12 +90,27 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Every sentence that a user must act on before this config can run; empty when there is none."""
         wrong = []
-        for name in ("num_steps", "tokens_per_step", "eval_tokens", "keep_last", "log_every", "sample_tokens"):
+        for name in (
+            "num_steps",
+            "tokens_per_step",
+            "eval_tokens",
+            "keep_last",
+            "log_every",
+            "sample_tokens",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("context", "micro_batch_size", "eval_every", "save_every"):
+        for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_minutes", "grace_seconds", "timeout_minutes", "skip_z_score"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                wrong.append(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.parallel != "ddp" and self.optim.name == "muon":
+            wrong.append(
+                "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
+            )
         if self.sequence_length > self.model.n_positions:
             wrong.append(
                 f"--context must be at most the model's {self.model.n_positions} positions, got "
