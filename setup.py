@@ -23,6 +23,7 @@ setup(
     extras_require={
         "data": ["pyarrow>=15", "huggingface_hub>=0.24", "zstandard>=0.22"],
         "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.31"],
         "dev": [
             "pytest>=8",
             "pytest-benchmark>=4",

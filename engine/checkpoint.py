@@ -3,33 +3,40 @@
     OUT/checkpoints/step_00001200/
         model.safetensors       the raw model's parameters, under the released names
         optimizer.safetensors   per parameter: running mean, running square, number of updates
-        state.json              step, tokens, config, data digest, loss scale, world size
-        manifest.json           bytes and sha256 of the other three
+        sharded/                in place of those two where the model is sharded: each process's part of both
+        state.json              step, tokens, config, data digest, validation loss, loss scale, world size
+        manifest.json           bytes and sha256 of all others
 
 A checkpoint is written under a temporary name, each file fsynced, the manifest last, then renamed and the parent
 fsynced; it exists when its manifest verifies. The digests are our own because PyTorch and safetensors load flipped
-bits without a word. Only after a good save are older ones deleted. No random state is needed: the order of the data
-and the dropout masks are functions of (seed, step).
+bits without a word. Only after a good save are older ones deleted, and never the one with the lowest validation loss.
+No random state is needed: the order of the data and the dropout masks are functions of (seed, step).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.errors import BadInput
+from engine.errors import BadInput, Diverged
+from engine.optim import allocate_state
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of the layout
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+SHARDED = "sharded"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
 
@@ -45,66 +52,193 @@ class Checkpoint:
         """Updates done."""
         return self.state["step"]
 
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether training can go on from it; imported weights cannot."""
+        return (self.path / SHARDED).is_dir() or (self.path / OPTIMIZER).exists()
+
 
 # ---- Write --------------------------------------------------------------------------------------------------------
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds besides its state: `model.<name>` and `optimizer.<name>.<moment>`.
+
+    model is the raw one. The tensors are the live ones, sharded where the model is.
+    """
+    named = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if optimizer is not None:
+        for name, p in model.named_parameters():
+            state = optimizer.state.get(p, {})
+            named |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
+    return named
 
 
 def save(
     out: str | Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_last: int
 ) -> Path:
-    """Writes the checkpoint of state["step"], then deletes all older ones but keep_last - 1; returns its path.
+    """Writes a checkpoint of a model that is not sharded, at once. See `write`."""
+    return write(out, state, tensors(model, optimizer), keep_last, print)
 
-    model is the raw one. Call it on one rank. Raises OSError if the disk refuses; the older checkpoints stay.
+
+def write(
+    out: str | Path,
+    state: dict,
+    held: dict[str, Tensor],
+    keep_last: int,
+    warn: Callable[[str], None],
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes the checkpoint of state["step"], then deletes older ones; returns its path.
+
+    held: as `tensors` gives, at rest. The keep_last newest stay, and the one with the lowest state["val_loss"]. With
+    a group all its processes call this, each with its shards and all seeing `out`; without one, one process does.
+    Raises OSError if the disk refuses and Diverged if a weight is not finite; the older checkpoints stay.
     """
     root = Path(out) / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".writing_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     final = root / f"step_{state['step']:08d}"
-    writing = root / f".writing_{final.name}_{os.getpid()}"
-    writing.mkdir()
+    writing = root / f".writing_{final.name}"
+    is_first = group is None or dist.get_rank(group) == 0
     try:
-        _save_tensors(writing / MODEL, {name: p.detach() for name, p in model.named_parameters()})
-        files = [MODEL, STATE]
-        if optimizer is not None:
-            _save_tensors(writing / OPTIMIZER, _optimizer_tensors(model, optimizer))
-            files.append(OPTIMIZER)
-        (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        manifest = {
-            name: {"bytes": (writing / name).stat().st_size, "sha256": _sha256(writing / name)} for name in files
-        }
-        for name in files:
-            _fsync(writing / name)
-        (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": manifest}, indent=1) + "\n")
-        _fsync(writing / MANIFEST)
-        _fsync(writing)
-        if final.exists():  # of a run that was resumed from before it, or one that no longer verifies
-            shutil.rmtree(final)
-        writing.rename(final)
-        _fsync(root)
+        with _together(group):
+            _check_finite(held)
+            if is_first:
+                _open(root, writing)
+        with _together(group):
+            files = _write_sharded(writing, held, group) if group is not None else _write_whole(writing, held)
+        with _together(group):
+            if is_first:
+                _commit(writing, final, files, state)
     finally:
-        shutil.rmtree(writing, ignore_errors=True)
-    for old in [path for path in _directories(root) if path <= final][:-keep_last]:  # later ones may be damaged
-        shutil.rmtree(old, ignore_errors=True)
+        if is_first:
+            shutil.rmtree(writing, ignore_errors=True)
+    if is_first:
+        _rotate(root, final, keep_last, warn)
     return final
 
 
-def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+@contextlib.contextmanager
+def _together(group: dist.ProcessGroup | None):
+    """What fails on one process of the group fails on all of them, so that none waits for a file that never comes."""
+    error = None
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        yield
+    except (OSError, Diverged) as raised:
+        error = raised
+    errors = [error]
+    if group is not None:
+        errors *= dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group)
+    if (first := next((e for e in errors if e is not None), None)) is not None:
+        raise first
+
+
+def _check_finite(held: dict[str, Tensor]) -> None:
+    for name, tensor in held.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not torch.isfinite(local).all():
+            raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
+
+
+def _open(root: Path, writing: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    recover(root)
+    for leftover in root.glob(".writing_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    writing.mkdir()
+
+
+def _write_whole(writing: Path, held: dict[str, Tensor]) -> dict[str, dict]:
+    """Writes weights and optimizer as one file each; returns their entries of the manifest."""
+    files = {}
+    for name in (MODEL, OPTIMIZER):
+        prefix = name.removesuffix("safetensors")  # also of the names in `held`
+        chosen = {key.removeprefix(prefix): tensor for key, tensor in held.items() if key.startswith(prefix)}
+        if chosen:
+            _save_tensors(writing / name, chosen)
+            files[name] = _flushed(writing / name)
+    return files
+
+
+def _write_sharded(writing: Path, held: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
+    """Every process of the group writes, flushes and digests its own shards; returns all entries of the manifest."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # safetensors: no pickle in it
+
+    directory = writing / SHARDED
+    try:
+        storage = HuggingFaceStorageWriter(path=str(directory), save_distributed=True)
+        dcp.save(held, storage_writer=storage, process_group=group)
+    except dcp.api.CheckpointException as error:  # on every process, with the reason of the one that failed
+        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    mine = {f"{SHARDED}/{path.name}": _flushed(path) for path in sorted(directory.iterdir())[rank::world_size]}
+    entries: list[dict] = [{}] * world_size
+    dist.all_gather_object(entries, mine, group)
+    if rank == 0:
+        _fsync(directory)
+    return {name: entry for theirs in entries for name, entry in theirs.items()}
+
+
+def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> None:
+    """Adds state and manifest, and gives the directory its name: from then on the checkpoint exists."""
+    (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    files = files | {STATE: _flushed(writing / STATE)}
+    (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    _fsync(writing / MANIFEST)
+    _fsync(writing)
+    replaced = final.with_name(f".replaced_{final.name}")
+    if final.exists():  # of a run that was resumed from before it, or one that no longer verifies
+        final.rename(replaced)
+    writing.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(root: Path) -> None:
+    """Gives a checkpoint its name back if a kill came between its replacement's two renames."""
+    for replaced in root.glob(".replaced_*"):
+        final = root / replaced.name.removeprefix(".replaced_")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)
+
+
+def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]) -> None:
+    """Deletes all up to `final` but the newest keep_last and the best. Later ones stay: `final` may be a step back."""
+    spared = best(root.parent)
+    for old in [path for path in _directories(root) if path <= final][:-keep_last]:
+        if old != spared:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warn(f"checkpoint: {old} is no longer needed but could not be deleted: {error}")
+
+
+def best(out: str | Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, or None if none was saved where the run was evaluated."""
+    losses = []
+    for path in _directories(Path(out) / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError):
+            state = json.loads((path / STATE).read_text())
+            if isinstance(loss := state.get("val_loss"), float):
+                losses.append((loss, path))
+    return min(losses)[1] if losses else None
+
+
+def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in chosen.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{path}: {error}") from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, which a colleague cannot read
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{moment}": optimizer.state[p][moment]
-        for name, p in model.named_parameters()
-        if p in optimizer.state
-        for moment in MOMENTS
-        if moment in optimizer.state[p]
-    }
+def _flushed(path: Path) -> dict:
+    """A file's entry of the manifest, once it is on the disk."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _fsync(path: Path) -> None:
@@ -141,8 +275,12 @@ def damage(path: Path) -> str | None:
                 return f"{name} must have {expected['bytes']} bytes, got {found}"
             if _sha256(path / name) != expected["sha256"]:
                 return f"{name} does not match its sha256"
-        if missing := {MODEL, STATE} - set(files):
+        weights = SHARDED if (path / SHARDED).is_dir() else MODEL
+        listed = {name.partition("/")[0] for name in files}
+        if missing := {weights, STATE} - listed:
             return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
+        if strangers := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
+            return f"{MANIFEST} must list {' and '.join(sorted(strangers))}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,27 +323,53 @@ def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copies the checkpoint's parameters into the raw model. Raises BadInput if names or shapes differ."""
-    saved = load_file(checkpoint.path / MODEL)
-    expected = dict(model.named_parameters())
-    wrong = sorted(set(saved) ^ set(expected)) or [n for n in saved if saved[n].shape != expected[n].shape]
-    if wrong:
-        raise BadInput(f"checkpoint: {checkpoint.path} must hold this model's parameters, but {wrong[0]} differs")
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(saved[name])
+    """Copies the checkpoint's parameters into the raw model. Raises BadInput if names or shapes differ.
+
+    Any checkpoint fills any model, whole or sharded; if this one is sharded, all its processes call it.
+    """
+    _fill(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, "model.", "parameters")
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Gives the optimizer the state it had. Raises BadInput if the checkpoint has none, as imported weights do."""
-    path = checkpoint.path / OPTIMIZER
-    if not path.exists():
+    if not checkpoint.has_optimizer:
         raise BadInput(
             f"checkpoint: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; "
             "train from them with --init-from and another --out"
         )
-    saved = load_file(path)
-    for name, parameter in model.named_parameters():
-        moments = {moment: saved[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in saved}
-        if moments:
-            optimizer.state[parameter] = {m: tensor.to(parameter.device) for m, tensor in moments.items()}
+    allocate_state(optimizer)
+    held = {name: tensor for name, tensor in tensors(model, optimizer).items() if name.startswith("optimizer.")}
+    _fill(checkpoint, held, "optimizer.", "optimizer's state")
+
+
+def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:
+    """Copies what is saved under a prefix into tensors of the same names and shapes."""
+    path = checkpoint.path
+    if is_sharded := (path / SHARDED).is_dir():
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        reader = HuggingFaceStorageReader(str(path / SHARDED))
+        shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+    else:
+        file = safe_open(path / f"{prefix}safetensors", "pt")
+        shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    wrong = sorted(set(shapes) ^ set(targets)) or [n for n in targets if shapes[n] != tuple(targets[n].shape)]
+    if wrong:
+        differing = wrong[0].removeprefix(prefix)
+        raise BadInput(f"checkpoint: {path} must hold this model's {what}, but {differing} differs")
+    if is_sharded:
+        import torch.distributed.checkpoint as dcp
+
+        alone = not any(isinstance(target, DTensor) for target in targets.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no process group is there
+            dcp.load(dict(targets), storage_reader=reader, no_dist=alone)
+        return
+    for name, target in targets.items():
+        saved = file.get_tensor(name.removeprefix(prefix))
+        if isinstance(target, DTensor):  # every process has the whole tensor and keeps its part
+            saved = distribute_tensor(
+                saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            )
+        target.copy_(saved)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadInput, nearest
+from engine.errors import DAMAGED, DONE, BadInput, nearest
 
 SUMMARIES = {
     "prepare": "text to token shards",
@@ -17,6 +17,7 @@ SUMMARIES = {
     "import": "GPT-2 weights in the Hugging Face layout to a run directory",
     "export": "a run to a directory that transformers opens",
     "plot": "draw a run's loss curve and learning rate again",
+    "verify": "whether every shard and checkpoint is whole",
     "doctor": "what this machine has, and what each op runs on here and why",
 }
 
@@ -216,6 +217,24 @@ def plot(args: list[str], prog: str) -> None:
         print(path)
 
 
+def verify(args: list[str], prog: str) -> int:
+    """Every shard and checkpoint, byte by byte."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Verify:
+        """Reads every byte of data and run directories and says of each file whether it is whole. Changes nothing."""
+
+        paths: tyro.conf.Positional[tuple[str, ...]]  # data directories, run directories
+
+    asked = _parse(Verify, args, prog)
+    if not asked.paths:
+        raise BadInput("verify: a path must be given, got none; name directories of token shards or of runs")
+    from engine import verify as inspection
+
+    return DAMAGED if inspection.verify(asked.paths, lambda line: print(line, flush=True)) else DONE
+
+
 def doctor(args: list[str], prog: str) -> None:
     """This machine, op by op."""
     asked = _parse(Doctor, args, prog)
@@ -237,7 +256,7 @@ def doctor(args: list[str], prog: str) -> None:
     print(physician.report(head_dim, asked.precision))
 
 
-COMMANDS: dict[str, Callable[[list[str], str], None]] = {
+COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # None: done
     "prepare": prepare,
     "train": train,
     "sample": sample,
@@ -245,6 +264,7 @@ COMMANDS: dict[str, Callable[[list[str], str], None]] = {
     "import": import_,
     "export": export,
     "plot": plot,
+    "verify": verify,
     "doctor": doctor,
 }
 
@@ -258,7 +278,7 @@ gpt2 COMMAND --help lists a command's flags. A first run:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command. Exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 130 interrupted."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -266,7 +286,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
-        COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}")
+        return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
     except BadInput as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine import tracing
 from engine.errors import BadInput, nearest
 from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
@@ -132,6 +133,11 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_tokens"):
             if not getattr(self.optim, name) >= 0:
                 wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
+        if self.profile is not None:
+            try:
+                tracing.parse(self.profile)
+            except ValueError as error:
+                wrong.append(str(error))
         if not self.prompt:
             wrong.append("--prompt must have at least one character, got none")
         return wrong

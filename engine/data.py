@@ -90,8 +90,10 @@ def read_manifest(directory: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-        _ = manifest["tokenizer"], [(shard["file"], shard["split"], shard["sha256"]) for shard in manifest["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
+        listed = [shard[field] for shard in manifest["shards"] for field in ("file", "split", "sha256")]
+        if not all(isinstance(field, str) for field in [manifest["tokenizer"], *listed]):
+            raise TypeError("a tokenizer, file, split or sha256 that is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: must be a manifest of shards, got {error!r}; prepare the data again") from error
     return manifest
 
@@ -134,7 +136,15 @@ class TokenStream:
             paths = [path for path in paths if path.name in listed]
         if not paths:
             raise BadInput(f"{directory}: must hold shards named <name>_{split}_<number>.bin or .npy, got none")
-        return cls(paths, [open_shard(path) for path in paths], vocab_size)
+        shards = [open_shard(path) for path in paths]
+        counts = {shard["file"]: shard.get("tokens") for shard in (manifest or {"shards": []})["shards"]}
+        for path, shard in zip(paths, shards, strict=True):
+            if (count := counts.get(path.name)) not in (None, len(shard)):
+                raise BadInput(
+                    f"{path}: must have the {count} tokens of {MANIFEST}, got {len(shard)}; it is another shard of "
+                    "this name: copy or prepare it again"
+                )
+        return cls(paths, shards, vocab_size)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

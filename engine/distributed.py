@@ -4,7 +4,11 @@ torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE;
 """
 
 import ctypes
+import json
 import os
+import time
+import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.config import TrainConfig
 from engine.errors import BadInput
+from model.gpt2 import GPT2
 
-TIMEOUT = timedelta(minutes=10)  # for one collective: a rank may be preparing data or compiling
+CHECKSUM_CHUNK = 1 << 22  # elements, whose products take 32 MiB
 
 
 @dataclass(frozen=True)
@@ -59,24 +68,144 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def gather(self, value: Any) -> list:
+        """Every rank's value of any picklable thing, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Copies rank 0's content of tensors of the same shapes to every rank."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside succeeds on every rank, or is BadInput on every rank, which names those that failed.
+
+        Without it one rank would leave with a sentence and the others wait for it in the next collective.
+        """
+        problem = None
+        try:
+            yield
+        except BadInput as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        if not any(problems):
+            return
+        alike: dict[str, list[str]] = {}
+        for rank, said in enumerate(problems):
+            if said:
+                alike.setdefault(said, []).append(str(rank))
+        whole = len(alike) == 1 and None not in problems
+        raise BadInput("\n".join(said if whole else f"rank {', '.join(at)}: {said}" for said, at in alike.items()))
+
+    def check_alike(self, facts: dict[str, Any]) -> None:
+        """Raises BadInput on every rank, with the facts that differ and the ranks, unless all have the same."""
+        everyone = self.gather(facts)
+        wrong = []
+        for name in facts:
+            holders: dict[str, list[str]] = {}
+            for rank, theirs in enumerate(everyone):
+                holders.setdefault(str(theirs.get(name)), []).append(str(rank))
+            if len(holders) > 1:
+                parts = [f"{value} on rank {', '.join(at)}" for value, at in holders.items()]
+                wrong.append(f"{name}: {'; '.join(parts)}")
+        if wrong:
+            raise BadInput(
+                "train: every rank must run the same thing, but these differ\n  " + "\n  ".join(wrong) + "\n  "
+                "start all of them with the same flags, code, data and versions"
+            )
+
+    def connect_store(self) -> dist.Store | None:
+        """A connection of its own to the store that the processes met at, or None if this one is alone."""
+        if self.world_size == 1:
+            return None
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return dist.PrefixStore(os.environ["GPT2_MEETING"], store)
+
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, or stands alone, and leaves at the end."""
+def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, or stands alone, and leaves at the end.
+
+    timeout_minutes: of one collective; a rank may be preparing data, compiling or saving. Raises BadInput if the
+    processes cannot reach each other.
+    """
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
         keep_freed_memory()
     if ranks.world_size > 1:
+        timeout = timedelta(minutes=timeout_minutes)
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        device_id = ranks.device if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            meeting = _meet(store, ranks, timeout)
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(meeting, store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+                device_id=ranks.device if backend == "nccl" else None,
+            )
+            dist.barrier()  # the first that really crosses the network
+        except (RuntimeError, ValueError, TimeoutError) as error:
+            raise BadInput(_unreachable(ranks, error)) from error
     try:
         yield ranks
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
+    """A prefix of the store that this attempt alone uses, the same on every rank.
+
+    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), where an attempt would find
+    the addresses of processes that are dead. Its restart count is no help: each host counts its own. So rank 0 makes
+    a name, each rank answers to the newest name with a token of its own, and goes on when rank 0 has seen that token.
+    """
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others = range(1, ranks.world_size)
+    if ranks.is_first:
+        name = f"meeting_{token}"
+        store.set("meeting", name)
+    seen: dict[str, str] = {}
+    while time.monotonic() < deadline:
+        if ranks.is_first:
+            seen |= {str(r): store.get(f"{name}/{r}").decode() for r in others if store.check([f"{name}/{r}"])}
+            if len(seen) == len(others):
+                store.set(f"{name}/all", json.dumps(seen))
+                break
+        elif store.check(["meeting"]):
+            name = store.get("meeting").decode()
+            store.set(f"{name}/{ranks.rank}", token)
+            if store.check([f"{name}/all"]) and json.loads(store.get(f"{name}/all")).get(str(ranks.rank)) == token:
+                break
+        time.sleep(0.02)
+    else:
+        missing = f"rank {', '.join(str(r) for r in others if str(r) not in seen)}" if ranks.is_first else "rank 0"
+        raise TimeoutError(f"no answer from {missing} within {timeout.total_seconds():.0f} s")
+    os.environ["GPT2_MEETING"] = name
+    return name
+
+
+def _unreachable(ranks: Ranks, error: Exception) -> str:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    said = str(error).strip().splitlines()
+    return (
+        f"distributed: rank {ranks.rank} must reach the other {ranks.world_size - 1} processes, meeting at {address}, "
+        f"got {said[0] if said else error!r}; check that every host runs the same torchrun command, that no firewall "
+        "stands between them, and name the interface of their network with GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME "
+        "on GPUs)"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -106,15 +235,143 @@ def _read_environment() -> Ranks:
     return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
 
 
-def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The model with its gradients averaged over all ranks, each time synchronize_gradients asks for it."""
+def wrap(raw_model: GPT2, ranks: Ranks, config: TrainConfig, compiled: bool, compute_dtype: torch.dtype) -> nn.Module:
+    """The model that is run: on the device, compiled if asked, its gradients averaged over all ranks.
+
+    ddp wraps the raw model. fsdp and hsdp shard it in place and return it: move no model that needs them to a GPU
+    before, since it goes there block by block, and build the optimizer after. Raises BadInput if shards do not come out
+    even.
+    """
+    if config.parallel == "ddp":
+        model = raw_model.to(ranks.device)
+        if compiled:
+            model = torch.compile(model, dynamic=False)
+        if ranks.world_size == 1:
+            return model
+        device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    mesh = _mesh(ranks, config)
+    # Weights travel in the compute dtype and gradients are summed in float32. The model itself casts activations.
+    policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in raw_model.h:
+        if compiled:
+            block.compile(dynamic=False)  # alone: a graph of the whole model would have gathers and hooks inside
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+    # The backward pass begins with the root's weights, the head's: freeing them would only gather them twice.
+    fully_shard(raw_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(raw_model, "last_logits")
+    return raw_model
+
+
+def _mesh(ranks: Ranks, config: TrainConfig) -> DeviceMesh:
+    """fsdp: all ranks share one replica. hsdp: each shard_size neighbours do, so that weights stay on one host."""
+    if not dist.is_initialized():  # one process, which no torchrun started
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    if config.parallel == "fsdp":
+        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks.world_size % size:
+        even = [str(n) for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
+        raise BadInput(
+            f"distributed: the processes that share one replica must divide all {ranks.world_size} processes, got "
+            f"{size}; set --shard-size to one of {', '.join(even)}"
+        )
+    shape = (ranks.world_size // size, size)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the model only, so that every forward needs all ranks."""
+    return isinstance(model, FSDPModule)
+
+
+def replica_group(model: nn.Module, ranks: Ranks) -> dist.ProcessGroup | None:
+    """The ranks, this one among them, that hold the same weights to the bit; None if this one has no equal."""
     if ranks.world_size == 1:
-        return model
-    device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return None
+    if not is_sharded(model):
+        return dist.group.WORLD
+    mesh = next(model.parameters()).device_mesh
+    return mesh.get_group("replicate") if mesh.ndim == 2 and mesh.size(0) > 1 else None
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next forward and backward pass averages gradients. Call it before the forward: DDP decides there."""
+    """Whether the next forward and backward pass averages gradients. Call it before the forward: DDP decides there.
+
+    Shards are summed for every micro-batch all the same: a rank would have to keep whole gradients otherwise, and it
+    has no room for them. Only the sum over replicas waits for the last.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
+    elif is_sharded(model):
+        model.set_requires_all_reduce(wanted)
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Scales the whole gradient down to max_norm and returns its norm before: float32, the same bits on each rank."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if isinstance(norm, DTensor):
+        mesh, norm = norm.device_mesh, norm.full_tensor()
+        if mesh.ndim == 2:  # each replica has summed for itself: one bit more or less, and they would drift apart
+            dist.broadcast(norm, group=mesh.get_group("replicate"), group_src=0)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+@contextmanager
+def outside_training(raw_model: nn.Module) -> Iterator[None]:
+    """For forwards of any shape without a backward: a sharded model runs uncompiled, and is in shards again after.
+
+    Every rank must run the same number of them.
+    """
+    if not is_sharded(raw_model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):  # no graph for each ragged batch and each length of a sample
+        yield
+    for module in raw_model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def check_replicas(raw_model: nn.Module, ranks: Ranks, group: dist.ProcessGroup | None) -> str | None:
+    """The same sentence on every rank, which names those whose weights are not their replicas' to the bit; or None.
+
+    group: of replica_group. Where no majority says which weights are right, all ranks of the group are named. Waits
+    for the GPU, and must be called on all ranks.
+    """
+    found = None
+    if group is not None:
+        names, parameters = zip(*raw_model.named_parameters(), strict=True)
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        sums = torch.stack([_checksum(p) for p in local])
+        gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, sums, group=group)
+        rows = [tuple(row.tolist()) for row in gathered]
+        usual, holders = Counter(rows).most_common(1)[0]
+        if holders < len(rows):
+            has_majority = 2 * holders > len(rows)
+            members = zip(dist.get_process_group_ranks(group), rows, strict=True)
+            others = [str(rank) for rank, row in members if not has_majority or row != usual]
+            first = next(name for name, *column in zip(names, *rows, strict=True) if len(set(column)) > 1)
+            found = (
+                f"replicas: {len(rows)} of them must hold the same weights to the bit, got others on rank "
+                f"{', '.join(others)}, first in {first}"
+            )
+    return "\n".join(said for said in dict.fromkeys(ranks.gather(found)) if said) or None
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """sum_i (2 i + 1) bits_i modulo 2^64 of a float32 tensor, exact in any order of summation.
+
+    An odd factor has an inverse, so no change of one element is lost; nor is a swap of two, below 2^31 elements.
+    """
+    bits = tensor.detach().contiguous().view(torch.int32).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), CHECKSUM_CHUNK):
+        chunk = bits[start : start + CHECKSUM_CHUNK]
+        total += (chunk * torch.arange(2 * start + 1, 2 * (start + len(chunk)), 2, device=bits.device)).sum()
+    return total

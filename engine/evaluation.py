@@ -5,12 +5,14 @@ validation stream, in batches of a fixed size. Ranks take whole batches and the 
 rank, so the figure is the same to the last bit on any number of them.
 """
 
+import math
+
 import numpy as np
 import torch
 
 from engine.config import TrainConfig
 from engine.data import TokenStream
-from engine.distributed import Ranks
+from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
 from model.gpt2 import GPT2
 
@@ -35,12 +37,19 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, chosen: np.ndarray, config: 
     size = max(1, BATCH_TOKENS // config.sequence_length)  # sequences
     batches = np.split(chosen, range(size, len(chosen), size))
     sums = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
+    end = len(batches)
+    if is_sharded(raw_model):  # each forward needs all ranks: in the last round some repeat the last batch, uncounted
+        end = math.ceil(end / ranks.world_size) * ranks.world_size
     was_training = raw_model.training
     raw_model.eval()
     try:
-        for index in range(ranks.rank, len(batches), ranks.world_size):
-            batch = stream.windows(batches[index], config.sequence_length).to(ranks.device)  # (B, T + 1)
-            sums[index] = raw_model(batch[:, :-1], batch[:, 1:]).double() * len(batch)
+        with outside_training(raw_model):
+            for index in range(ranks.rank, end, ranks.world_size):
+                numbers = batches[min(index, len(batches) - 1)]
+                batch = stream.windows(numbers, config.sequence_length).to(ranks.device)  # (B, T + 1)
+                loss = raw_model(batch[:, :-1], batch[:, 1:])
+                if index < len(batches):
+                    sums[index] = loss.double() * len(batch)
     finally:
         raw_model.train(was_training)
     return ranks.sum(sums).sum().item() / len(chosen)

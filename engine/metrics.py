@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl, a progress bar or plain lines, samples.txt, TensorBoard, and MFU.
+"""What a run measures: metrics.jsonl, a progress bar or plain lines, samples.txt, the sinks, and MFU.
 
 Row s holds what was measured with the weights that s updates made: val_loss, and the loss and gradient of the batch
 of step s. A row is written when its step is over, once per step number: going on from a checkpoint at step k first
@@ -6,6 +6,7 @@ drops the rows from k on, which will be made again.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -16,7 +17,10 @@ from typing import Any
 
 import torch
 
+from engine import memory
 from engine.config import TrainConfig
+from engine.distributed import Ranks
+from engine.sinks import Sinks
 from model.presets import GPT2Config
 
 METRICS_FILE = "metrics.jsonl"
@@ -57,36 +61,35 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
-class Clock:
-    """Seconds per training step, with evaluation, samples and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self.seconds, self.steps, self._since = 0.0, 0, 0.0
-
-    def start(self) -> None:
-        """A step begins."""
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        """The step is over, as far as the CPU can tell: a GPU may still work, until a step that waits for it."""
-        self.seconds += time.perf_counter() - self._since
-        self.steps += 1
-
-    def read(self) -> float:
-        """Mean seconds per step since the last reading. Read after waiting for the GPU."""
-        mean = self.seconds / self.steps
-        self.seconds, self.steps = 0.0, 0
-        return mean
+def measured(
+    numbers: list[float], times: dict[str, float], config: TrainConfig, precision: str, ranks: Ranks
+) -> dict[str, float | None]:
+    """The fields of a logged step, from what train_step returned and the clock's reading. None is left out of a row."""
+    loss, grad_norm, _, _, skipped, _ = numbers
+    tokens_per_s = 1e3 * config.tokens_per_step / times["step_ms"]
+    peak = peak_flops(ranks.device, precision)  # FLOP/s of one device, or None
+    flops = flops_per_token(config.model, config.sequence_length)
+    return {
+        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN; the update was skipped
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "skipped": int(skipped) or None,  # updates so far
+        "tokens_per_s": tokens_per_s,
+        "mfu": flops * tokens_per_s / (peak * ranks.world_size) if peak else None,
+        "peak_gib": peak_gib(ranks.device),
+        "alloc_retries": memory.retries(ranks.device),
+        **times,
+    }
 
 
 class Metrics:
     """The run's record on rank 0; on other ranks every call does nothing."""
 
-    def __init__(self, config: TrainConfig, start: int, active: bool, unit: str):
+    def __init__(self, config: TrainConfig, start: int, active: bool, unit: str, tokens_before: int | None = None):
         self.config, self.active = config, active
+        self._start = start
+        self._tokens_before = start * config.tokens_per_step if tokens_before is None else tokens_before
         self.out = Path(config.out)
         self._row: dict[str, Any] | None = None
-        self._tensorboard = None
         self._console = None
         if not active:
             return
@@ -94,17 +97,20 @@ class Metrics:
         drop_samples_from(self.out / SAMPLES_FILE, start)
         self._file = (self.out / METRICS_FILE).open("a", encoding="utf-8")
         self._console = (Bar if sys.stdout.isatty() else Lines)(config.num_steps, start, unit)
-        if config.tensorboard:
-            self._tensorboard = _open_tensorboard(self.out / "tensorboard", start, self.say)
+        self._sinks = Sinks(config, start, self.say)
 
     def log(self, step: int, **fields: float) -> None:
         """Adds fields to the row of `step`, which end_step or close will write."""
         if not self.active:
             return
         if self._row is None:
-            self._row = {"step": step, "tokens": step * self.config.tokens_per_step}
+            self._row = {"step": step, "tokens": self.tokens(step)}
         self._row |= {name: value for name, value in fields.items() if value is not None}
         self._console.update(step, fields)
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on when `step` begins; steps before this process's first may have been of another size."""
+        return self._tokens_before + (step - self._start) * self.config.tokens_per_step
 
     def rows(self) -> list[dict]:
         """Every row so far, the one still being filled among them."""
@@ -144,27 +150,14 @@ class Metrics:
         if self._row is not None:
             self._write_row()
         self._file.close()
+        self._sinks.close()
         self._console.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
     def _write_row(self) -> None:
         row, self._row = self._row, None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if name not in ("step", "tokens"):
-                    self._tensorboard.add_scalar(name, value, row["step"])
-
-
-def _open_tensorboard(directory: Path, start: int, warn: Callable[[str], None]):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        warn("tensorboard is not installed: going on without it (pip install tensorboard)")
-        return None
-    return SummaryWriter(directory, purge_step=start)
+        self._sinks.write(row)
 
 
 # ---- Files --------------------------------------------------------------------------------------------------------

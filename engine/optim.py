@@ -58,10 +58,6 @@ class Muon(torch.optim.AdamW):
     Every rank works out the same update.
     """
 
-    def __init__(self, groups: list[dict], **options):
-        super().__init__(groups, **options)
-        self._step_supports_amp_scaling = False  # a GradScaler then looks for infinities before it calls step
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update. Gradients of the matrices are gone afterwards."""
@@ -72,17 +68,33 @@ class Muon(torch.optim.AdamW):
 
     def _step_muon(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
+        found_inf = getattr(self, "found_inf", None)  # as fused AdamW takes it: 1.0 changes nothing
+        skip = None if found_inf is None else found_inf.bool()
         for shape in dict.fromkeys(p.shape for p in parameters):  # matrices of one shape go through together
             alike = [p for p in parameters if p.shape == shape]
-            means = []
+            ahead = []
             for p in alike:
-                mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1.0 - group["momentum"])
-                means.append(p.grad.lerp(mean, group["momentum"]))  # Nesterov's: one step ahead
+                old = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                mean = old.lerp(p.grad, 1.0 - group["momentum"])
+                ahead.append(p.grad.lerp(mean, group["momentum"]))  # Nesterov's: one step ahead
+                old.copy_(mean if skip is None else torch.where(skip, old, mean))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for p, update in zip(alike, orthogonalize(torch.stack(means)), strict=True):
-                p.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+            for p, update in zip(alike, orthogonalize(torch.stack(ahead)), strict=True):
+                new = (p * (1.0 - group["lr"] * group["weight_decay"])).add_(update, alpha=-group["lr"] * scale)
+                p.copy_(new if skip is None else torch.where(skip, p, new))
                 p.grad = None
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the state that its first update would make: zeros, for a checkpoint to fill."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if group.get("muon"):
+                state.setdefault("momentum", torch.zeros_like(p))
+            elif not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 
 
 def build(model: GPT2, config: TrainConfig) -> torch.optim.Optimizer:

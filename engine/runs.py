@@ -1,23 +1,31 @@
 """A run directory from outside: what is asked of it when training starts, and loading its model afterwards."""
 
+import hashlib
 import json
 import os
 import shlex
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
 
-from engine import checkpoint, config, data, hf_tokenizer, metrics, plots, tokenizer
+from engine import checkpoint, config, data, distributed, hf_tokenizer, metrics, plots, tokenizer
 from engine.checkpoint import Checkpoint
 from engine.config import CONFIG_FILE, TrainConfig
+from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.guard import Guard
+from engine.optim import allocate_state
 from kernels.dispatch import Ops
 from model.generate import generate
 from model.gpt2 import GPT2
 
 # What a resumed run must share with its past, since either the weights or the order of the data depends on it.
 FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "optimizer", "tokenizer", "data_digest")
+SAFE = ("sequence_length", "tokens_per_step", "seed", "data_digest")  # --resume-changed goes on all the same
+HOUSES = [Path(__file__).resolve().parent.parent / name for name in ("kernels", "model", "engine")]
+SAFE_OF_MODEL = ("dropout", "init")  # and so with these fields of the model
 
 
 def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
@@ -60,25 +68,33 @@ def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> Non
     temporary.replace(path)
 
 
-def find_checkpoint(train: TrainConfig, facts: dict, warn) -> Checkpoint | None:
+def find_checkpoint(train: TrainConfig, run_identity: dict, warn) -> Checkpoint | None:
     """Where to go on from, or None to start afresh. Raises BadInput if it belongs to another run than this one."""
     if train.resume == "never":
         return None
+    checkpoint.recover(Path(train.out) / "checkpoints")
     found = checkpoint.newest(train.out, warn) if train.resume == "auto" else checkpoint.read(train.resume)
     if found is None:
         return None
-    if not (found.path / checkpoint.OPTIMIZER).exists():
+    if not found.has_optimizer:
         raise BadInput(
             f"train: {found.path} must hold the optimizer's state to go on training, got weights alone; train from "
             f"them with --init-from {train.out} and another --out"
         )
     past = found.state["identity"]
-    changed = [f"{name}: {_difference(past[name], facts[name])}" for name in FIXED if past[name] != facts[name]]
-    if changed:
+    changed = {name: _difference(past[name], run_identity[name]) for name in FIXED if past[name] != run_identity[name]}
+    listed = "\n  ".join(f"{name}: {difference}" for name, difference in changed.items())
+    model_is_same = all(past["model"].get(k) == v for k, v in run_identity["model"].items() if k not in SAFE_OF_MODEL)
+    is_safe = model_is_same and set(changed) <= {*SAFE, "model"}
+    if changed and train.resume_changed and is_safe:
+        warn(f"going on from {found.path} although these changed\n  {listed}")
+    elif changed:
+        way_out = "choose another --out, or set that run aside with --resume never"
+        if is_safe:
+            way_out += "; to go on with its weights all the same, add --resume-changed"
         raise BadInput(
-            f"train: to go on from {found.path} the run must be the one that made it, but these changed\n  "
-            + "\n  ".join(changed)
-            + "\n  choose another --out, or set that run aside with --resume never"
+            f"train: to go on from {found.path} the run must be the one that made it, but these changed\n  {listed}\n  "
+            + way_out
         )
     if found.step > train.num_steps:
         raise BadInput(
@@ -87,21 +103,88 @@ def find_checkpoint(train: TrainConfig, facts: dict, warn) -> Checkpoint | None:
     return found
 
 
+def restore(found: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+    """Fills model and optimizer on every rank. Where they are not sharded only rank 0 reads: the others may have
+    no such file. Raises BadInput on every rank if the checkpoint is another model's.
+    """
+    is_sharded = distributed.is_sharded(raw_model)
+    with ranks.together():
+        if is_sharded and not found.path.is_dir():
+            raise BadInput(
+                f"train: --out must be on a file system that all hosts share with --parallel fsdp or hsdp, got "
+                f"{found.path}, which is missing on this one; share it, or use --parallel ddp"
+            )
+    with ranks.together():
+        if is_sharded or ranks.is_first:
+            checkpoint.load_weights(found, raw_model)
+            checkpoint.load_optimizer(found, raw_model, optimizer)
+    if not is_sharded:
+        allocate_state(optimizer)
+        ranks.broadcast(list(checkpoint.tensors(raw_model, optimizer).values()))
+
+
+def facts(train: TrainConfig, run_identity: dict) -> dict:
+    """What must be the same on every rank: flags, code, data and versions."""
+    fields = config.to_dict(train)
+    nested = {f"{part}.{name}": value for part in ("model", "optim") for name, value in fields.pop(part).items()}
+    code = hashlib.sha256()
+    for path in sorted(path for house in HOUSES for path in house.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        **{f"--{name.replace('_', '-')}": value for name, value in (fields | nested).items()},
+        "data": run_identity["data_digest"],
+        "tokenizer": run_identity["tokenizer"],
+        "code": code.hexdigest()[:12],
+        "torch": torch.__version__,
+    }
+
+
+def check_shared_out(train: TrainConfig, ranks: Ranks) -> None:
+    """Raises BadInput on every rank unless all hosts see rank 0's --out, where a sharded run needs that."""
+    if train.parallel == "ddp" or ranks.world_size == 1:
+        return
+    probe = Path(train.out) / ranks.agree(f".probe_{uuid.uuid4().hex}")
+    if ranks.is_first:
+        probe.touch()
+    ranks.agree(None)
+    try:
+        with ranks.together():
+            if not probe.exists():
+                raise BadInput(
+                    f"train: --out must be on a file system that all hosts share with --parallel {train.parallel}, "
+                    f"got {train.out}, where rank 0's files are missing on this host; share it, or use --parallel ddp"
+                )
+    finally:
+        if ranks.is_first:
+            probe.unlink(missing_ok=True)
+
+
 def _difference(old, new) -> str:
     if isinstance(old, dict):
         return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
     return f"{old} -> {new}"
 
 
-def state(step: int, train: TrainConfig, facts: dict, world_size: int, scaler: torch.amp.GradScaler) -> dict:
-    """What a checkpoint says besides weights and optimizer, as JSON types."""
+def state(
+    step: int,
+    tokens: int,
+    val_loss: float | None,
+    train: TrainConfig,
+    run_identity: dict,
+    world_size: int,
+    scaler: torch.amp.GradScaler,
+    guard: Guard,
+) -> dict:
+    """What a checkpoint says besides weights and optimizer, as JSON types. Waits for the device."""
     return {
         "step": step,
-        "tokens": step * train.tokens_per_step,
-        "identity": facts,
+        "tokens": tokens,
+        "val_loss": val_loss,
+        "identity": run_identity,
         "config": config.to_dict(train),
         "world_size": world_size,
         "scaler": scaler.state_dict(),
+        "guard": guard.state_dict(),
     }
 
 
@@ -133,8 +216,10 @@ def wants_compile(train: TrainConfig, device: torch.device) -> tuple[bool, str]:
     return True, "on"
 
 
-def sample(model: GPT2, words: tokenizer.Tokenizer, train: TrainConfig) -> str:
-    """The run's prompt continued by the model as it is now, the same draws at every step."""
+def sample(model: GPT2, words: tokenizer.Tokenizer, train: TrainConfig, ranks: Ranks) -> str:
+    """The run's prompt continued by the model as it is now, the same draws at every step. Rank 0 has it."""
+    if not ranks.is_first and not distributed.is_sharded(model):  # a sharded model runs on all ranks or on none
+        return ""
     prompt = torch.tensor([words.encode(train.prompt).tolist()], device=model.wte.weight.device)
     ids = generate(model, prompt, train.sample_tokens, temperature=0.8, top_k=50, seed=train.seed)
     return words.decode(ids[0])
@@ -177,10 +262,14 @@ def load_weights(source: str, model: GPT2) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def load_model(run: str | Path, warn=print) -> tuple[GPT2, tokenizer.Tokenizer, Checkpoint]:
-    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint; the model is float32 and in eval mode."""
+def load_model(run: str | Path, warn=print, is_best: bool = False) -> tuple[GPT2, tokenizer.Tokenizer, Checkpoint]:
+    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, or of the one with the lowest validation loss.
+
+    The model is float32 and in eval mode.
+    """
     config.load(run)  # a sentence of its own for a directory that is no run
-    found = checkpoint.newest(run, warn)
+    lowest = checkpoint.best(run) if is_best else None
+    found = checkpoint.newest(run, warn) if lowest is None else checkpoint.read(lowest)
     if found is None:
         raise BadInput(f"run: {run} must hold a checkpoint, got none yet; wait for its first save")
     facts = found.state["identity"]

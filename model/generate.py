@@ -87,8 +87,7 @@ def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed) -> I
 @torch.no_grad()
 def next_logits(model, tokens: Tensor) -> Tensor:
     """Float32 logits (B, V) of the token after tokens (B, T), from at most the last n_positions of them."""
-    h = model.hidden(tokens[:, -model.config.n_positions :])[:, -1]  # (B, C): the head runs on one position only
-    return model.head(h).float()
+    return model.last_logits(tokens[:, -model.config.n_positions :]).float()
 
 
 def generate(model, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:

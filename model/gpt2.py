@@ -11,16 +11,21 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import Backend, Ops, select
 from model.presets import PRESETS, GPT2Config
 
 __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
+
+Recompute = Literal["none", "attention", "block"]
 
 
 class Linear(nn.Linear):
@@ -82,19 +87,32 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the MLP, each behind its LayerNorm."""
+    """One transformer block: attention, then the MLP, each behind its LayerNorm.
+
+    What `recompute` names keeps its inputs only, and makes its activations again in the backward pass: the same
+    bits, dropout included, for a forward's time instead of memory. Source: Chen et al. 2016, arXiv:1604.06174.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
+        self.recompute: Recompute = "none"
         self.ln_1 = LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._run("block", self._forward, x, branch)
+
+    def _forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         h, x = self.ln_1(x, branch)
-        h, x = self.ln_2(x, self.attn(h))
+        h, x = self.ln_2(x, self._run("attention", self.attn, h))
         return x, self.mlp(h)
+
+    def _run(self, part: Recompute, function: Callable, *inputs: Tensor | None):
+        if self.recompute == part and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
 
 class GPT2(nn.Module):
@@ -140,9 +158,10 @@ class GPT2(nn.Module):
         with torch.no_grad():
             self.wte.weight[self.config.vocab_size :] = 0.0
 
-    def configure(self, backend: Backend | Ops, compute_dtype: torch.dtype) -> Ops:
+    def configure(self, backend: Backend | Ops, compute_dtype: torch.dtype, recompute: Recompute = "none") -> Ops:
         """Chooses what the ops run on and the dtype of the activations; returns the choice, which explains itself.
 
+        In training, what `recompute` names is made again in the backward pass: each block's attention, or the block.
         Call it after moving the model: the choice depends on the device. Raises ValueError as dispatch.select does.
         """
         ops = backend
@@ -151,6 +170,8 @@ class GPT2(nn.Module):
         for module in self.modules():
             if isinstance(module, GPT2 | LayerNorm | Attention | MLP):
                 module.ops = ops
+            if isinstance(module, Block):
+                module.recompute = recompute
         self.compute_dtype = compute_dtype
         return ops
 
@@ -175,6 +196,10 @@ class GPT2(nn.Module):
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), without the vocabulary's padding."""
         return F.linear(h, self.wte.weight.to(h.dtype))[..., : self.config.vocab_size]
+
+    def last_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, V) of the token after tokens (B, T): the head runs on one position only."""
+        return self.head(self.hidden(tokens)[:, -1])
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from engine import distributed, optim
 from engine.config import PRESETS
+from engine.guard import Guard
+from engine.timing import Clock
 from model.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,16 +29,16 @@ with distributed.process_group() as ranks:
     expected = {name: p.grad.clone() for name, p in raw_model.named_parameters()}
     raw_model.zero_grad()
 
-    model = distributed.wrap(raw_model, ranks)
+    model = distributed.wrap(raw_model, ranks, config, False, torch.float32)
     optimizer = optim.build(raw_model, config)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler, guard, clock = torch.amp.GradScaler("cpu", enabled=False), Guard(config, ranks.device), Clock(ranks.device)
     seen = {}
     optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in raw_model.named_parameters()}) if not seen else None
     )
     for step in range(3):
         mine = [(b[:, :-1], b[:, 1:]) for b in every[step, :, ranks.rank]]
-        train_step(model, optimizer, scaler, mine, 1e-3, step, config, ranks)
+        train_step(model, optimizer, scaler, guard, mine, 1e-3, step, (False, False), config, ranks, clock)
 
     content = b"".join(p.detach().numpy().tobytes() for p in raw_model.parameters())
     digests = [None, None]

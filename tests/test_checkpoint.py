@@ -275,7 +275,7 @@ class FailingDisk:
         return watched
 
 
-CALLS = ["mkdir", "mkdir", "save_file", "save_file", "write_text"] + 3 * ["fsync"]
+CALLS = ["mkdir", "mkdir", "save_file", "fsync", "save_file", "fsync", "write_text", "fsync"]
 CALLS += ["write_text", "fsync", "fsync", "rename", "fsync"]
 
 

@@ -401,11 +401,35 @@ def test_only_what_the_manifest_lists_is_read(tmp_path):
     assert data.tokenizer_name(tmp_path) == "bytes"
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b"{}", b'{"shards": [{}]}'], ids=repr)
+def test_another_shard_of_the_same_name_is_refused_by_its_count(tmp_path):
+    path = write(tmp_path, "x_train_000000.bin", range(9))
+    listed = {"file": path.name, "split": "train", "sha256": "0", "tokens": 9}
+    manifest(tmp_path, shards=[listed])
+    assert len(TokenStream.open(tmp_path, "train", VOCAB)) == 9
+    write(tmp_path, path.name, range(8))
+    with pytest.raises(BadInput, match=r"x_train_000000.bin: must have the 9 tokens of manifest.json, got 8; it is an"):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+WRONG_TYPES = [b'{"tokenizer": 7, "shards": []}']
+WRONG_TYPES += [b'{"tokenizer": "bytes", "shards": [{"file": null, "split": "train", "sha256": "0"}]}']
+WRONG_TYPES += [b'{"tokenizer": "bytes", "shards": [{"file": "x_train_000000.bin", "split": "train", "sha256": 0}]}']
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe", b"[]", b"{}", b'{"shards": [{}]}', *WRONG_TYPES], ids=lambda c: repr(c[:60])
+)
 def test_a_damaged_manifest_is_named(tmp_path, content):
     write(tmp_path, "x_train_000000.bin", range(9))
     (tmp_path / data.MANIFEST).write_bytes(content)
     with pytest.raises(BadInput, match=r"manifest.json: .*; prepare the data again"):
+        TokenStream.open(tmp_path, "train", VOCAB)
+
+
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
+    write(tmp_path, "x_train_000000.bin", range(9))
+    (tmp_path / data.MANIFEST).mkdir()
+    with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got IsADirectoryError"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 

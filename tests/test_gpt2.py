@@ -198,6 +198,16 @@ def test_padded_vocabulary_is_never_seen_outside():
     assert model.generate(tokens, 40, temperature=50.0, seed=0).max() < 257
 
 
+def test_ids_over_gpt2_s_vocabulary_are_never_drawn():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=16, n_positions=4, vocab_size=50257))
+    with torch.no_grad():
+        model.wte.weight[50257:].normal_(std=100.0)  # the 47 rows of padding: one of them would always be likeliest
+    tokens = torch.full((4, 1), 50256)
+    for options in ({}, {"temperature": 0.0}, {"temperature": 50.0}, {"top_k": 50}, {"top_p": 0.9}):
+        assert model.generate(tokens, 6, seed=0, **options).max() < 50257
+
+
 def test_every_parameter_gets_a_gradient():
     model, tokens = build(), some_tokens()
     model(tokens, tokens).backward()

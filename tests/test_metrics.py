@@ -156,17 +156,6 @@ def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_tensorboard_it_says_so_once_and_goes_on(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    run = record(dataclasses.replace(config, tensorboard=True))
-    for step in range(3):
-        run.log(step, loss=1.0)
-        run.end_step(step)
-    run.close()
-    assert capsys.readouterr().out.count("tensorboard is not installed: going on without it") == 1
-    assert len(read_rows(tmp_path / "metrics.jsonl")) == 3
-
-
 # ---- Console ------------------------------------------------------------------------------------------------------
 
 

@@ -54,8 +54,7 @@ def documents(out: Path, split: str, end_of_text: int = 256) -> list[list[int]]:
 
 
 def texts(out: Path, split: str) -> list[str]:
-    chosen = tokenizer.load("bytes")
-    return [chosen.decode(tokens[1:]) for tokens in documents(out, split)]
+    return [bytes(tokens[1:]).decode() for tokens in documents(out, split)]
 
 
 def files(directory: Path) -> dict[str, str]:
@@ -221,7 +220,7 @@ KEPT = [
     pytest.param(b"in the \xef\xbb\xbfmiddle", "in the \ufeffmiddle", id="but not inside"),
     pytest.param(b"a\r\nb\rc\n", "a\r\nb\rc\n", id="line ends stay"),
     pytest.param(b"a\x00b", "a\x00b", id="NUL stays"),
-    pytest.param(b"x" * 3_000_000, "x" * 3_000_000, id="a line of 3 MB"),
+    pytest.param(b"x" * 10_000_000, "x" * 10_000_000, id="a line of 10 MB"),
     pytest.param(b"a<|endoftext|>b", "a<|endoftext|>b", id="a literal end of text is text"),
 ]
 
@@ -232,6 +231,43 @@ def test_odd_but_valid_text_is_kept_as_it_is(source, tmp_path, content, text):
     manifest = run(source, tmp_path / "out")
     assert text in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     assert manifest["skipped"] == {}
+
+
+KEPT_RECORDS = [
+    pytest.param(b'\xef\xbb\xbf{"text": "a first line"}', "a first line", id="a byte-order mark before the line"),
+    pytest.param(b'{"text": "a\xef\xbb\xbfb"}', "a\ufeffb", id="a byte-order mark inside"),
+    pytest.param(b'{"text": "a\\r\\nb"}\r', "a\r\nb", id="line ends of Windows"),
+    pytest.param(rb'{"text": "a\u0000b"}', "a\x00b", id="NUL"),
+    pytest.param(rb'{"text": "\ud83d\ude42"}', "\U0001f642", id="a surrogate pair"),
+    pytest.param(b'{"text": "' + b"y" * 10_000_000 + b'"}', "y" * 10_000_000, id="a line of 10 MB"),
+    pytest.param(b'{"text": "a<|endoftext|>b"}', "a<|endoftext|>b", id="a literal end of text"),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), KEPT_RECORDS)
+def test_odd_but_valid_records_are_kept_as_they_are(source, tmp_path, line, text):
+    (source / "odd.jsonl").write_bytes(line + b"\n\n \n" + b'{"text": "the next line"}')
+    manifest = run(source, tmp_path / "out")
+    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert text in found
+    assert "the next line" in found
+    assert manifest["skipped"] == {}
+
+
+def test_a_line_of_10_mb_comes_back_whole_from_gpt2_s_tokens(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("One line, of many words. " * 400_000)
+    run(path, tmp_path / "out", tokenizer="gpt2")
+    tokens = [t for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256) for t in d[1:]]
+    assert tokenizer.load("gpt2").decode(tokens) == path.read_text()
+
+
+def test_all_that_is_left_out_is_counted_by_its_reason(source, tmp_path):
+    lines = [b'{"text": "half', rb'{"text": "\ud800"}', b'{"body": "x"}', b'{"text": ""}', b'{"text": "good"}', b"\x00"]
+    (source / "mixed.jsonl").write_bytes(b"\n".join(lines))
+    manifest = run(source, tmp_path / "out", workers=2)
+    assert manifest["skipped"] == {"not JSON": 2, "not UTF-8": 1, 'no text field "text"': 1, "empty": 1}
+    assert sum(manifest["documents"].values()) == 30
 
 
 def test_a_literal_end_of_text_starts_no_document(source, tmp_path):
@@ -388,14 +424,16 @@ def replace(source, target):
     plain_replace(source, target)
 
 data.write_shard, os.replace = write, replace
-config = prepare.PrepareConfig(sys.argv[2], tokenizer="bytes", workers=1, val_fraction=0.3, shard_tokens=100)
+prepare.BATCH_BYTES = 2000  # many batches, so that workers finish out of order
+workers = int(sys.argv[4])
+config = prepare.PrepareConfig(sys.argv[2], tokenizer="bytes", workers=workers, val_fraction=0.3, shard_tokens=100)
 prepare.prepare([sys.argv[1]], config)
 """
 
 
-def start(source: Path, out: Path, killed_at_move: int) -> subprocess.Popen:
+def start(source: Path, out: Path, killed_at_move: int, workers: int = 1) -> subprocess.Popen:
     """A preparation in a process of its own, which ends itself with SIGKILL at the given move into place (0: never)."""
-    command = [sys.executable, "-c", KILLED, str(source), str(out), str(killed_at_move)]
+    command = [sys.executable, "-c", KILLED, str(source), str(out), str(killed_at_move), str(workers)]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
 
 
@@ -426,6 +464,23 @@ def test_killed_while_it_writes_nothing_is_visible_and_the_next_run_succeeds(big
     assert [path.name for path in out.iterdir()] == [".building"]
     assert_no_data(out)
     assert_recovers(big_source, out)
+
+
+@pytest.mark.parametrize(("killed", "again"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("move", [0, 3], ids=["while it writes", "while it moves"])
+def test_killed_and_run_again_with_other_workers_the_bytes_are_the_same(big_source, tmp_path, killed, again, move):
+    out, quiet = tmp_path / "out", tmp_path / "quiet" / "out"
+    process = start(big_source, out, killed_at_move=move, workers=killed)
+    deadline = time.monotonic() + 60
+    while not move and len(list(out.glob(".building/*.bin"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if not move:
+        process.kill()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert_no_data(out)
+    run(big_source, out, shard_tokens=100, workers=again)
+    run(big_source, quiet, shard_tokens=100, workers=1)
+    assert files(out) == files(quiet)
 
 
 def children(pid: int) -> list[int]:

@@ -1,6 +1,9 @@
 """Weights in and out in the Hugging Face layout; transformers' own GPT-2 is what every number is compared with."""
 
+import contextlib
 import json
+import os
+import pickle
 import socket
 import sys
 
@@ -284,6 +287,34 @@ def test_a_pickle_is_refused_without_being_opened(directory):
     (directory / "pytorch_model.bin").write_bytes(b"not even a pickle")
     with pytest.raises(ValueError, match="is a pickle and could run code"):
         GPT2.from_pretrained(directory)
+
+
+class Bomb:
+    """Leaves a directory behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize("clothes", ["pickle", "torch.save"])
+def test_a_malicious_pickle_in_any_place_is_refused_and_does_not_run(directory, tmp_path, name, clothes):
+    mark = tmp_path / "it ran"
+    if name not in ("model.safetensors", "config.json"):
+        (directory / "model.safetensors").unlink()
+    with (directory / name).open("wb") as file:
+        pickle.dump(Bomb(mark), file) if clothes == "pickle" else torch.save(Bomb(mark), file)
+    with pytest.raises(ValueError, match=r"weights: .* must "):
+        GPT2.from_pretrained(directory)
+    assert not mark.exists()
+    with (directory / name).open("rb") as file, contextlib.suppress(Exception):  # it was armed
+        pickle.load(file) if clothes == "pickle" else torch.load(file, weights_only=False)
+    assert mark.exists()
 
 
 def test_a_directory_without_weights_or_config_says_what_is_missing(directory):

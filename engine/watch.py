@@ -1,0 +1,150 @@
+"""Whether a run is alive: a file for a supervisor, and an end to waiting for a rank that will not come.
+
+OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state (running, stopped, done
+or failed) and reason. Each rank has a thread that tells the others, through the store of torchrun, where it is; when a
+rank makes no progress for `timeout_minutes`, it says who is behind, leaves its Python stacks in OUT and exits.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from engine import memory
+from engine.config import TrainConfig
+from engine.distributed import Ranks
+from engine.errors import LOST, BadInput, Lost
+
+HEARTBEAT = "heartbeat"
+EVERY = 1.0  # seconds between two reports of a rank
+STALE = 5.0  # seconds after which a rank that does not report is said to be silent
+
+
+def write_heartbeat(out: str | Path, **fields: object) -> None:
+    """Replaces OUT/heartbeat as a whole, so that no reader sees half of it."""
+    path = Path(out) / HEARTBEAT
+    temporary = path.with_name(f".{HEARTBEAT}.writing")
+    temporary.write_text(json.dumps(fields) + "\n")
+    temporary.replace(path)
+
+
+def account(rank: int, places: dict[int, tuple[int, str, float]], now: float) -> str:
+    """Who is behind, in words, for `rank`. places: each rank's step, what it does there, and when it last reported."""
+    furthest = max((step for step, _, _ in places.values()), default=0)
+    late = [
+        f"rank {other} was at step {step} ({doing}) and last heard of {now - seen:.0f} s ago"
+        for other, (step, doing, seen) in sorted(places.items())
+        if other != rank and (step < furthest or now - seen > STALE)
+    ]
+    return "; ".join(late) or "no other rank is behind"
+
+
+class Watch:
+    """This rank's thread. Enter it around the loop and call `at` where the loop gets to."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, start: int, micro_batch_size: int):
+        self.config, self.ranks, self.micro_batch_size = config, ranks, micro_batch_size
+        self.timeout = 60 * config.timeout_minutes
+        self.step, self.doing, self.since = start, "starting", time.time()
+        self.ends = ("failed", "")  # state and reason of the last heartbeat, until the loop knows better
+        self._ended = threading.Event()
+        self._store = ranks.connect_store()  # a connection of its own: the main thread may be blocked on the other
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Writes the last heartbeat. What is another rank's fault or the memory's becomes a sentence that says so."""
+        self._ended.set()
+        self._thread.join()
+        if error is None:
+            self._beat(*self.ends)
+            return
+        self._beat("failed", str(error))
+        if memory.out_of_memory(error):
+            raise BadInput(memory.sentence(error, self.config, self.micro_batch_size, self.ranks)) from error
+        if is_lost_peer(error):
+            raise Lost(
+                f"train: all {self.ranks.world_size} processes must answer within the {self.config.timeout_minutes:g} "
+                f"min of --timeout-minutes, got {_first_line(error)} at {self.account()}; check hosts and network "
+                "(NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface); the same command goes on from the last "
+                "checkpoint"
+            ) from error
+
+    def at(self, step: int, doing: str) -> None:
+        """This rank begins something: progress."""
+        self.step, self.doing, self.since = step, doing, time.time()
+
+    def account(self) -> str:
+        """Where this rank is and who is behind, in words."""
+        return f"rank {self.ranks.rank} at step {self.step} ({self.doing}): " + account(
+            self.ranks.rank, self._places(), time.time()
+        )
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(EVERY, self.timeout / 4)):
+            self._beat("running", "")
+            self._report()
+            if (waited := time.time() - self.since) > self.timeout + 2 * EVERY:  # after the collectives' own timeout
+                self._leave(waited)
+
+    def _beat(self, state: str, reason: str) -> None:
+        if self.ranks.is_first:
+            with contextlib.suppress(OSError):  # a full disk is the checkpoints' to report
+                write_heartbeat(
+                    self.config.out,
+                    step=self.step,
+                    num_steps=self.config.num_steps,
+                    time=self.since,
+                    state=state,
+                    reason=reason,
+                )
+
+    def _report(self) -> None:
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):  # the store is gone with its host: the collectives will tell
+                self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.doing, time.time()]))
+
+    def _places(self) -> dict[int, tuple[int, str, float]]:
+        places = {}
+        with contextlib.suppress(RuntimeError, ValueError):
+            for rank in range(self.ranks.world_size if self._store is not None else 0):
+                if self._store.check([f"place/{rank}"]):
+                    places[rank] = tuple(json.loads(self._store.get(f"place/{rank}")))
+        return places
+
+    def _leave(self, waited: float) -> None:
+        """Ends a process that hangs, from outside its main thread."""
+        stacks = Path(self.config.out) / f"hang_rank{self.ranks.rank}.txt"
+        with contextlib.suppress(OSError), stacks.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(
+            f"train: a step must make progress within the {self.config.timeout_minutes:g} min of --timeout-minutes, "
+            f"got none for {waited:.0f} s: {self.account()}; stacks are in {stacks}; the same command goes on from the "
+            "last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._beat("failed", "hang")
+        os._exit(LOST)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception is a collective's, that a peer did not answer."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    said = str(error)
+    marks = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "gloo", "Gloo")
+    return isinstance(error, RuntimeError) and any(mark in said for mark in marks)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or repr(error)

@@ -1,0 +1,135 @@
+"""The files in deploy/: they parse, name flags that exist, and put back into the queue what was stopped, not broken."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from engine.config import TrainConfig
+
+SLURM, KUBERNETES = ROOT / "deploy" / "train.slurm", ROOT / "deploy" / "train.k8s.yaml"
+FIELDS = {"--" + name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
+
+
+def pod_script() -> str:
+    """The block of bash in the Job, without a YAML parser: what is indented below `- |`."""
+    after = KUBERNETES.read_text().split("- |\n", 1)[1].splitlines()
+    indent = len(after[0]) - len(after[0].lstrip())
+    body = []
+    for line in after:
+        if line.strip() and len(line) - len(line.lstrip()) < indent:
+            break
+        body.append(line[indent:])
+    return "\n".join(body) + "\n"
+
+
+def stand_in(directory: Path, name: str, body: str) -> None:
+    """A program of this name that does something else."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def heartbeat(state: str | None) -> str:
+    """A line of bash that leaves a heartbeat as training does."""
+    content = json.dumps({"step": 5, "num_steps": 9, "time": 1.0, "state": state, "reason": ""})
+    return f"echo '{content}' > \"$OUT/heartbeat\"" if state else ":"
+
+
+@pytest.mark.parametrize("script", [SLURM.read_text(), pod_script()], ids=["slurm", "kubernetes"])
+def test_the_scripts_are_bash_and_every_flag_of_training_exists(script):
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    command = re.search(r"engine/train\.py (.*?[^\\])\n", script, re.DOTALL).group(1)
+    flags = set(re.findall(r"(?<!\S)--[a-z][a-z.-]*", command))
+    assert {"--data", "--out"} <= flags
+    assert flags <= FIELDS
+
+
+def test_the_job_is_yaml_whose_parts_refer_to_each_other():
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all(KUBERNETES.read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == [pod_script()]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(environment["HOSTS"])
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    assert f"{job['metadata']['name']}-0.{service['metadata']['name']}:" in pod_script()
+    on_exit = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert (on_exit["containerName"], on_exit["values"]) == (container["name"], [2, 3])
+    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy requires
+    assert pod["terminationGracePeriodSeconds"] > TrainConfig().grace_seconds
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "job", "requeued"),
+    [
+        (0, "stopped", "RUNNING", True),
+        (0, "done", "RUNNING", False),
+        (0, "stopped", "COMPLETING", False),
+        (1, "stopped", "RUNNING", False),
+        (1, "failed", "RUNNING", False),
+        (0, None, "RUNNING", False),
+    ],
+    ids=["stopped", "done", "cancelled", "crashed-since", "failed", "no-heartbeat"],
+)
+def test_slurm_requeues_a_run_that_was_stopped_and_no_other(tmp_path, code, state, job, requeued):
+    stand_in(tmp_path, "bin/srun", f'echo "$@" > said; {heartbeat(state)}; exit {code}')
+    stand_in(tmp_path, "bin/scontrol", 'if [ "$1" = show ]; then echo host1; else echo "$@" > requeued; fi')
+    stand_in(tmp_path, "bin/squeue", f"echo {job}")
+    stand_in(tmp_path, ".venv/bin/python", f'exec {shutil.which("python3")} "$@"')
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "host[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_END_TIME": ""}
+    environment = {**os.environ, **slurm, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path)}
+    done = subprocess.run(["bash", SLURM, "--seed", "3"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    said = (tmp_path / "said").read_text()
+    assert "--nnodes=2" in said
+    assert "--rdzv-endpoint=host1:22345" in said
+    assert said.endswith("--max-minutes 1430 --seed 3\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "report", "state", "expected"),
+    [
+        (0, "", "done", 0),
+        (0, "", "stopped", 75),
+        (0, "", None, 75),
+        (1, "  exitcode  : 2 (pid: 9)", "running", 2),
+        (1, "  exitcode  : 4 (pid: 9)", "failed", 4),
+        (1, "  exitcode  : -9 (pid: 9)", "running", 1),
+        (1, "", "running", 1),
+    ],
+    ids=["done", "stopped", "no-heartbeat", "bad-input", "hang", "killed", "launcher"],
+)
+def test_a_pod_s_exit_code_says_how_the_run_ended(tmp_path, code, report, state, expected):
+    stand_in(tmp_path, "bin/torchrun", f"{heartbeat(state)}; echo '{report}' >&2; exit {code}")
+    stand_in(tmp_path, "bin/python", f'exec {shutil.which("python3")} "$@"')
+    pod = {"HOSTS": "2", "JOB_COMPLETION_INDEX": "0", "OUT": str(tmp_path)}
+    environment = {**os.environ, **pod, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    script = pod_script().replace("/tmp/torchrun.log", str(tmp_path / "torchrun.log"))
+    assert subprocess.run(["bash", "-c", script], env=environment, capture_output=True).returncode == expected
+
+
+def test_a_pod_hands_the_signal_on_and_waits_for_the_last_checkpoint(tmp_path):
+    stand_in(
+        tmp_path,
+        "bin/torchrun",
+        "stop() { sleep 0.3; echo saved; exit 1; }\ntrap stop TERM\necho up; while :; do sleep 0.05; done",
+    )
+    pod = {"HOSTS": "2", "JOB_COMPLETION_INDEX": "1", "OUT": str(tmp_path)}
+    environment = {**os.environ, **pod, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    script = pod_script().replace("/tmp/torchrun.log", str(tmp_path / "torchrun.log"))
+    process = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    assert process.communicate(timeout=20)[0] == "saved\n"
+    assert process.returncode == 1
