@@ -16,6 +16,7 @@ No random state is needed: the order of the data and the dropout masks are funct
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -112,6 +113,7 @@ def write(
     finally:
         if is_first:
             shutil.rmtree(writing, ignore_errors=True)
+            recover(root)
     if is_first:
         _rotate(root, final, keep_last, warn)
     return final
@@ -192,11 +194,10 @@ def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> 
         final.rename(replaced)
     writing.rename(final)
     _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recover(root: Path) -> None:
-    """Gives a checkpoint its name back if a kill came between its replacement's two renames."""
+    """Gives a checkpoint its name back if its replacement ended between two renames, or deletes what was replaced."""
     for replaced in root.glob(".replaced_*"):
         final = root / replaced.name.removeprefix(".replaced_")
         if final.exists():
@@ -220,9 +221,9 @@ def best(out: str | Path) -> Path | None:
     """The checkpoint with the lowest validation loss, or None if none was saved where the run was evaluated."""
     losses = []
     for path in _directories(Path(out) / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads((path / STATE).read_text())
-            if isinstance(loss := state.get("val_loss"), float):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: it may hold anything
+            loss = json.loads((path / STATE).read_text()).get("val_loss")
+            if isinstance(loss, float) and math.isfinite(loss):  # NaN is below nothing, and so may come out first
                 losses.append((loss, path))
     return min(losses)[1] if losses else None
 

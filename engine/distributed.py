@@ -6,8 +6,11 @@ torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE;
 import ctypes
 import json
 import os
+import sys
+import threading
 import time
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import TrainConfig
-from engine.errors import BadInput
+from engine.errors import BAD_INPUT, BadInput
 from model.gpt2 import GPT2
 
 CHECKSUM_CHUNK = 1 << 22  # elements, whose products take 32 MiB
@@ -143,6 +146,9 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         keep_freed_memory()
     if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
+        late = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
+        late.daemon = True
+        late.start()
         backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -158,6 +164,8 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
             dist.barrier()  # the first that really crosses the network
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise BadInput(_unreachable(ranks, error)) from error
+        finally:
+            late.cancel()
     try:
         yield ranks
     finally:
@@ -195,6 +203,12 @@ def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
         raise TimeoutError(f"no answer from {missing} within {timeout.total_seconds():.0f} s")
     os.environ["GPT2_MEETING"] = name
     return name
+
+
+def _leave(ranks: Ranks) -> None:
+    """Ends a process whose main thread is stuck in joining the others."""
+    print(_unreachable(ranks, TimeoutError("no answer in time")), file=sys.stderr, flush=True)
+    os._exit(BAD_INPUT)
 
 
 def _unreachable(ranks: Ranks, error: Exception) -> str:
@@ -251,6 +265,7 @@ def wrap(raw_model: GPT2, ranks: Ranks, config: TrainConfig, compiled: bool, com
         device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added to it in place
     mesh = _mesh(ranks, config)
     # Weights travel in the compute dtype and gradients are summed in float32. The model itself casts activations.
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -311,11 +326,13 @@ def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scales the whole gradient down to max_norm and returns its norm before: float32, the same bits on each rank."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if isinstance(norm, DTensor):
-        mesh, norm = norm.device_mesh, norm.full_tensor()
+    norm = nn.utils.get_total_norm([_local(p.grad) for p in parameters])
+    if is_sharded(model):  # one sum for all parameters, where PyTorch's own norm of shards makes one for each
+        mesh, squares = parameters[0].grad.device_mesh, norm.double().square()
+        dist.all_reduce(squares, group=mesh.get_group("shard"))
         if mesh.ndim == 2:  # each replica has summed for itself: one bit more or less, and they would drift apart
-            dist.broadcast(norm, group=mesh.get_group("replicate"), group_src=0)
+            dist.broadcast(squares, group=mesh.get_group("replicate"), group_src=0)
+        norm = squares.sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
@@ -346,8 +363,7 @@ def check_replicas(raw_model: nn.Module, ranks: Ranks, group: dist.ProcessGroup 
     found = None
     if group is not None:
         names, parameters = zip(*raw_model.named_parameters(), strict=True)
-        local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-        sums = torch.stack([_checksum(p) for p in local])
+        sums = torch.stack([_checksum(_local(p)) for p in parameters])
         gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, sums, group=group)
         rows = [tuple(row.tolist()) for row in gathered]
@@ -362,6 +378,11 @@ def check_replicas(raw_model: nn.Module, ranks: Ranks, group: dist.ProcessGroup 
                 f"{', '.join(others)}, first in {first}"
             )
     return "\n".join(said for said in dict.fromkeys(ranks.gather(found)) if said) or None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of it that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _checksum(tensor: Tensor) -> Tensor:

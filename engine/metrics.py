@@ -220,11 +220,12 @@ def _short(name: str, value: float) -> str:
         "tokens_per_s": lambda v: f"{v:,.0f} {{unit}}s/s",
         "mfu": lambda v: f"MFU {100 * v:.1f}%",
         "peak_gib": lambda v: f"{v:.2f} GiB",
+        "skipped": lambda v: f"{v} skipped",
     }
     return forms[name](value)
 
 
-SHOWN = ("loss", "val_loss", "lr", "tokens_per_s", "mfu", "peak_gib")
+SHOWN = ("loss", "val_loss", "lr", "tokens_per_s", "mfu", "peak_gib", "skipped")
 
 
 class Lines:

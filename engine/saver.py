@@ -17,7 +17,7 @@ import torch.distributed as dist
 from engine import checkpoint, distributed
 from engine.config import TrainConfig
 from engine.distributed import Ranks
-from engine.errors import BadInput, Diverged
+from engine.errors import BadInput
 from model.gpt2 import GPT2
 
 
@@ -92,17 +92,18 @@ class Saver:
         self._error = None
         try:
             checkpoint.write(self.config.out, state, held, self.config.keep_last, self.say, self.group)
-        except (OSError, Diverged) as error:
+        except Exception as error:  # in a thread of its own, it would end nothing but the thread
             self._error = error
         self.seconds = max(self.seconds, time.perf_counter() - began)
 
     def _settle(self, step: int) -> None:
-        """Takes note of how a save ended."""
-        if isinstance(self._error, Diverged):
-            raise self._error
+        """Takes note of how a save ended. Raises what is not the disk's fault."""
         if self._error is None:
             self.last_step, self._failures = step, 0
             return
+        if not isinstance(self._error, OSError):
+            error, self._error = self._error, None  # told once: `close` must not say another thing
+            raise error
         self._failures += 1
         self.say(f"{self._sentence()}; training goes on, {self._known()}")
 

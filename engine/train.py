@@ -109,9 +109,9 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             is_last, val_loss = step == config.num_steps, None
             saves = step > start and (is_last or stopping is not None or due(step, config.save_every))
             trace.step(step)
-            if config.check_replicas_every is not None and (saves or due(step, config.check_replicas_every)):
-                if (drift := distributed.check_replicas(raw_model, ranks, replicas)) is not None:
-                    raise Diverged(f"train: at step {step}: {drift}; nothing of it is saved: the same command goes on")
+            compares = config.check_replicas_every is not None and (saves or due(step, config.check_replicas_every))
+            if compares and (drift := distributed.check_replicas(raw_model, ranks, replicas)) is not None:
+                raise Diverged(f"train: at step {step}: {drift}; nothing of it is saved: the same command goes on")
             if is_last or (due(step, config.eval_every) and stopping is None):
                 alive.at(step, "evaluation")
                 with clock.part("eval"), phase("evaluation"):
@@ -130,11 +130,12 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                 alive.ends = ("done", "") if is_last else ("stopped", stopping)
                 break
 
-            alive.at(step, "update")
+            alive.at(step, "data")
             asked = stop.flags(saver.seconds)
             clock.start_step()
             with clock.part("data"), phase("data"):
                 micro_batches = batches.at(step)
+            alive.at(step, "update")
             lr = optim.learning_rate(step, config)
             numbers = train_step(model, optimizer, scaler, guard, micro_batches, lr, step, asked, config, ranks, clock)
             clock.end_step()
@@ -144,6 +145,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             record.end_step(step)
             if (known := mailbox.exchange(numbers)) is not None:  # the step before's, which need no waiting
                 stopping = guard.verdict(known, step)
+    ranks.agree(None)  # the last save is whole: torchrun ends all ranks once one has left
     if not is_last:
         ranks.say(f"stopped at step {step} of {config.num_steps} by {stopping} and saved; the same command goes on")
         return stopping

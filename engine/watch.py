@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,10 @@ from engine.errors import LOST, BadInput, Lost
 HEARTBEAT = "heartbeat"
 EVERY = 1.0  # seconds between two reports of a rank
 STALE = 5.0  # seconds after which a rank that does not report is said to be silent
+# Gloo's errors have no type of their own, but begin with the place in its source.
+_GLOO_SAID = re.compile(
+    r"gloo/(transport|rendezvous)/|Connection closed by peer \[|Timed out waiting \d+ms for (send|recv) operation"
+)
 
 
 def write_heartbeat(out: str | Path, **fields: object) -> None:
@@ -34,14 +39,22 @@ def write_heartbeat(out: str | Path, **fields: object) -> None:
     temporary.replace(path)
 
 
-def account(rank: int, places: dict[int, tuple[int, str, float]], now: float) -> str:
-    """Who is behind, in words, for `rank`. places: each rank's step, what it does there, and when it last reported."""
+Place = tuple[int, str, float]  # of a rank: the step it is at, what it does there, when it last reported
+
+
+def account(rank: int, world_size: int, places: dict[int, Place], now: float) -> str:
+    """Which ranks the others wait for, in words, as `rank` sees it. places: of every rank that was heard of."""
     furthest = max((step for step, _, _ in places.values()), default=0)
-    late = [
-        f"rank {other} was at step {step} ({doing}) and last heard of {now - seen:.0f} s ago"
-        for other, (step, doing, seen) in sorted(places.items())
-        if other != rank and (step < furthest or now - seen > STALE)
-    ]
+    here = places.get(rank)
+    late = []
+    for other in range(world_size):
+        if other not in places:
+            late.append(f"rank {other} was not heard of")
+            continue
+        step, doing, seen = places[other]
+        is_elsewhere = here is not None and (step, doing) != here[:2]
+        if other != rank and (step < furthest or now - seen > STALE or is_elsewhere):
+            late.append(f"rank {other} was at step {step} ({doing}) and last heard of {now - seen:.0f} s ago")
     return "; ".join(late) or "no other rank is behind"
 
 
@@ -56,9 +69,12 @@ class Watch:
         self._ended = threading.Event()
         self._store = ranks.connect_store()  # a connection of its own: the main thread may be blocked on the other
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._reporter = threading.Thread(target=self._report, name="reports", daemon=True)
 
     def __enter__(self) -> "Watch":
         self._thread.start()
+        if self._store is not None:
+            self._reporter.start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -68,7 +84,7 @@ class Watch:
         if error is None:
             self._beat(*self.ends)
             return
-        self._beat("failed", str(error))
+        self._beat("failed", str(error) or repr(error))
         if memory.out_of_memory(error):
             raise BadInput(memory.sentence(error, self.config, self.micro_batch_size, self.ranks)) from error
         if is_lost_peer(error):
@@ -85,16 +101,18 @@ class Watch:
 
     def account(self) -> str:
         """Where this rank is and who is behind, in words."""
+        here = self.step, self.doing, time.time()
         return f"rank {self.ranks.rank} at step {self.step} ({self.doing}): " + account(
-            self.ranks.rank, self._places(), time.time()
+            self.ranks.rank, self.ranks.world_size, self._places() | {self.ranks.rank: here}, time.time()
         )
 
     def _run(self) -> None:
-        while not self._ended.wait(min(EVERY, self.timeout / 4)):
+        while True:
             self._beat("running", "")
-            self._report()
             if (waited := time.time() - self.since) > self.timeout + 2 * EVERY:  # after the collectives' own timeout
                 self._leave(waited)
+            if self._ended.wait(min(EVERY, self.timeout / 4)):
+                return
 
     def _beat(self, state: str, reason: str) -> None:
         if self.ranks.is_first:
@@ -109,27 +127,40 @@ class Watch:
                 )
 
     def _report(self) -> None:
-        if self._store is not None:
+        """A thread apart: if the store's host is cut off, a request may stay without an answer for minutes."""
+        while not self._ended.is_set():
             with contextlib.suppress(RuntimeError):  # the store is gone with its host: the collectives will tell
                 self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.doing, time.time()]))
+            self._ended.wait(min(EVERY, self.timeout / 4))
 
-    def _places(self) -> dict[int, tuple[int, str, float]]:
-        places = {}
-        with contextlib.suppress(RuntimeError, ValueError):
-            for rank in range(self.ranks.world_size if self._store is not None else 0):
-                if self._store.check([f"place/{rank}"]):
-                    places[rank] = tuple(json.loads(self._store.get(f"place/{rank}")))
-        return places
+    def _places(self) -> dict[int, Place]:
+        """What the ranks reported, as far as the store answers at once."""
+        places: dict[int, Place] = {}
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                for rank in range(self.ranks.world_size if self._store is not None else 0):
+                    if self._store.check([f"place/{rank}"]):
+                        places[rank] = tuple(json.loads(self._store.get(f"place/{rank}")))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(STALE)
+        return dict(places)
 
     def _leave(self, waited: float) -> None:
         """Ends a process that hangs, from outside its main thread."""
         stacks = Path(self.config.out) / f"hang_rank{self.ranks.rank}.txt"
-        with contextlib.suppress(OSError), stacks.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        where = f"its stacks are in {stacks}"
+        try:
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"its stacks could not be written to {stacks}: {error.strerror}"
         print(
             f"train: a step must make progress within the {self.config.timeout_minutes:g} min of --timeout-minutes, "
-            f"got none for {waited:.0f} s: {self.account()}; stacks are in {stacks}; the same command goes on from the "
-            "last checkpoint",
+            f"got none for {waited:.0f} s: {self.account()}; {where}; the same command goes on from the last "
+            "checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -139,12 +170,12 @@ class Watch:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception is a collective's, that a peer did not answer."""
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    said = str(error)
-    marks = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "timed out", "gloo", "Gloo")
-    return isinstance(error, RuntimeError) and any(mark in said for mark in marks)
+    return isinstance(error, RuntimeError) and _GLOO_SAID.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or repr(error)
+    """The cause without gloo's file name in front and its advice behind."""
+    line = re.sub(r"^\[\S+?\] ", "", str(error).strip().partition("\n")[0])
+    return line.partition(". This is typically")[0] or repr(error)

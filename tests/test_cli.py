@@ -1,7 +1,10 @@
 """The command line as a user meets it: help at once; bad input is a sentence, exit code 2 and nothing half-written."""
 
 import ast
+import hashlib
+import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from safetensors import SafetensorError
 
 from engine import checkpoint, cli, data
 from kernels import dispatch
@@ -74,6 +78,8 @@ def test_every_flag_is_explained_where_help_looks_for_it(name):
 # ---- Bad input ----------------------------------------------------------------------------------------------------
 
 BAD = {
+    "nothing to verify": (["verify"], "a path must be given"),
+    "verify of neither": (["verify", "."], "made by gpt2 prepare, or of a run"),
     "unknown command": (["trian"], 'did you mean "train"?'),
     "no preset": (["train"], "a preset must come first"),
     "unknown preset": (["train", "gpt2-mediun"], 'did you mean "gpt2-medium"?'),
@@ -131,6 +137,65 @@ def test_bad_training_input_is_a_sentence_and_leaves_no_checkpoint(
     assert sentence in capfd.readouterr().err
     assert not (out / "checkpoints").exists()
     assert not (out / "config.json").exists()
+
+
+SHARD_HARMS = {
+    "cut short": (lambda content: content[:-2], "the file is cut short or damaged"),
+    "foreign": (lambda content: b"\x7fELF" + content[4:], "the magic number must be 20240520"),
+    "of another version": (lambda content: content[:4] + b"\x02" + content[5:], "the version must be 1, got 2"),
+    "empty": (lambda content: b"", "the header must be 1024 bytes, got 0"),
+    "with a token over the vocabulary": (lambda content: content[:1024] + b"\xff\xff" + content[1026:], "got 65535"),
+    "of another corpus": (
+        lambda content: content[:8] + b"\1\0\0\0" + content[12:1026],
+        "tokens of manifest.json, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("harm", "sentence"), SHARD_HARMS.values(), ids=SHARD_HARMS)
+def test_a_shard_that_is_no_good_is_refused_before_the_first_step(shards, tmp_path, capfd, split, harm, sentence):
+    shutil.copytree(shards, tmp_path / "data")
+    (bad,) = (tmp_path / "data").glob(f"*_{split}_*.bin")
+    bad.write_bytes(harm(bad.read_bytes()))
+    assert run("train", *SMALL, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")) == 2
+    said = capfd.readouterr().err
+    assert str(bad) in said
+    assert sentence in said
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class Bomb:
+    """Leaves a directory behind when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["as it is", "with a manifest to match"])
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
+def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_does_not_run(trained, shards, tmp_path, name, listed):
+    out, mark = tmp_path / "run", tmp_path / "it ran"
+    shutil.copytree(trained, out)
+    (path,) = out.glob(f"checkpoints/*/{name}")
+    path.write_bytes(pickle.dumps(Bomb(mark)))
+    if listed and name != checkpoint.MANIFEST:
+        manifest = json.loads((path.parent / checkpoint.MANIFEST).read_text())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest}
+        (path.parent / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    try:
+        refused = run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
+    except (SafetensorError, ValueError):
+        refused = True
+    assert refused
+    assert not mark.exists()
+    pickle.loads(path.read_bytes())
+    assert mark.exists()  # it was armed
 
 
 def test_an_out_that_is_a_file_is_refused_and_kept(shards, tmp_path, capfd):

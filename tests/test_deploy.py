@@ -123,7 +123,7 @@ def test_a_pod_hands_the_signal_on_and_waits_for_the_last_checkpoint(tmp_path):
     stand_in(
         tmp_path,
         "bin/torchrun",
-        "stop() { sleep 0.3; echo saved; exit 1; }\ntrap stop TERM\necho up; while :; do sleep 0.05; done",
+        "stop() { sleep 0.3; echo saved; exit 1; }\ntrap stop TERM\necho up; for _ in {1..200}; do sleep 0.05; done",
     )
     pod = {"HOSTS": "2", "JOB_COMPLETION_INDEX": "1", "OUT": str(tmp_path)}
     environment = {**os.environ, **pod, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}

@@ -468,7 +468,10 @@ def test_killed_while_it_writes_nothing_is_visible_and_the_next_run_succeeds(big
 
 @pytest.mark.parametrize(("killed", "again"), [(1, 2), (2, 1), (2, 3)])
 @pytest.mark.parametrize("move", [0, 3], ids=["while it writes", "while it moves"])
-def test_killed_and_run_again_with_other_workers_the_bytes_are_the_same(big_source, tmp_path, killed, again, move):
+def test_killed_and_run_again_with_other_workers_the_bytes_are_the_same(
+    big_source, tmp_path, monkeypatch, killed, again, move
+):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
     out, quiet = tmp_path / "out", tmp_path / "quiet" / "out"
     process = start(big_source, out, killed_at_move=move, workers=killed)
     deadline = time.monotonic() + 60

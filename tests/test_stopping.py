@@ -1,0 +1,271 @@
+"""A run asked to stop is gone in time, whatever its main thread is stuck in; processes here are real ones."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+from engine import stopping
+from engine.stopping import Stop, launched_at, time_is_up
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT.pop("TORCHELASTIC_RUN_ID", None)
+
+# Enters Stop and blocks in C, where no signal and no Python comes through: a mutex locked twice. A thread tells what
+# is known of the first signal.
+STUCK = """
+import ctypes, sys, threading, time
+from engine import stopping
+grace, stopping.ECHO = map(float, sys.argv[1:])
+stop = stopping.Stop(grace, None)
+def tell():
+    while not stop.flags(0.0)[0]:
+        time.sleep(0.002)
+    print(stop.signal.name, flush=True)
+threading.Thread(target=tell, daemon=True).start()
+mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+with stop:
+    libc.pthread_mutex_lock(mutex)
+    print("stuck", flush=True)
+    libc.pthread_mutex_lock(mutex)
+    print("not stuck", flush=True)
+"""
+
+
+class Stuck:
+    """A process that is stuck as above. Kills it at the end of the with."""
+
+    def __init__(self, grace_seconds: float, echo: float = stopping.ECHO):
+        command = [sys.executable, "-c", STUCK, str(grace_seconds), str(echo)]
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout.readline() == "stuck\n"
+        time.sleep(0.05)  # until it is in the second lock
+
+    def __enter__(self) -> "Stuck":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def told(self) -> str:
+        return self.process.stdout.readline().strip()
+
+    def ends(self, within: float) -> tuple[int, str]:
+        """Exit code and stderr; raises TimeoutExpired."""
+        _, said = self.process.communicate(timeout=within)
+        return self.process.returncode, said
+
+
+# ---- Signals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
+def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(number, code):
+    with Stuck(grace_seconds=60, echo=0.2) as stuck:
+        stuck.send(number)
+        assert stuck.told() == number.name
+        time.sleep(0.4)
+        assert stuck.process.poll() is None
+        stuck.send(number)
+        assert stuck.ends(within=5) == (
+            code,
+            "\ngpt2 train: a second signal: leaving at once; the last checkpoint is whole\n",
+        )
+
+
+def test_the_code_is_that_of_the_first_signal():
+    with Stuck(grace_seconds=60, echo=0.0) as stuck:
+        stuck.send(signal.SIGTERM)
+        assert stuck.told() == "SIGTERM"
+        stuck.send(signal.SIGINT)
+        assert stuck.ends(within=5)[0] == 143
+
+
+def test_the_same_ctrl_c_handed_on_by_torchrun_is_no_second_signal():
+    with Stuck(grace_seconds=60) as stuck:
+        for _ in range(3):
+            stuck.send(signal.SIGINT)
+            stuck.send(signal.SIGTERM)
+            time.sleep(0.1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            stuck.ends(within=0.3)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
+def test_a_stuck_process_leaves_when_its_grace_is_over(number, code):
+    with Stuck(grace_seconds=0.6) as stuck:
+        began = time.monotonic()
+        stuck.send(number)
+        ended = stuck.ends(within=5)
+        assert 0.5 < time.monotonic() - began < 3
+        assert ended == (
+            code,
+            "\ngpt2 train: could not save within the 0.6 s of --grace-seconds: leaving at once; the last checkpoint "
+            "is whole\n",
+        )
+
+
+def test_a_repeated_signal_does_not_lengthen_the_grace():
+    with Stuck(grace_seconds=0.6) as stuck:
+        began = time.monotonic()
+        while stuck.process.poll() is None and time.monotonic() - began < 3:
+            stuck.send(signal.SIGTERM)  # each within ECHO of the first
+            time.sleep(0.1)
+        assert stuck.process.returncode == 143
+        assert "--grace-seconds" in stuck.process.stderr.read()
+
+
+def test_other_signals_are_no_request():
+    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with Stop(60, None) as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            assert stop.flags(0.0) == (False, False)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def listeners() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "signals"]
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_handlers_wakeup_and_thread_are_gone_afterwards(is_asked):
+    def mine(*_):
+        raise AssertionError("my own handler, which is not there while Stop listens")
+
+    before = {number: signal.signal(number, mine) for number in stopping.SIGNALS}
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    wakeup = signal.set_wakeup_fd(write)
+    try:
+        with Stop(0.2, None) as stop:
+            assert len(listeners()) == 1
+            if is_asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+                deadline = time.monotonic() + 5
+                while stop.signal is None and time.monotonic() < deadline:
+                    time.sleep(0.002)
+            assert stop.flags(0.0) == (is_asked, False)
+        assert [signal.getsignal(number) for number in stopping.SIGNALS] == [mine, mine]
+        assert signal.set_wakeup_fd(wakeup) == write
+        deadline = time.monotonic() + 5
+        while listeners() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert not listeners()
+        time.sleep(0.3)  # past the grace, which no longer matters: the process is still there
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(read)
+        os.close(write)
+
+
+# ---- Time ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "limit", "step", "save", "wanted"),
+    [
+        (1e9, None, 1.0, 1.0, False),
+        (0.0, 100.0, 0.0, 0.0, False),
+        (94.9, 100.0, 0.0, 0.0, False),
+        (95.0, 100.0, 0.0, 0.0, True),  # 5 s to say goodbye
+        (64.9, 100.0, 10.0, 0.0, False),
+        (65.0, 100.0, 10.0, 0.0, True),  # three steps: this one, and two until all ranks know
+        (54.9, 100.0, 0.0, 20.0, False),
+        (55.0, 100.0, 0.0, 20.0, True),  # a save twice as long as the slowest
+        (24.9, 100.0, 10.0, 20.0, False),
+        (25.0, 100.0, 10.0, 20.0, True),
+        (0.0, 4.0, 0.0, 0.0, True),
+    ],
+)
+def test_the_time_is_up_when_another_step_could_miss_the_limit(elapsed, limit, step, save, wanted):
+    assert time_is_up(elapsed, limit, step, save) == wanted
+
+
+def test_the_slowest_step_counts_but_not_those_that_compile(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stopping.time, "time", lambda: now[0])
+    monkeypatch.setattr(stopping, "launched_at", lambda: 900.0)
+    stop = Stop(25.0, 10.0)  # 600 s from 900
+    for seconds in (0, 90, 10, 30, 5, 5):  # the second call comes 90 s after the first, which compiled
+        now[0] += seconds
+        assert stop.flags(20.0) == (False, False)
+    now[0] = 900 + 600 - 3 * 30 - 2 * 20 - 5 - 1
+    stop._last = now[0] - 1
+    assert stop.flags(20.0) == (False, False)
+    now[0] += 1
+    assert stop.flags(19.0) == (False, False)
+    assert stop.flags(20.0) == (False, True)
+
+
+def test_without_a_limit_the_time_is_never_up(monkeypatch):
+    monkeypatch.setattr(stopping, "launched_at", lambda: 0.0)
+    stop = Stop(25.0, None)
+    assert [stop.flags(1e9) for _ in range(4)] == [(False, False)] * 4
+
+
+TELL = "from engine.stopping import launched_at; print(launched_at(), flush=True)"
+
+
+def test_the_launch_is_this_process_s_start_and_not_now():
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", f"import time; time.sleep(0.7); {TELL}"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) == pytest.approx(began, abs=0.5)
+
+
+def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
+    """The time limit of a queue goes on over restarts."""
+    began = time.time()
+    parent = f"import subprocess, sys, time; time.sleep(0.7); subprocess.run([sys.executable, '-c', {TELL!r}])"
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", parent],
+            env={**ENVIRONMENT, **extra},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for extra in ({"TORCHELASTIC_RUN_ID": "none"}, {})
+    ]
+    assert float(told[0]) == pytest.approx(began, abs=0.5)
+    assert float(told[1]) > float(told[0]) + 1.2  # alone it is the child's own, of the second parent
+
+
+def test_a_name_with_spaces_and_brackets_does_not_shift_the_fields(tmp_path):
+    began = time.time()
+    python = tmp_path / "a) b (c 1 2"
+    python.symlink_to(sys.executable)
+    said = subprocess.run(
+        [str(python), "-c", f"import time; time.sleep(0.7); {TELL}"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert float(said) == pytest.approx(began, abs=0.5)
+
+
+def test_where_no_proc_is_the_launch_is_now(monkeypatch):
+    monkeypatch.setattr(stopping.Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError()))
+    assert launched_at(123.0) == 123.0

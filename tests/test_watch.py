@@ -1,0 +1,333 @@
+"""A run says whether it is alive, who it waits for, and ends when nothing moves: real files, processes and errors."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, SMALL
+
+from engine import config, watch
+from engine.distributed import Ranks
+from engine.errors import LOST, BadInput, Diverged, Lost
+from engine.watch import HEARTBEAT, Watch, account, is_lost_peer, write_heartbeat
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def watch_of(out: Path, rank: int = 0, world_size: int = 1, start: int = 3, timeout_minutes: float = 10.0) -> Watch:
+    flags = ["--out", str(out), "--num-steps", "50", "--timeout-minutes", str(timeout_minutes)]
+    return Watch(config.parse([*SMALL, *flags], "test"), Ranks(rank, rank, world_size, torch.device("cpu")), start, 4)
+
+
+def heartbeat(out: Path) -> dict:
+    return json.loads((out / HEARTBEAT).read_text())
+
+
+def wait_for(true, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# ---- Heartbeat ----------------------------------------------------------------------------------------------------
+
+
+def test_a_heartbeat_is_one_line_of_json_and_leaves_no_other_file(tmp_path):
+    write_heartbeat(tmp_path, step=3, state="running", reason="é\n")
+    assert (tmp_path / HEARTBEAT).read_text() == '{"step": 3, "state": "running", "reason": "\\u00e9\\n"}\n'
+    assert os.listdir(tmp_path) == [HEARTBEAT]
+
+
+def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
+    sizes = (1, 300_000, 20, 100_000)
+    write_heartbeat(tmp_path, reason="")
+    is_over, seen = threading.Event(), []
+
+    def read():
+        while not is_over.is_set():
+            seen.append(len(heartbeat(tmp_path)["reason"]))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for size in sizes * 100:
+        write_heartbeat(tmp_path, reason="x" * size)
+    wait_for(lambda: len(seen) > 50 or not reader.is_alive())
+    is_over.set()
+    reader.join()
+    assert len(seen) > 50  # else it met half of one, and ended
+    assert set(seen) <= {0, *sizes}
+    assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize("ends", [("done", ""), ("stopped", "a signal"), ("stopped", "--max-minutes")])
+def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkeypatch, ends):
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    began = time.time()
+    with watch_of(tmp_path) as alive:
+        wait_for((tmp_path / HEARTBEAT).exists)
+        first = heartbeat(tmp_path)
+        assert began <= first["time"] <= time.time()
+        assert first == {"step": 3, "num_steps": 50, "time": first["time"], "state": "running", "reason": ""}
+        alive.at(7, "update")
+        wait_for(lambda: heartbeat(tmp_path)["step"] == 7)
+        moved = heartbeat(tmp_path)
+        assert moved["time"] > first["time"]
+        time.sleep(0.05)
+        assert heartbeat(tmp_path) == moved  # the time is that of progress, not of the file
+        alive.ends = ends
+    assert heartbeat(tmp_path) == {**moved, "state": ends[0], "reason": ends[1]}
+    time.sleep(0.05)
+    assert heartbeat(tmp_path)["state"] == ends[0]  # and no thread writes another
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Diverged("20 in a row"), "20 in a row"),
+        (BadInput("no room"), "no room"),
+        (KeyboardInterrupt(), "KeyboardInterrupt()"),
+        (ValueError("shape [1, 2]"), "shape [1, 2]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_run_that_fails_leaves_its_reason_and_its_own_error(tmp_path, error, reason):
+    alive = watch_of(tmp_path)
+    alive.at(9, "saving")
+    with pytest.raises(type(error)) as raised, alive:
+        raise error
+    assert raised.value is error
+    found = heartbeat(tmp_path)
+    assert (found["state"], found["reason"], found["step"]) == ("failed", reason, 9)
+
+
+def test_a_run_that_leaves_the_loop_in_an_unknown_way_has_failed(tmp_path):
+    with watch_of(tmp_path):
+        pass
+    assert heartbeat(tmp_path)["state"] == "failed"
+
+
+def test_rank_0_alone_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    with watch_of(tmp_path, rank=1):
+        time.sleep(0.05)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_takes_no_heartbeat_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    with watch_of(tmp_path / "missing") as alive:
+        time.sleep(0.05)
+        assert alive._thread.is_alive()
+        alive.ends = ("done", "")
+
+
+# ---- Who is behind ------------------------------------------------------------------------------------------------
+
+
+ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
+
+
+@pytest.mark.parametrize(
+    ("rank", "places", "said"),
+    [
+        pytest.param(0, ALIKE, "no other rank is behind", id="alike"),
+        pytest.param(
+            0,
+            ALIKE | {1: (4, "saving", 99.0)},
+            "rank 1 was at step 4 (saving) and last heard of 1 s ago",
+            id="a step behind",
+        ),
+        pytest.param(
+            0,
+            ALIKE | {1: (5, "data", 98.0)},
+            "rank 1 was at step 5 (data) and last heard of 2 s ago",
+            id="at another part of the step",
+        ),
+        pytest.param(1, ALIKE | {0: (5, "update", 95.0)}, "no other rank is behind", id="just not silent"),
+        pytest.param(
+            1,
+            ALIKE | {0: (5, "update", 94.0)},
+            "rank 0 was at step 5 (update) and last heard of 6 s ago",
+            id="silent",
+        ),
+        pytest.param(1, {1: (5, "update", 99.0)}, "rank 0 was not heard of", id="never heard of"),
+        pytest.param(
+            2,
+            {0: (7, "eval", 100.0), 1: (6, "update", 40.0), 2: (7, "eval", 100.0), 3: (5, "update", 99.6)},
+            "rank 1 was at step 6 (update) and last heard of 60 s ago; "
+            "rank 3 was at step 5 (update) and last heard of 0 s ago",
+            id="two of four",
+        ),
+    ],
+)
+def test_those_are_named_who_are_behind_or_silent(rank, places, said):
+    assert account(rank, max(places) + 1, places, now=100.0) == said
+
+
+def test_ranks_tell_each_other_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    store = dist.HashStore()
+    monkeypatch.setattr(Ranks, "connect_store", lambda self: store)
+    with watch_of(tmp_path, 0, 2) as first, watch_of(tmp_path, 1, 2) as second:
+        first.at(7, "update")
+        second.at(5, "evaluation")
+        wait_for(lambda: "step 5 (evaluation)" in first.account() and "step 7 (update)" in second.account())
+        assert first.account() == (
+            "rank 0 at step 7 (update): rank 1 was at step 5 (evaluation) and last heard of 0 s ago"
+        )
+        assert second.account().startswith("rank 1 at step 5 (evaluation): ")
+        first.ends = second.ends = ("done", "")
+
+
+# ---- Hangs --------------------------------------------------------------------------------------------------------
+
+
+HANG = """
+import sys, time
+import torch
+from engine import config
+from engine.distributed import Ranks
+from engine.watch import Watch
+def stuck_in_my_own_function():
+    time.sleep(60)
+flags = config.parse(sys.argv[1:], "test")
+with Watch(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4) as alive:
+    alive.at(17, "evaluation")
+    stuck_in_my_own_function()
+"""
+
+
+def test_a_hang_ends_the_process_with_step_phase_and_stacks(tmp_path):
+    flags = [*SMALL, "--out", str(tmp_path), "--timeout-minutes", "0.02"]
+    done = subprocess.run(
+        [sys.executable, "-c", HANG, *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=40
+    )
+    assert done.returncode == LOST == 4
+    assert "within the 0.02 min of --timeout-minutes, got none for 3 s: " in done.stderr
+    assert "rank 0 at step 17 (evaluation): no other rank is behind" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    stacks = tmp_path / "hang_rank0.txt"
+    assert str(stacks) in done.stderr
+    assert "in stuck_in_my_own_function" in stacks.read_text()
+    found = heartbeat(tmp_path)
+    assert (found["state"], found["reason"], found["step"]) == ("failed", "hang", 17)
+
+
+def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "EVERY", 0.01)
+    left = []
+    monkeypatch.setattr(Watch, "_leave", lambda self, waited: left.append(waited))
+    with watch_of(tmp_path, timeout_minutes=0.005) as alive:  # 0.3 s
+        for step in range(20):
+            alive.at(step, "update")
+            time.sleep(0.05)
+        assert left == []
+        wait_for(lambda: left)
+        assert 0.3 < left[0] < 1
+        alive.ends = ("done", "")
+
+
+# ---- What errors mean ---------------------------------------------------------------------------------------------
+
+
+# Two processes, of which rank 1, a fork, does not answer a second time.
+PAIR = """
+import datetime, json, os, sys, time
+import torch, torch.distributed as dist
+for kind in ("hangs", "is gone"):
+    child = os.fork()
+    rank, store = 0 if child else 1, dist.FileStore(sys.argv[1] + kind, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=1))
+    dist.all_reduce(torch.ones(3))
+    if rank:
+        time.sleep(3 if kind == "hangs" else 0)
+        os._exit(0)
+    try:
+        dist.all_reduce(torch.ones(3))
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+    dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def test_a_real_peer_that_hangs_or_is_gone_is_recognised(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PAIR, str(tmp_path / "pair")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [getattr(dist, name, RuntimeError)(said) for name, said in map(json.loads, done.stdout.splitlines())]
+    assert len(errors) == 2
+    assert all(map(is_lost_peer, errors)), errors
+    assert "Timed out waiting 1000ms" in str(errors[0])
+    assert "Connection" in str(errors[1])
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [10.0.0.2]:4711: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("Timed out waiting 9000ms for recv operation to complete"), True),
+        (RuntimeError("Timed out waiting 9000ms for send operation to complete"), True),
+        (RuntimeError(GLOO), True),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp"), True),
+        (dist.DistNetworkError("Broken pipe"), True),
+        (dist.DistStoreError("wait timeout after 5000ms"), True),
+        (
+            RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+            False,
+        ),
+        (RuntimeError("compiling the kernel timed out"), False),
+        (RuntimeError("Timed out waiting for pending UserRRefs"), False),
+        (RuntimeError("no kernel for backend gloo"), False),
+        (RuntimeError("runs/gloo/checkpoints could not be read"), False),
+        (TimeoutError("timed out"), False),
+        (ConnectionResetError(104, "Connection reset by peer"), False),
+        (ValueError(GLOO), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}"[:50] if isinstance(value, BaseException) else str(value),
+)
+def test_only_a_collective_s_errors_mean_a_lost_peer(error, is_lost):
+    assert is_lost_peer(error) == is_lost
+
+
+def test_a_lost_peer_becomes_a_sentence_with_step_and_hint(tmp_path):
+    alive = watch_of(tmp_path, timeout_minutes=0.5)
+    alive.at(12, "update")
+    with pytest.raises(Lost) as raised, alive:
+        raise RuntimeError(f"{GLOO}\nException raised from here\n  frame #0")
+    said = str(raised.value)
+    got = "Read error [10.0.0.2]:4711: Connection reset by peer"
+    assert f"within the 0.5 min of --timeout-minutes, got {got} at rank 0 at step 12 (update): no other rank" in said
+    assert "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in said
+    assert "\n" not in said
+    assert heartbeat(tmp_path)["state"] == "failed"
+
+
+@pytest.mark.parametrize("failing", [lambda: torch.empty(10**15), lambda: bytearray(1 << 60)], ids=["torch", "python"])
+def test_memory_that_ran_out_becomes_bad_input_with_the_flag(tmp_path, failing):
+    wanted = r"one step must fit .*; try --micro-batch-size 2 .*or --recompute block$"
+    with pytest.raises(BadInput, match=wanted), watch_of(tmp_path):
+        failing()
+    assert heartbeat(tmp_path)["state"] == "failed"
+
+
+def test_an_ordinary_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="must match the size"), watch_of(tmp_path):
+        torch.ones(3) + torch.ones(4)
