@@ -296,7 +296,12 @@ def read(path: str | Path) -> Checkpoint:
         raise BadInput(f"checkpoint: must be a directory such as OUT/checkpoints/step_00000100, got {path}")
     if (reason := damage(path)) is not None:
         raise BadInput(f"checkpoint: {path} must be whole, but {reason}; use an older one")
-    return Checkpoint(path, json.loads((path / STATE).read_text()))
+    try:
+        return Checkpoint(path, json.loads((path / STATE).read_text()))
+    except ValueError as error:  # whoever made it also made its digest
+        raise BadInput(
+            f"checkpoint: {path} must be whole, but {STATE} is no JSON: {error}; use an older one"
+        ) from error
 
 
 def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -352,7 +357,10 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
         reader = HuggingFaceStorageReader(str(path / SHARDED))
         shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
     else:
-        file = safe_open(path / f"{prefix}safetensors", "pt")
+        try:
+            file = safe_open(path / f"{prefix}safetensors", "pt")
+        except SafetensorError as error:  # whoever made it also made its digest
+            raise BadInput(f"checkpoint: {path} must hold safetensors, got {prefix}safetensors: {error}") from error
         shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
     wrong = sorted(set(shapes) ^ set(targets)) or [n for n in targets if shapes[n] != tuple(targets[n].shape)]

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import uuid
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.guard import Guard
 from engine.optim import allocate_state
-from kernels.dispatch import Ops
+from kernels.dispatch import Ops, has_c_compiler
+from kernels.launch import HAS_TRITON
 from model.generate import generate
 from model.gpt2 import GPT2
 
@@ -210,10 +212,23 @@ def wants_compile(train: TrainConfig, device: torch.device) -> tuple[bool, str]:
     wanted = device.type == "cuda" if train.compile is None else train.compile
     if not wanted:
         return False, "off, as asked" if train.compile is False else f"off, the default on a {device.type}"
-    names = [os.environ.get("CXX" if device.type == "cpu" else "CC"), "g++", "clang++", "gcc", "clang", "cc"]
-    if not any(shutil.which(name) for name in names if name):
-        return False, "skipped, there is no C compiler here: steps run uncompiled"
-    return True, "on"
+    obstacle = compile_obstacle(device)
+    return obstacle is None, "on" if obstacle is None else f"skipped, {obstacle}: steps run uncompiled"
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot run here, or None: on a GPU it makes Triton kernels, on a CPU C++."""
+    if device.type == "cuda":
+        if not HAS_TRITON:
+            return "Triton is not installed"
+        if not has_c_compiler():
+            return "there is no C compiler here"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs sm_70"
+        return None
+    # The one that PyTorch takes: it tries no other where CXX names one that is not there.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(compiler) else "there is no C compiler here"
 
 
 def sample(model: GPT2, words: tokenizer.Tokenizer, train: TrainConfig, ranks: Ranks) -> str:

@@ -117,5 +117,6 @@ def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def has_c_compiler() -> bool:
-    """Whether Triton finds what compiles C: CC, or clang or gcc on PATH."""
-    return any(shutil.which(name) for name in (os.environ.get("CC"), "clang", "gcc") if name)
+    """Whether Triton finds what compiles C: CC, or without it clang or gcc on PATH."""
+    named = os.environ.get("CC")
+    return any(shutil.which(name) for name in (["clang", "gcc"] if named is None else [named]))

@@ -1,12 +1,10 @@
-"""engine/train.py with one fault put into it: `torchrun tests/faulty.py FAULT RANK STEP PRESET --flags`.
+"""engine/train.py with faults put into it: `torchrun tests/faulty.py FAULT:RANK:STEP[,...] PRESET --flags`.
 
-FAULT happens on rank RANK (of this attempt, so that a restart may go well: only attempt 0) when it comes to STEP:
-    nan         its loss is not a number                inf_grad    one of its gradients is infinite
-    nudge       one weight moves by one bit             hang        it sleeps for an hour
-    kill        SIGKILL to itself                       oom         memory runs out
-    term        SIGTERM to itself                       stop        SIGSTOP to itself
-    slow        every step takes a tenth of a second    none        nothing
-    nan_always  as nan, from STEP on
+A fault happens on rank RANK, in the first attempt only so that a restart may go well, when it comes to STEP:
+    nan       its loss is not a number          inf       one of its gradients is infinite
+    nudge     one weight moves by one bit       hang      it sleeps for an hour
+    kill      SIGKILL to itself                 term      SIGTERM to itself
+    stop      SIGSTOP to itself                 slow      this and later steps take a twentieth of a second
 """
 
 import os
@@ -19,32 +17,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-import torch
+import torch  # noqa: E402
 
-from engine import data
-from model.gpt2 import GPT2
+from engine import data  # noqa: E402
+from model.gpt2 import GPT2  # noqa: E402
 
-fault, rank, at_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-is_here = int(os.environ.get("RANK", 0)) == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-now = {"step": -1}
+RANK = int(os.environ.get("RANK", 0))
+FAULTS = {}
+for entry in sys.argv[1].split(","):
+    name, rank, at_step = entry.split(":")
+    if int(rank) == RANK and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        FAULTS[name] = int(at_step)
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+
+now = -1
 models = []
-
 _at, _init, _forward = data.Batches.at, GPT2.__init__, GPT2.forward
 
 
 def at(self, step):
     """Marks where training is, and does what happens between two steps."""
-    now["step"] = step
-    if fault == "slow":
-        time.sleep(0.1)
-    if is_here and step == at_step:
-        if fault == "hang":
+    global now
+    now = step
+    if step >= FAULTS.get("slow", 10**9):
+        time.sleep(0.05)
+    for name in (name for name, at_step in FAULTS.items() if at_step == step):
+        if name in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[name])
+        elif name == "hang":
             time.sleep(3600)
-        elif fault in ("kill", "term", "stop"):
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}[fault])
-        elif fault == "oom":  # no machine has as much
-            torch.empty(10**15)
-        elif fault == "nudge":
+        elif name == "nudge":
             with torch.no_grad():
                 models[0].h[0].mlp.c_fc.weight.view(torch.int32)[3, 5] += 1
     return _at(self, step)
@@ -54,24 +56,16 @@ def init(self, *args, **options):
     """Remembers the model, the first of which is the one that is trained."""
     _init(self, *args, **options)
     models.append(self)
-    if fault == "inf_grad" and is_here:
-        self.h[0].mlp.c_fc.weight.register_hook(lambda g: g * float("inf") if now["step"] == at_step else g)
+    if "inf" in FAULTS:
+        self.h[0].mlp.c_fc.weight.register_hook(lambda g: g * float("inf") if now == FAULTS["inf"] else g)
 
 
 def forward(self, tokens, targets=None):
-    """Spoils the loss, or through it a gradient."""
+    """Spoils the loss."""
     out = _forward(self, tokens, targets)
-    hit = is_here and self.training and targets is not None
-    if (
-        hit
-        and fault.startswith("nan")
-        and (now["step"] == at_step or (fault == "nan_always" and now["step"] >= at_step))
-    ):
-        out = out * float("nan")
-    return out
+    return out * float("nan") if self.training and now == FAULTS.get("nan") else out
 
 
 data.Batches.at, GPT2.__init__, GPT2.forward = at, init, forward
-path = str(ROOT / "engine" / "train.py")
-sys.argv = [path, *sys.argv[4:]]
-runpy.run_path(path, run_name="__main__")
+sys.argv = [str(ROOT / "engine" / "train.py"), *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")

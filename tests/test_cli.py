@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from safetensors import SafetensorError
 
 from engine import checkpoint, cli, data
 from kernels import dispatch
@@ -188,11 +187,7 @@ def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_does_not_run(trained,
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": digest}
         (path.parent / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    try:
-        refused = run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
-    except (SafetensorError, ValueError):
-        refused = True
-    assert refused
+    assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
     assert not mark.exists()
     pickle.loads(path.read_bytes())
     assert mark.exists()  # it was armed

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from engine import metrics
 from engine.config import PRESETS
+from engine.distributed import Ranks
 from engine.metrics import Bar, Lines, Metrics, flops_per_token, read_rows
 from model.gpt2 import GPT2
 from model.presets import PRESETS as MODEL_PRESETS
@@ -56,15 +58,74 @@ def test_a_peak_is_given_only_where_it_is_known(name, precision, peak, monkeypat
     assert metrics.peak_flops(torch.device("cpu"), precision) is None
 
 
-def test_the_clock_counts_steps_and_nothing_between_them(monkeypatch):
-    now = iter([10.0, 12.0, 100.0, 104.0, 500.0, 501.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
-    clock = metrics.Clock()
-    for expected in (None, 3.0, 1.0):
-        clock.start()
-        clock.stop()
-        if expected is not None:
-            assert clock.read() == expected
+NUMBERS = [2.5, 0.75, 0.0, 0.0, 0.0, 0.0]  # of train_step: loss, norm, signals, time-outs, skipped, in a row
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def a_step(numbers, config, ranks, precision="fp32", step_ms=500.0) -> dict:
+    """What is measured of it, without the memory of this process."""
+    found = metrics.measured(numbers, {"step_ms": step_ms, "data_ms": 1.0}, config, precision, ranks)
+    assert found.pop("peak_gib") > 0
+    return found
+
+
+def test_a_step_s_measurements_are_its_numbers_over_its_time(config):
+    assert a_step(NUMBERS, config, Ranks(0, 0, 2, CPU)) == {
+        "loss": 2.5,
+        "grad_norm": 0.75,
+        "skipped": None,
+        "tokens_per_s": 2048.0,  # 1024 in half a second, over both ranks
+        "mfu": None,
+        "alloc_retries": None,
+        "step_ms": 500.0,
+        "data_ms": 1.0,
+    }
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_left_out_of_a_row_and_skips_are_counted(config, tmp_path, bad):
+    for numbers, left in (([bad, 0.75], {"grad_norm": 0.75}), ([2.5, bad], {"loss": 2.5}), ([bad, bad], {})):
+        found = a_step([*numbers, 0.0, 0.0, 3.0, 1.0], config, Ranks(0, 0, 1, CPU))
+        run = record(config)
+        run.log(7, **found)
+        run.close()
+        row = read_rows(tmp_path / "metrics.jsonl")[-1]
+        assert {name: row[name] for name in ("loss", "grad_norm") if name in row} == left
+        assert row["skipped"] == 3
+        json.loads(json.dumps(row, allow_nan=False))
+        (tmp_path / "metrics.jsonl").unlink()
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices(config, monkeypatch):
+    monkeypatch.setattr(metrics, "peak_gib", lambda device: 1.0)
+    monkeypatch.setattr(metrics.memory, "retries", lambda device: 5)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    gpt2 = dataclasses.replace(PRESETS["gpt2"], context=1024)  # 524,288 tokens a step, 855.4 million FLOPs each
+    for world_size, precision, mfu in ((8, "bf16", 0.11337), (1, "fp16", 0.90694), (1, "tf32", None)):
+        found = a_step(NUMBERS, gpt2, Ranks(0, 0, world_size, GPU), precision)
+        assert found["mfu"] == (mfu if mfu is None else pytest.approx(mfu, rel=1e-3))
+        assert found["alloc_retries"] == 5
+    narrow = dataclasses.replace(gpt2, context=128)
+    assert a_step(NUMBERS, narrow, Ranks(0, 0, 1, GPU), "bf16")["mfu"] < 0.9  # less attention for each token
+
+
+@pytest.mark.parametrize(
+    ("start", "tokens_before", "step", "tokens"),
+    [
+        pytest.param(0, None, 0, 0, id="at first"),
+        pytest.param(0, 0, 7, 7168, id="afresh"),
+        pytest.param(40, None, 45, 46080, id="all steps alike"),
+        pytest.param(40, 10_000, 40, 10_000, id="just gone on"),
+        pytest.param(40, 10_000, 45, 15_120, id="gone on from smaller steps"),
+    ],
+)
+def test_tokens_are_counted_on_from_the_checkpoint_s(config, tmp_path, start, tokens_before, step, tokens):
+    run = Metrics(config, start, True, "byte", tokens_before)
+    assert run.tokens(step) == tokens
+    run.log(step, loss=1.0)
+    run.close()
+    assert [row["tokens"] for row in read_rows(tmp_path / "metrics.jsonl")] == [tokens]
+    assert Metrics(config, start, False, "byte", tokens_before).tokens(step) == tokens  # on every rank
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
