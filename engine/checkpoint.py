@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
 
@@ -68,9 +69,11 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
     model is the raw one. The tensors are the live ones, sharded where the model is.
     """
     named = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    if optimizer is not None:
+    if optimizer is not None and optimizer.state:
         for name, p in model.named_parameters():
-            state = optimizer.state.get(p, {})
+            if p not in optimizer.state:  # a sharded model whose weights are gathered shows others than it trains
+                raise RuntimeError(f"checkpoint: every parameter must be the optimizer's, got another {name}")
+            state = optimizer.state[p]
             named |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
     return named
 
@@ -137,8 +140,7 @@ def _together(group: dist.ProcessGroup | None):
 
 def _check_finite(held: dict[str, Tensor]) -> None:
     for name, tensor in held.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not torch.isfinite(local).all():
+        if not torch.isfinite(local(tensor)).all():
             raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
 
 

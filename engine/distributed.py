@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.config import TrainConfig
 from engine.errors import BAD_INPUT, BadInput
 from model.gpt2 import GPT2
-
-CHECKSUM_CHUNK = 1 << 22  # elements, whose products take 32 MiB
 
 
 @dataclass(frozen=True)
@@ -301,16 +298,6 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def replica_group(model: nn.Module, ranks: Ranks) -> dist.ProcessGroup | None:
-    """The ranks, this one among them, that hold the same weights to the bit; None if this one has no equal."""
-    if ranks.world_size == 1:
-        return None
-    if not is_sharded(model):
-        return dist.group.WORLD
-    mesh = next(model.parameters()).device_mesh
-    return mesh.get_group("replicate") if mesh.ndim == 2 and mesh.size(0) > 1 else None
-
-
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next forward and backward pass averages gradients. Call it before the forward: DDP decides there.
 
@@ -323,10 +310,15 @@ def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
         model.set_requires_all_reduce(wanted)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Scales the whole gradient down to max_norm and returns its norm before: float32, the same bits on each rank."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([_local(p.grad) for p in parameters])
+    norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
     if is_sharded(model):  # one sum for all parameters, where PyTorch's own norm of shards makes one for each
         mesh, squares = parameters[0].grad.device_mesh, norm.double().square()
         dist.all_reduce(squares, group=mesh.get_group("shard"))
@@ -351,48 +343,3 @@ def outside_training(raw_model: nn.Module) -> Iterator[None]:
     for module in raw_model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@torch.no_grad()
-def check_replicas(raw_model: nn.Module, ranks: Ranks, group: dist.ProcessGroup | None) -> str | None:
-    """The same sentence on every rank, which names those whose weights are not their replicas' to the bit; or None.
-
-    group: of replica_group. Where no majority says which weights are right, all ranks of the group are named. Waits
-    for the GPU, and must be called on all ranks.
-    """
-    found = None
-    if group is not None:
-        names, parameters = zip(*raw_model.named_parameters(), strict=True)
-        sums = torch.stack([_checksum(_local(p)) for p in parameters])
-        gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, sums, group=group)
-        rows = [tuple(row.tolist()) for row in gathered]
-        usual, holders = Counter(rows).most_common(1)[0]
-        if holders < len(rows):
-            has_majority = 2 * holders > len(rows)
-            members = zip(dist.get_process_group_ranks(group), rows, strict=True)
-            others = [str(rank) for rank, row in members if not has_majority or row != usual]
-            first = next(name for name, *column in zip(names, *rows, strict=True) if len(set(column)) > 1)
-            found = (
-                f"replicas: {len(rows)} of them must hold the same weights to the bit, got others on rank "
-                f"{', '.join(others)}, first in {first}"
-            )
-    return "\n".join(said for said in dict.fromkeys(ranks.gather(found)) if said) or None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of it that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """sum_i (2 i + 1) bits_i modulo 2^64 of a float32 tensor, exact in any order of summation.
-
-    An odd factor has an inverse, so no change of one element is lost; nor is a swap of two, below 2^31 elements.
-    """
-    bits = tensor.detach().contiguous().view(torch.int32).flatten()
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, len(bits), CHECKSUM_CHUNK):
-        chunk = bits[start : start + CHECKSUM_CHUNK]
-        total += (chunk * torch.arange(2 * start + 1, 2 * (start + len(chunk)), 2, device=bits.device)).sum()
-    return total

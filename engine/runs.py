@@ -202,7 +202,7 @@ def check_vocabulary(train: TrainConfig, words: tokenizer.Tokenizer) -> None:
 def configure(model: GPT2, train: TrainConfig, compute_dtype: torch.dtype) -> Ops:
     """Chooses the model's ops. Raises BadInput if --kernels asks for what cannot run here."""
     try:
-        return model.configure(train.kernels, compute_dtype)
+        return model.configure(train.kernels, compute_dtype, train.recompute)
     except ValueError as error:
         raise BadInput(f"train: {error}") from error
 
@@ -236,7 +236,8 @@ def sample(model: GPT2, words: tokenizer.Tokenizer, train: TrainConfig, ranks: R
     if not ranks.is_first and not distributed.is_sharded(model):  # a sharded model runs on all ranks or on none
         return ""
     prompt = torch.tensor([words.encode(train.prompt).tolist()], device=model.wte.weight.device)
-    ids = generate(model, prompt, train.sample_tokens, temperature=0.8, top_k=50, seed=train.seed)
+    with distributed.outside_training(model):
+        ids = generate(model, prompt, train.sample_tokens, temperature=0.8, top_k=50, seed=train.seed)
     return words.decode(ids[0])
 
 

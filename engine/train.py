@@ -15,7 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 import torch
 from torch import Tensor, nn
 
-from engine import data, distributed, evaluation, memory, metrics, optim, plots, precision, runs, tokenizer
+from engine import data, distributed, evaluation, memory, metrics, optim, plots, precision, replicas, runs, tokenizer
 from engine.config import TrainConfig, batch_shape, parse
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DIVERGED, DONE, INTERRUPTED, LOST, STOPPED, BadInput, Diverged, Lost
@@ -96,7 +96,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     clock, mailbox, trace = Clock(ranks.device), Mailbox(), Trace(config, ranks)
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
-    replicas = distributed.replica_group(model, ranks)
+    equals = replicas.group(model, ranks)
     stopping = None  # why the run stops early, once every rank knows
     with (
         Watch(config, ranks, start, micro_batch_size) as alive,
@@ -110,7 +110,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             saves = step > start and (is_last or stopping is not None or due(step, config.save_every))
             trace.step(step)
             compares = config.check_replicas_every is not None and (saves or due(step, config.check_replicas_every))
-            if compares and (drift := distributed.check_replicas(raw_model, ranks, replicas)) is not None:
+            if compares and (drift := replicas.check(raw_model, ranks, equals)) is not None:
                 raise Diverged(f"train: at step {step}: {drift}; nothing of it is saved: the same command goes on")
             if is_last or (due(step, config.eval_every) and stopping is None):
                 alive.at(step, "evaluation")

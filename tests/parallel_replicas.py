@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.tensor import DTensor
 
-from engine import distributed, evaluation, optim
+from engine import distributed, evaluation, optim, replicas
 from engine.config import OptimConfig, TrainConfig
 from engine.data import TokenStream
 from engine.distributed import Ranks
@@ -136,14 +136,14 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     report["in shards again"] = all(isinstance(p, DTensor) for p in raw_model.parameters())
 
     report["skipped"] = skips_an_update(model, optimizer, batches[0, 0, ranks.rank])
-    group = distributed.replica_group(model, ranks)
+    group = replicas.group(model, ranks)
     report["group"] = group and dist.get_process_group_ranks(group)
-    report["replicas"] = distributed.check_replicas(raw_model, ranks, group)
+    report["replicas"] = replicas.check(raw_model, ranks, group)
     if ranks.rank == 1:
         weight = raw_model.h[1].mlp.c_fc.weight.detach()
         weight = (weight.to_local() if isinstance(weight, DTensor) else weight).flatten()
         weight[7] = torch.nextafter(weight[7], torch.tensor(torch.inf))
-    report["replicas, one nudged"] = distributed.check_replicas(raw_model, ranks, group)
+    report["replicas, one nudged"] = replicas.check(raw_model, ranks, group)
     return report
 
 
@@ -179,7 +179,7 @@ def main(ranks: Ranks) -> None:
         raw_model = build(CONFIG, torch.float32)
         if ranks.rank == 1:
             raw_model.ln_f.bias.data[3] = 2.0**-149  # the least change that there is
-        reports["one of four"] = distributed.check_replicas(raw_model, ranks, dist.group.WORLD)
+        reports["one of four"] = replicas.check(raw_model, ranks, dist.group.WORLD)
         try:
             distributed.wrap(GPT2(MODEL), ranks, replace(CONFIG, parallel="hsdp", shard_size=3), False, torch.float32)
         except BadInput as error:

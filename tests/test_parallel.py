@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from parallel_replicas import BATCH, CONFIG, NUM_STEPS, WAYS, build
 
-from engine import distributed
+from engine import distributed, replicas
 from engine.config import TrainConfig
 
 EACH_WAY = [pytest.param(n, name, id=f"{n} processes, {name}") for n, ways in WAYS.items() for name in ways]
@@ -121,7 +121,7 @@ def test_one_process_shards_with_itself(parallel):
             tokens = BATCH.to(ranks.device)
             model(tokens[:, :-1], tokens[:, 1:]).backward()
             assert distributed.clip(model, 1e9) > 0.5
-            assert distributed.replica_group(model, ranks) is None
+            assert replicas.group(model, ranks) is None
             grads = [p.grad for p in model.parameters()]
             gradients.append([g.full_tensor() if way != "ddp" else g for g in grads])
     assert all(torch.equal(left, right) for left, right in zip(*gradients, strict=True))
@@ -140,7 +140,7 @@ def test_the_checksum_sees_every_swap_and_every_bit(monkeypatch):
             flipped = weights.clone()
             flipped.view(torch.int32)[i] ^= 1 << bit if bit < 31 else -(1 << 31)
             changed.append(flipped)
-    sums = [distributed._checksum(tensor).item() for tensor in changed]
+    sums = [replicas._checksum(tensor).item() for tensor in changed]
     assert len(set(sums)) == len(sums) == 1 + 13 * 12 // 2 + 13 * 32
     monkeypatch.undo()
-    assert distributed._checksum(weights).item() == sums[0]
+    assert replicas._checksum(weights).item() == sums[0]

@@ -45,13 +45,16 @@ class Stuck:
         self.process = subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        assert self.process.stdout.readline() == "stuck\n"
+        self.timer = threading.Timer(20, self.process.kill)  # so that a test of what never comes fails
+        self.timer.start()
+        assert self.told() == "stuck"
         time.sleep(0.05)  # until it is in the second lock
 
     def __enter__(self) -> "Stuck":
         return self
 
     def __exit__(self, *_) -> None:
+        self.timer.cancel()
         self.process.kill()
         self.process.communicate()
 

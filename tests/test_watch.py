@@ -160,6 +160,13 @@ ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
         ),
         pytest.param(1, {1: (5, "update", 99.0)}, "rank 0 was not heard of", id="never heard of"),
         pytest.param(
+            0,
+            ALIKE | {2: (6, "data", 99.0)},
+            "rank 1 was at step 5 (update) and last heard of 1 s ago; "
+            "rank 2 was at step 6 (data) and last heard of 1 s ago",
+            id="beside this one, behind a third",
+        ),
+        pytest.param(
             2,
             {0: (7, "eval", 100.0), 1: (6, "update", 40.0), 2: (7, "eval", 100.0), 3: (5, "update", 99.6)},
             "rank 1 was at step 6 (update) and last heard of 60 s ago; "
