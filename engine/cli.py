@@ -34,15 +34,17 @@ class Sample:
     top_p: float | None = None  # draw among the fewest likeliest that hold this much probability
     seed: int | None = None  # makes the draws repeatable; sample i uses seed + i
     num_samples: int = 1  # continuations, one after another
+    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Prints the validation loss of a run's newest checkpoint."""
+    """Prints the validation loss of a run's newest checkpoint, or of its best."""
 
     run: str  # run directory
     data: str | None = None  # token shards; None: the run's own
     eval_tokens: int | None = None  # validation tokens; None: as many as the run used
+    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Export:
 
     run: str  # run directory
     out: str  # directory to write
+    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def sample(args: list[str], prog: str) -> None:
 
     if asked.num_samples < 1:
         raise BadInput(f"sample: --num-samples must be at least 1, got {asked.num_samples}")
-    model, tokens_in, _ = runs.load_model(asked.run, warn=lambda line: print(line, file=sys.stderr))
+    model, tokens_in, _ = runs.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
     ids = tokens_in.encode(asked.prompt).tolist()
     if not 1 <= len(ids) <= model.config.n_positions:
         raise BadInput(
@@ -163,7 +166,7 @@ def evaluate(args: list[str], prog: str) -> None:
     train_config = dataclasses.replace(
         train_config, data=asked.data or train_config.data, eval_tokens=asked.eval_tokens or train_config.eval_tokens
     )
-    model, tokens_in, found = runs.load_model(asked.run)
+    model, tokens_in, found = runs.load_model(asked.run, is_best=asked.best)
     runs.check_tokenizer(train_config.data, tokens_in.name)
     stream = data.TokenStream.open(train_config.data, "val", tokens_in.vocab_size)
     windows = evaluation.windows(stream, train_config)
@@ -199,7 +202,7 @@ def export(args: list[str], prog: str) -> None:
     asked = _parse(Export, args, prog)
     from engine import runs
 
-    runs.export(asked.run, asked.out)
+    runs.export(asked.run, asked.out, asked.best)
     print(f"{asked.out}: open it with transformers.AutoModelForCausalLM.from_pretrained({asked.out!r})")
 
 

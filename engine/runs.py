@@ -281,13 +281,18 @@ def load_weights(source: str, model: GPT2) -> None:
 def load_model(run: str | Path, warn=print, is_best: bool = False) -> tuple[GPT2, tokenizer.Tokenizer, Checkpoint]:
     """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, or of the one with the lowest validation loss.
 
-    The model is float32 and in eval mode.
+    The model is float32 and in eval mode. Raises BadInput if there is no such checkpoint.
     """
     config.load(run)  # a sentence of its own for a directory that is no run
     lowest = checkpoint.best(run) if is_best else None
     found = checkpoint.newest(run, warn) if lowest is None else checkpoint.read(lowest)
     if found is None:
         raise BadInput(f"run: {run} must hold a checkpoint, got none yet; wait for its first save")
+    if is_best and lowest is None:
+        raise BadInput(
+            f"run: {run} must hold a checkpoint with a validation loss to have a best one, got none; leave out --best "
+            f"to take the newest, of step {found.step}"
+        )
     facts = found.state["identity"]
     model = GPT2(config.GPT2Config(**facts["model"]))
     checkpoint.load_weights(found, model)
@@ -336,11 +341,14 @@ def import_weights(source: str, out: str) -> Path:
     return checkpoint.save(out, state, model, optimizer=None, keep_last=1)
 
 
-def export(run: str, out: str) -> None:
-    """Writes a run's newest checkpoint and its tokenizer for transformers. Raises BadInput if `out` is taken."""
+def export(run: str, out: str, is_best: bool = False) -> None:
+    """Writes a run's newest checkpoint, or its best, and its tokenizer for transformers.
+
+    Raises BadInput if `out` is taken.
+    """
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise BadInput(f"export: --out must be new or empty, got {out}, which is not; choose another --out")
-    model, tokens_in, _ = load_model(run)
+    model, tokens_in, _ = load_model(run, is_best=is_best)
     try:
         model.save_pretrained(out)
         hf_tokenizer.save_pretrained(tokens_in, out, model_max_length=model.config.n_positions)

@@ -58,6 +58,18 @@ class Saver:
         self._thread.start()
         self._step = state["step"]
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Closes it, but only says that the last save failed if the run ends by something worse."""
+        try:
+            self.close()
+        except BadInput as failure:
+            if error is None:
+                raise
+            self.say(str(failure))
+
     def close(self) -> None:
         """Waits for the last save. Raises BadInput if it failed."""
         self.wait(is_last=True)
@@ -69,7 +81,8 @@ class Saver:
             self._thread = None
             self._settle(self._step)
         if self._error is not None and (is_last or self._failures > 1):
-            raise BadInput(f"{self._sentence()}; the run ends here, {self._known()}") from self._error
+            said, self._error = f"{self._sentence()}; the run ends here, {self._known()}", None  # said once
+            raise BadInput(said)
 
     def _copy(self, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors on the CPU, in memory that is kept from save to save: touching new pages costs more than this."""

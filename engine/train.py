@@ -102,7 +102,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
         Watch(config, ranks, start, micro_batch_size) as alive,
         closing(batches),
         closing(record),
-        closing(saver),
+        saver,
         closing(trace),
     ):
         for step in range(start, config.num_steps + 1):  # one pass more than updates, for the final weights
@@ -208,7 +208,7 @@ def main(args: list[str]) -> int:
     try:
         config = parse(args, "gpt2 train")
         stop = Stop(config.grace_seconds, config.max_minutes)
-        with distributed.process_group(config.timeout_minutes) as ranks, stop:
+        with stop, distributed.process_group(config.timeout_minutes) as ranks:
             stopped_by = train(config, ranks, stop)
     except (BadInput, Diverged, Lost) as error:
         print(error, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ rank makes no progress for `timeout_minutes`, it says who is behind, leaves its 
 """
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -23,6 +24,7 @@ from engine.distributed import Ranks
 from engine.errors import LOST, BadInput, Lost
 
 HEARTBEAT = "heartbeat"
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 EVERY = 1.0  # seconds between two reports of a rank
 STALE = 5.0  # seconds after which a rank that does not report is said to be silent
 # Gloo's errors have no type of their own, but begin with the place in its source.
@@ -84,16 +86,30 @@ class Watch:
         if error is None:
             self._beat(*self.ends)
             return
-        self._beat("failed", str(error) or repr(error))
+        told = self._explain(error)
+        self._beat("failed", str(told or error) or repr(error))
+        if told is not None:
+            raise told from error
+
+    def _explain(self, error: BaseException) -> BadInput | Lost | None:
+        """The sentence for whoever must act, where an exception is not a bug of ours."""
         if memory.out_of_memory(error):
-            raise BadInput(memory.sentence(error, self.config, self.micro_batch_size, self.ranks)) from error
+            return BadInput(memory.sentence(error, self.config, self.micro_batch_size, self.ranks))
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            if isinstance(error.__context__, BadInput):  # a save that found no room either, and says how much it needs
+                return error.__context__
+            return BadInput(
+                f"train: --out must have room for the run's record, got {error.strerror} in {self.config.out}; make "
+                "room there; the same command goes on from the last checkpoint"
+            )
         if is_lost_peer(error):
-            raise Lost(
+            return Lost(
                 f"train: all {self.ranks.world_size} processes must answer within the {self.config.timeout_minutes:g} "
                 f"min of --timeout-minutes, got {_first_line(error)} at {self.account()}; check hosts and network "
                 "(NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface); the same command goes on from the last "
                 "checkpoint"
-            ) from error
+            )
+        return None
 
     def at(self, step: int, doing: str) -> None:
         """This rank begins something: progress."""

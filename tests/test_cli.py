@@ -319,6 +319,61 @@ def test_out_directories_that_hold_something_are_left_alone(trained, tmp_path, c
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
+# ---- The best one -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worsened(trained, tmp_path) -> Path:
+    """The run, whose step 2 is its best, with a step 3 of other weights that were found worse."""
+    shutil.copytree(trained, tmp_path / "worsened")
+    state = checkpoint.newest(trained, print).state
+    torch.manual_seed(3)
+    model = GPT2(GPT2Config(**state["identity"]["model"]))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # it speaks otherwise even where both have learned little
+    checkpoint.save(tmp_path / "worsened", state | {"step": 3, "val_loss": state["val_loss"] + 1}, model, None, 9)
+    return tmp_path / "worsened"
+
+
+def test_best_samples_the_checkpoint_with_the_lowest_loss(trained, worsened, capfd):
+    said = []
+    for directory, flags in ((trained, []), (worsened, ["--best"]), (worsened, [])):
+        assert sample(directory, "--prompt", "def ", "--seed", "5", *flags) == 0
+        said.append(capfd.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_best_evaluates_the_checkpoint_with_the_lowest_loss(trained, worsened, capfd):
+    losses = []
+    for directory, flags, step in ((trained, [], 2), (worsened, ["--best"], 2), (worsened, [], 3)):
+        assert run("eval", "--run", str(directory), *flags) == 0
+        losses.append(re.search(rf"at step {step}: loss (\d+\.\d{{4}}) ", capfd.readouterr().out).group(1))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_best_exports_the_checkpoint_with_the_lowest_loss(trained, worsened, tmp_path):
+    for name, directory, flags in (("own", trained, []), ("best", worsened, ["--best"]), ("newest", worsened, [])):
+        assert run("export", "--run", str(directory), "--out", str(tmp_path / name), *flags) == 0
+    own, best, newest = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("own", "best", "newest"))
+    assert own == best != newest
+
+
+@pytest.mark.parametrize("command", [["sample", "--prompt", "x"], ["eval"], ["export", "--out", "hf"]], ids=" ".join)
+def test_best_of_a_run_without_a_validation_loss_is_a_sentence(command, tmp_path, monkeypatch, capfd):
+    GPT2(GPT2Config(1, 1, 8, 8, 257)).save_pretrained(tmp_path / "weights")
+    assert run("import", str(tmp_path / "weights"), "--out", str(tmp_path / "run")) == 0
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    assert run(*command, "--run", "run", "--best") == 2
+    said = capfd.readouterr()
+    assert said.err == (
+        "run: run must hold a checkpoint with a validation loss to have a best one, got none; leave out --best to take "
+        "the newest, of step 0\n"
+    )
+    assert said.out == ""
+    assert not (tmp_path / "hf").exists()
+
+
 # ---- Looking ------------------------------------------------------------------------------------------------------
 
 

@@ -269,14 +269,16 @@ def test_a_run_s_model_is_the_newest_or_the_best(run, is_best, step):
     assert (model.ln_f.bias == step).all()
 
 
-def test_without_validation_losses_the_best_is_the_newest(run):
+def test_without_validation_losses_there_is_no_best(run):
     for path in (Path(run.out) / "checkpoints").iterdir():
         if path.name != "step_00000003":
             shutil.rmtree(path)
     found = checkpoint.read(Path(run.out) / "checkpoints/step_00000003")
     checkpoint.save(run.out, found.state | {"step": 4, "val_loss": None}, GPT2(BYTES), None, 9)
     shutil.rmtree(found.path)
-    assert runs.load_model(run.out, refuse, is_best=True)[2].step == 4
+    with pytest.raises(BadInput, match=r"with a validation loss to have a best one, got none; .* newest, of step 4"):
+        runs.load_model(run.out, refuse, is_best=True)
+    assert runs.load_model(run.out, refuse)[2].step == 4
 
 
 def test_a_damaged_best_is_an_error_and_not_another_model(run):

@@ -323,7 +323,7 @@ def then_fill(*args):
     return path
 if fill:
     checkpoint.write = then_fill
-KEPT = 65536  # bytes for the record of the run
+KEPT = 0  # bytes left
 try:
     cli.main(["train", *sys.argv[4:], "--out", str(out)])
 except SystemExit as end:
