@@ -146,7 +146,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         late = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
         late.daemon = True
         late.start()
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
             meeting = _meet(store, ranks, timeout)
@@ -156,9 +156,9 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
-                device_id=ranks.device if backend == "nccl" else None,
+                device_id=ranks.device if ranks.device.type == "cuda" else None,
             )
-            dist.barrier()  # the first that really crosses the network
+            dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first that really crosses the network
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise BadInput(_unreachable(ranks, error)) from error
         finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from engine import checkpoint, distributed
 from engine.config import TrainConfig
@@ -87,8 +88,6 @@ class Saver:
     def _copy(self, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors on the CPU, in memory that is kept from save to save: touching new pages costs more than this."""
         if self._stager is None:
-            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
             on_gpu = next(iter(held.values())).is_cuda
             self._stager = DefaultStager(
                 StagingOptions(

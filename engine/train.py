@@ -33,42 +33,37 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     with ranks.together():
         words = tokenizer.load(data.tokenizer_name(config.data))
         runs.check_vocabulary(config, words)
-        micro_batch_size, accumulation = batch_shape(config, ranks.world_size)
+        shape = micro_batch_size, accumulation = batch_shape(config, ranks.world_size)
         train_stream = data.TokenStream.open(config.data, "train", words.vocab_size)
         val_stream = data.TokenStream.open(config.data, "val", words.vocab_size)
         val_windows = evaluation.windows(val_stream, config)
-        batches = data.Batches(
-            train_stream,
-            config.sequence_length,
-            micro_batch_size,
-            accumulation,
-            config.seed,
-            ranks.rank,
-            ranks.world_size,
-            pin=ranks.device.type == "cuda",
-        )
+        part = ranks.rank, ranks.world_size
+        on_gpu = ranks.device.type == "cuda"
+        batches = data.Batches(train_stream, config.sequence_length, *shape, config.seed, *part, pin=on_gpu)
+        arithmetic, why = precision.choose(config.precision, ranks.device)
     identity = runs.identity(config, words.name, data.digest([train_stream, val_stream], config.data))
     ranks.check_alike(runs.facts(config, identity))
     found = None
     with ranks.together():
         if ranks.is_first:  # the one that writes OUT, which other hosts need not even see
             runs.open_out(config)
-            memory.check_disk(config)
             found = runs.find_checkpoint(config, identity, ranks.say)
-    runs.check_shared_out(config, ranks)
-    found = ranks.agree(found)
+    found, arithmetic, why = ranks.agree((found, arithmetic, why))
     start, tokens_before = (0, 0) if found is None else (found.step, found.state["tokens"])
     if start == config.num_steps:
         ranks.say(runs.report(config, words.unit, "this run is complete"))
         return None
 
+    runs.check_shared_out(config, ranks)
+    torch.manual_seed(config.seed)
+    raw_model = GPT2(config.model)  # the one that is saved, evaluated and sampled
     with ranks.together():
-        arithmetic, why = ranks.agree(precision.choose(config.precision, ranks.device))
-        torch.manual_seed(config.seed)
-        raw_model = GPT2(config.model)  # the one that is saved, evaluated and sampled
-        if config.init_from is not None and found is None and ranks.is_first:
-            runs.load_weights(config.init_from, raw_model)
-    ranks.broadcast([p.detach() for p in raw_model.parameters()])
+        if ranks.is_first:
+            memory.check_disk(config)
+            if config.init_from is not None and found is None:
+                runs.load_weights(config.init_from, raw_model)
+    if config.init_from is not None:
+        ranks.broadcast([p.detach() for p in raw_model.parameters()])
     compute_dtype = precision.apply(arithmetic)
     compiled, compile_why = runs.wants_compile(config, ranks.device)
     model = distributed.wrap(raw_model, ranks, config, compiled, compute_dtype)  # the one that is run
@@ -98,13 +93,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     equals = replicas.group(model, ranks)
     stopping = None  # why the run stops early, once every rank knows
-    with (
-        Watch(config, ranks, start, micro_batch_size) as alive,
-        closing(batches),
-        closing(record),
-        saver,
-        closing(trace),
-    ):
+    alive = Watch(config, ranks, start, micro_batch_size)
+    with alive, closing(batches), closing(record), saver, closing(trace):
         for step in range(start, config.num_steps + 1):  # one pass more than updates, for the final weights
             is_last, val_loss = step == config.num_steps, None
             saves = step > start and (is_last or stopping is not None or due(step, config.save_every))

@@ -190,7 +190,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_during(every_step, few_shards, tmp_path, place):
+def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards, tmp_path, place):
     quiet, flags = every_step
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:

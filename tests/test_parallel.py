@@ -128,7 +128,7 @@ def test_one_process_shards_with_itself(parallel):
 
 
 def test_the_checksum_sees_every_swap_and_every_bit(monkeypatch):
-    monkeypatch.setattr(distributed, "CHECKSUM_CHUNK", 5)
+    monkeypatch.setattr(replicas, "CHECKSUM_CHUNK", 5)
     weights = torch.randn(13, generator=torch.Generator().manual_seed(0))
     changed = [weights]
     for i in range(13):
