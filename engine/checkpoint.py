@@ -232,7 +232,7 @@ def best(out: str | Path) -> Path | None:
 
 def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in chosen.items()}, path)
+        save_file({name: local(tensor).contiguous().cpu() for name, tensor in chosen.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"{path}: {error}") from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, which a colleague cannot read

@@ -65,7 +65,7 @@ class TrainConfig:
     async_save: bool = True  # checkpoints are written by a thread while training goes on
     max_minutes: float | None = None  # save and stop in time for a queue's limit, counted from the launch
     grace_seconds: float = 25.0  # from a signal to the end of the process, saved or not
-    timeout_minutes: float = 10.0  # without progress until a run counts as hanging; longer than a compile and a save
+    timeout_minutes: float = 10.0  # at most that ranks wait for each other; longer than a compile and a save
     max_skipped: int = 20  # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
     check_replicas_every: int | None = 100  # steps between comparisons of all replicas' weights, to the bit

@@ -13,7 +13,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -38,6 +38,7 @@ class Ranks:
     local_rank: int  # on this host: the index of its GPU
     world_size: int
     device: torch.device
+    meeting: str = ""  # the prefix of the store that this attempt's processes share
 
     @property
     def is_first(self) -> bool:
@@ -126,7 +127,7 @@ class Ranks:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return dist.PrefixStore(os.environ["GPT2_MEETING"], store)
+        return dist.PrefixStore(self.meeting, store)
 
 
 @contextmanager
@@ -149,10 +150,10 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            meeting = _meet(store, ranks, timeout)
+            ranks = replace(ranks, meeting=_meet(store, ranks, timeout))
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore(meeting, store),
+                store=dist.PrefixStore(ranks.meeting, store),
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
@@ -198,7 +199,6 @@ def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
     else:
         missing = f"rank {', '.join(str(r) for r in others if str(r) not in seen)}" if ranks.is_first else "rank 0"
         raise TimeoutError(f"no answer from {missing} within {timeout.total_seconds():.0f} s")
-    os.environ["GPT2_MEETING"] = name
     return name
 
 

@@ -1,8 +1,8 @@
 """Whether a run is alive: a file for a supervisor, and an end to waiting for a rank that will not come.
 
 OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state (running, stopped, done
-or failed) and reason. Each rank has a thread that tells the others, through the store of torchrun, where it is; when a
-rank makes no progress for `timeout_minutes`, it says who is behind, leaves its Python stacks in OUT and exits.
+or failed) and reason. Each rank has a thread that tells the others, through the store of torchrun, where it is; when
+one of several makes no progress for `timeout_minutes`, it says who is behind, leaves its stacks in OUT and exits.
 """
 
 import contextlib
@@ -125,7 +125,9 @@ class Watch:
     def _run(self) -> None:
         while True:
             self._beat("running", "")
-            if (waited := time.time() - self.since) > self.timeout + 2 * EVERY:  # after the collectives' own timeout
+            waited = time.time() - self.since
+            # After the collectives' own timeout. One process alone holds nobody up: its steps may take hours.
+            if self.ranks.world_size > 1 and waited > self.timeout + 2 * EVERY:
                 self._leave(waited)
             if self._ended.wait(min(EVERY, self.timeout / 4)):
                 return

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
-from test_train import assert_same_run, measured, newest, torchrun
+from test_train import assert_same_run, measured, newest, train
 from two_hosts import ADDRESSES, Host, NotPermitted, Run, two_hosts, wait
+
+from engine import metrics
 
 STEPS = ["--num-steps", "120", "--save-every", "20", "--eval-every", "60"]
 HINT = re.compile(r"interface|firewall|same command", re.IGNORECASE)
@@ -94,10 +96,12 @@ def test_ranks_count_over_hosts_and_local_ranks_on_each(quiet):
     assert "RANK 1 LOCAL_RANK 0\n" in quiet[1].worker_said()
 
 
-def test_two_hosts_compute_the_bits_of_two_processes_on_one(hosts, quiet, shards, tmp_path):
-    done = torchrun(2, tmp_path / "quiet", shards, *STEPS)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "quiet", hosts[0].disk / "quiet")
+def test_two_hosts_follow_one_process_s_loss_curve(hosts, quiet, shards, tmp_path):
+    assert train(tmp_path / "one", shards, *STEPS) == 0
+    rows = [metrics.read_rows(out / "metrics.jsonl") for out in (tmp_path / "one", hosts[0].disk / "quiet")]
+    for one, two in zip(*rows, strict=True):
+        for name in ("loss", "val_loss"):
+            assert one.get(name) == pytest.approx(two.get(name), abs=1e-4)  # after 120 steps
 
 
 def test_only_the_first_host_writes(hosts, quiet):

@@ -206,7 +206,9 @@ from engine.watch import Watch
 def stuck_in_my_own_function():
     time.sleep(60)
 flags = config.parse(sys.argv[1:], "test")
-with Watch(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4) as alive:
+alive = Watch(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
+alive.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two, with no store to ask for the other
+with alive:
     alive.at(17, "evaluation")
     stuck_in_my_own_function()
 """
@@ -219,7 +221,7 @@ def test_a_hang_ends_the_process_with_step_phase_and_stacks(tmp_path):
     )
     assert done.returncode == LOST == 4
     assert "within the 0.02 min of --timeout-minutes, got none for 3 s: " in done.stderr
-    assert "rank 0 at step 17 (evaluation): no other rank is behind" in done.stderr
+    assert "rank 0 at step 17 (evaluation): rank 1 was not heard of" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     stacks = tmp_path / "hang_rank0.txt"
     assert str(stacks) in done.stderr
@@ -232,7 +234,14 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "EVERY", 0.01)
     left = []
     monkeypatch.setattr(Watch, "_leave", lambda self, waited: left.append(waited))
-    with watch_of(tmp_path, timeout_minutes=0.005) as alive:  # 0.3 s
+    one = watch_of(tmp_path, timeout_minutes=0.005)  # 0.3 s
+    with one:
+        time.sleep(0.6)
+        one.ends = ("done", "")
+    assert left == []  # a process alone takes its time
+    alive = watch_of(tmp_path, timeout_minutes=0.005)
+    alive.ranks = Ranks(0, 0, 2, torch.device("cpu"))
+    with alive:
         for step in range(20):
             alive.at(step, "update")
             time.sleep(0.05)
