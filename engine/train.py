@@ -73,8 +73,9 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     guard = Guard(config, ranks.device)
     if found is not None:
         runs.restore(found, raw_model, optimizer, ranks)
-        scaler.load_state_dict(found.state["scaler"])
-        guard.load_state_dict(found.state["guard"])
+        if scaler.is_enabled() and found.state["scaler"]:  # it may have run in another precision
+            scaler.load_state_dict(found.state["scaler"])
+        guard.load_state_dict(found.state.get("guard", guard.state_dict()))
 
     if ranks.is_first:
         runs.write_config(config, words.name, {"precision": arithmetic, "micro_batch_size": micro_batch_size})

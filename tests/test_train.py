@@ -145,6 +145,15 @@ def test_low_precision_trains_float32_weights(shards, tmp_path, precision):
     assert bool(state["scaler"]) == (precision == "fp16")
 
 
+def test_a_run_goes_on_in_another_precision(finished, shards, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(newest(tmp_path / "run"))
+    flags = ["--num-steps", "12", "--save-every", "3", "--keep-last", "9", "--model.dropout", "0.1"]
+    assert train(tmp_path / "run", shards, *flags, "--precision", "fp16") == 0
+    shutil.rmtree(newest(tmp_path / "run"))
+    assert train(tmp_path / "run", shards, *flags, "--num-steps", "13") == 0
+
+
 def test_a_changed_run_is_refused_with_what_changed(finished, shards, capfd):
     before = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert train(finished, shards, "--num-steps", "12", "--tokens-per-step", "512", "--seed", "3") == 2
