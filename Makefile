@@ -8,7 +8,7 @@ ifneq ($(filter $(PRESET),tiny mini),)
 DATA ?= data/stdlib
 endif
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test test-all lint bench clean
 
 setup: .venv/installed
 
@@ -24,7 +24,10 @@ endif
 	$(BIN)/gpt2 train $(PRESET) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-all: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m ""
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
-TARGETS = ("sm_80", "sm_90")  # sm_86 and sm_89 share their rows of the table: of them the head of GPT-2 alone
+TARGETS = ("sm_90",)  # of all others the head of GPT-2 alone: `python -m kernels.aot` compiles every case for each
 HEADS = [f"attention D={D} bf16" for D in (64, 80, 96, 128)]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
@@ -27,8 +27,9 @@ import dataclasses, json, os
 from kernels.aot import compile_all
 if __name__ == "__main__":
     rows = []
-    for targets, cases in (({TARGETS!r}, {HEADS!r}), (("sm_86", "sm_89"), {HEADS[:1]!r}), (("sm_90",), {REST!r}),
-        (("gfx942",), {AMD!r})):
+    for targets, cases in (
+        ({TARGETS!r}, {HEADS + REST!r}), (("sm_80", "sm_86", "sm_89"), {HEADS[:1]!r}), (("gfx942",), {AMD!r})
+    ):
         rows += [dataclasses.asdict(row) for found in compile_all(targets, cases, os.cpu_count()) for row in found]
     print(json.dumps(rows))
 """
@@ -64,7 +65,7 @@ def test_every_attention_kernel_is_there(rows, target, case):
 
 def test_every_matmul_of_attention_is_wgmma_on_hopper_and_mma_before_it(rows):
     for row in rows:
-        if row.case in HEADS and row.target in TARGETS:
+        if row.case in HEADS and row.target.startswith("sm_"):
             kinds = row.tensor_core.split()[1::2]
             assert kinds == (["HGMMA"] if row.target == "sm_90" else ["HMMA"]), str(row)
 

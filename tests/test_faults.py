@@ -191,6 +191,7 @@ def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards
     assert_same_run(quiet, out)
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_first_compile(few_shards, tmp_path):
     flags = ["--num-steps", "6", "--eval-every", "None", "--compile", "--grace-seconds", "600"]
     sent = []

@@ -77,6 +77,7 @@ def test_recomputed_blocks_give_the_same_gradients():
     assert len(calls) == 2 + 4  # each block once, then twice
 
 
+@pytest.mark.slow
 def test_twenty_steps_have_the_losses_of_pytorch():
     T = 32 if DEVICE.type == "cuda" else 5  # the interpreter takes half a minute for these
 

@@ -16,22 +16,29 @@ from parallel_replicas import BATCH, CONFIG, NUM_STEPS, WAYS, build
 from engine import distributed, replicas
 from engine.config import TrainConfig
 
-EACH_WAY = [pytest.param(n, name, id=f"{n} processes, {name}") for n, ways in WAYS.items() for name in ways]
+SLOW = {4: [pytest.mark.slow], 2: []}
+EACH_WAY = [
+    pytest.param(n, name, id=f"{n} processes, {name}", marks=SLOW[n]) for n, ways in WAYS.items() for name in ways
+]
 EXACT = [way for way in EACH_WAY if "bf16" not in way.id]
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[int, dict]:
-    """What a launch of so many processes saw."""
-    seen = {}
-    for n in WAYS:
+class Reports(dict):
+    """What a launch of so many processes saw, launched when it is first asked for."""
+
+    def __missing__(self, n: int) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         script = str(ROOT / "tests" / "parallel_replicas.py")
         done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        seen[n] = json.loads(done.stdout.splitlines()[-1])
-    return seen
+        self[n] = json.loads(done.stdout.splitlines()[-1])
+        return self[n]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[int, dict]:
+    return Reports()
 
 
 @pytest.mark.parametrize(("n", "name"), EXACT)
@@ -79,6 +86,7 @@ def test_blocks_compile_alike_and_only_for_training(reports):
     assert seen["graphs outside training"] == 0
 
 
+@pytest.mark.slow
 def test_replicas_are_summed_once_a_step(reports):
     """One sum for each block and one for the rest, at the last micro-batch."""
     assert reports[4]["hsdp, attention"]["sums over replicas"] == NUM_STEPS * (CONFIG.model.n_layer + 1)
@@ -101,12 +109,14 @@ def test_a_weight_off_by_one_bit_is_found_among_replicas(reports, n, name):
         assert f"got others on rank {ranks}, first in h.1.mlp.c_fc.weight" in seen["replicas, one nudged"]
 
 
+@pytest.mark.slow
 def test_the_majority_of_replicas_names_the_one_that_is_wrong(reports):
     assert reports[4]["one of four"] == (
         "replicas: 4 of them must hold the same weights to the bit, got others on rank 1, first in ln_f.bias"
     )
 
 
+@pytest.mark.slow
 def test_shards_that_do_not_come_out_even_are_refused(reports):
     assert "must divide all 4 processes, got 3; set --shard-size to one of 1, 2, 4" in reports[4]["uneven"]
 

@@ -25,7 +25,9 @@ def loss_and_gradients(recompute: str, dropout: float, compiled: bool) -> tuple[
     return [loss.detach(), *gradients], sum(kept)
 
 
-@pytest.mark.parametrize(("dropout", "compiled"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize(
+    ("dropout", "compiled"), [(0.0, False), (0.1, False), pytest.param(0.1, True, marks=pytest.mark.slow)]
+)
 def test_recomputing_changes_no_bit_and_keeps_less(dropout, compiled):
     expected, most = loss_and_gradients("none", dropout, compiled)
     attention, less = loss_and_gradients("attention", dropout, compiled)

@@ -93,6 +93,7 @@ def test_resume_of_a_sharded_run_is_bitwise_identical(sharded, shards, tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_four_processes_in_replicas_of_two_go_on_from_two_shards(one, sharded, shards, tmp_path):
     out = without_last(sharded, tmp_path / "run")
     done = torchrun(4, out, shards, *STEPS, "--parallel", "hsdp", "--shard-size", "2")
