@@ -1,0 +1,147 @@
+"""The collectives of one training step: what each rank sends, computed from shapes and checked against counted bytes.
+
+    for each in communication(PRESETS["gpt2"], world_size=8, parallel="ddp", precision="bf16"):
+        print(each.name, each.calls, each.payload_bytes, each.wire_bytes)
+
+payload_bytes are those of the whole tensors: what an all-reduce sums, what an all-gather puts together, what a
+reduce-scatter takes apart. wire_bytes are what one rank sends (and receives) when the collective runs around a ring,
+which no algorithm on equal links beats: (W - 1) / W of the payload for an all-gather or a reduce-scatter, twice that
+for an all-reduce, which is one after the other. Switches that add in the network (NVLink SHARP) send less.
+
+Not counted, since no step waits for it in the long run: what the start sends, DDP's broadcast of the weights and of
+its bucket order, logging, the comparison of replicas, and evaluation.
+Source: Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from model.presets import GPT2Config
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of an activation, and of a weight cast to match
+ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}  # around the ring
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's defaults
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All calls of one kind that a step makes for one purpose."""
+
+    name: str
+    kind: Kind
+    calls: int  # per step
+    payload_bytes: int  # per step, all calls together
+    group_size: int  # ranks that take part
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one rank sends per step, around a ring."""
+        return ROUNDS[self.kind] * (self.group_size - 1) / self.group_size * self.payload_bytes
+
+
+def communication(
+    config: GPT2Config,
+    world_size: int,
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp",
+    precision: str = "bf16",
+    *,
+    micro_batches: int = 1,
+    reshard: bool = True,
+    shard_size: int | None = None,
+) -> list[Collective]:
+    """The collectives of one step of engine.train; none for one rank, which sends nothing.
+
+    micro_batches: forward and backward passes per step on each rank. reshard: as TrainConfig has it. shard_size: hsdp's
+    processes per replica. Raises ValueError if the arguments do not fit together.
+    """
+    if precision not in ITEMSIZE:
+        raise ValueError(f"communication: the precision must be one of {', '.join(ITEMSIZE)}, got {precision!r}")
+    if parallel not in ("ddp", "fsdp", "hsdp"):
+        raise ValueError(f"communication: parallel must be ddp, fsdp or hsdp, got {parallel!r}")
+    if min(world_size, micro_batches) < 1:
+        raise ValueError(f"communication: ranks and micro-batches must be at least 1, got {world_size, micro_batches}")
+    if world_size == 1:
+        return []
+    numbers = Collective("loss and signals", "all_reduce", 1, 3 * 4, world_size)  # train_step's three float32
+    if parallel == "ddp":
+        sizes = [4 * math.prod(shape) for shape in reversed(parameter_shapes(config).values())]
+        return [Collective("gradients", "all_reduce", num_buckets(sizes), sum(sizes), world_size), numbers]
+
+    shards = world_size if parallel == "fsdp" else shard_size
+    if shards is None or shards < 1 or world_size % shards:
+        raise ValueError(f"communication: hsdp's shard_size must divide {world_size} processes, got {shard_size}")
+    blocks, root = config.n_layer, [s for name, s in parameter_shapes(config).items() if not name.startswith("h.")]
+    block = [shape for name, shape in parameter_shapes(config).items() if name.startswith("h.0.")]
+    block_elements, root_elements = padded_elements(block, shards), padded_elements(root, shards)
+    elements = blocks * block_elements + root_elements
+    weight_bytes, passes = ITEMSIZE[precision], micro_batches
+    found = [
+        Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * elements * weight_bytes, shards),
+        Collective(
+            "weights, backward",
+            "all_gather",
+            passes * blocks,
+            passes * blocks * block_elements * weight_bytes,
+            shards,
+        ),
+        Collective("gradients", "reduce_scatter", passes * (blocks + 1), passes * elements * 4, shards),
+        Collective("norm of the gradient", "all_reduce", 1, 8, shards),  # engine.distributed.clip's float64
+    ]
+    if not reshard:
+        del found[1]
+    if precision == "fp16":  # GradScaler's flag: DDP's ranks find it in the same gradients, shards must tell each other
+        found.append(Collective("overflow", "all_reduce", 1, 4, shards))
+    if parallel == "hsdp":
+        replicas = world_size // shards
+        found.append(Collective("gradients of replicas", "all_reduce", blocks + 1, elements // shards * 4, replicas))
+        found.append(Collective("norm of the gradient of replicas", "broadcast", 1, 8, replicas))
+    return [each for each in [*found, numbers] if each.group_size > 1]
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of model.gpt2.GPT2 by name, in the model's order."""
+    C = config.n_embd
+    block = {
+        "ln_1": (C,),
+        "attn.c_attn": (3 * C, C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.padded_vocab_size, C),
+        "wpe.weight": (config.n_positions, C),
+    }
+    for prefix, shape in [(f"h.{i}.{n}", s) for i in range(config.n_layer) for n, s in block.items()] + [
+        ("ln_f", (C,))
+    ]:
+        shapes |= {f"{prefix}.weight": shape, f"{prefix}.bias": shape[:1]}
+    return shapes
+
+
+def num_parameters(config: GPT2Config) -> int:
+    """Elements of all parameters, the vocabulary's padding included, the tied head once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def padded_elements(shapes: Iterable[tuple[int, ...]], shards: int) -> int:
+    """Elements of tensors that FSDP cuts along their first axis, each padded to equal parts."""
+    return sum(-(-shape[0] // shards) * shards * math.prod(shape[1:]) for shape in shapes)
+
+
+def num_buckets(sizes: Iterable[int]) -> int:
+    """How many calls DDP sends gradients of these bytes in, taken in the order in which they are ready.
+
+    It is that of the steps after the first, when it has seen the order, and of an uncompiled model, whose gradients
+    come from the last layer to the first. A bucket is full once it has reached its size.
+    """
+    buckets, held, limit = 0, 0, FIRST_BUCKET_BYTES
+    for size in sizes:
+        held += size
+        if held >= limit:
+            buckets, held, limit = buckets + 1, 0, BUCKET_BYTES
+    return buckets + (held > 0)
