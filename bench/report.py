@@ -91,6 +91,39 @@ def cpu() -> str:
     return markdown(heads, rows) + f"\n\n({'; '.join(notes)}; `python -m bench.peers`; {goals})"
 
 
+def scaling() -> str:
+    """Each way and number of processes of bench.scaling in a line."""
+    rows, notes = [], []
+    for _, found in results("scaling.json"):
+        for row in found["rows"]:
+            if row["processes"] == 1:
+                continue
+            counted, predicted = row["bytes_counted"], row["bytes_predicted"]
+            ratio = [row[f"predicted_over_measured{end}"] for end in ("", "_p20", "_p80")]
+            rows.append(
+                (
+                    row["processes"],
+                    row["parallel"],
+                    f"{row['step_ms']:,.0f}",
+                    f"{row['compute_ms']:,.0f}",
+                    f"{counted / 1e6:,.3f} {'=' if row['is_equal'] else '!='} {predicted / 1e6:,.3f}",
+                    f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
+                )
+            )
+        facts, model = found["facts"], found["model"]
+        tokens = model["sequences"] * model["n_positions"]
+        notes.append(
+            f"{facts['machine']}, torch {facts['torch']}, gloo, `{model['name']}` with {tokens} tokens on each process, "
+            f"one thread each, so that four share the cores of two"
+        )
+    if not rows:
+        return NOT_MEASURED
+    heads = ["processes", "parallel", "step, ms", "without sync, ms", "MB per step, counted and computed"]
+    return (
+        markdown([*heads, "step, predicted / measured"], rows) + f"\n\n({'; '.join(notes)}; `python -m bench.scaling`)"
+    )
+
+
 def milliseconds(row: dict) -> float:
     """A row's median step."""
     return row["step_ms"]["median"]
@@ -101,7 +134,7 @@ def title(row: dict) -> str:
     return f"{PEERS[row['contestant']]} {row['mode']}" + (", memory kept" if row["memory"] == "kept" else "")
 
 
-TABLES: dict[str, Callable[[], str]] = {"gpu": gpu, "cpu": cpu}
+TABLES: dict[str, Callable[[], str]] = {"gpu": gpu, "cpu": cpu, "scaling": scaling}
 
 
 def rewritten(text: str) -> str:

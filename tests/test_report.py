@@ -29,7 +29,7 @@ def test_readme_holds_what_the_results_give():
 
 
 def test_nothing_measured_is_said(results):
-    assert report.cpu() == "not yet measured"
+    assert report.cpu() == report.scaling() == "not yet measured"
     first = report.gpu().splitlines()[2]
     assert first.startswith("| **this engine**, bf16 | H200 | not yet measured | not yet measured |")
 
@@ -85,4 +85,4 @@ def test_a_marker_that_names_no_table_is_a_sentence(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench:cpus -->\n<!-- /bench -->\n")
     assert report.main([], readme) == 2
-    assert "a table must be one of gpu, cpu" in capsys.readouterr().err
+    assert "a table must be one of gpu, cpu, scaling" in capsys.readouterr().err
