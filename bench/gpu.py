@@ -1,18 +1,22 @@
-"""Every kernel against PyTorch on one CUDA GPU, in one go: `python -m bench.gpu --out DIR [--minutes 9] [--dry-run]`.
+"""This engine on one CUDA GPU, whole and in parts, against its peers: `python -m bench.gpu --out DIR [--minutes 9]`.
 
-Ceilings of the machine, accuracy against float64, each op against PyTorch eager and compiled and against SDPA's
-backends, the kernel tests, and a training step, in this order and as far as the minutes go; what did not fit is
-listed. DIR/gpu.json and DIR/gpu.md (the table) are rewritten after every result, so a kill leaves what was measured.
-Needs torch and triton, and pytest for the tests. --dry-run builds and checks every case on a CPU, in Triton's
-interpreter, at small sizes, and times nothing.
+    python -m bench.gpu --out DIR --resume              # measures what the first call left out
+    python -m bench.gpu --out DIR --only step,loss      # some sections of the plan
+    python -m bench.gpu --out DIR --dry-run             # builds and checks every case on a CPU, times nothing
+
+Ceilings of the machine, accuracy of the kernels against float64, training steps of GPT-2 124M against the plain
+reference and `transformers`, whether their losses agree, each op against PyTorch eager and compiled and against SDPA's
+backends, the kernel tests, the largest micro-batch, and the larger presets: in the order of gpu_plan.PLAN and as far as
+the minutes go; what did not fit is listed. DIR/gpu.json and DIR/gpu.md (the tables) are rewritten after every result,
+so a kill leaves what was measured. Needs torch and triton, pytest for the tests, and transformers to be a peer.
 
 This process only watches: the work happens in others (gpu_worker.py, pytest), one at a time, which may die or hang
-without taking the rest along. Exit codes: 0 done, 1 something failed (see the table), 2 no CUDA device.
+without taking the rest along. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -20,68 +24,88 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu_report import PLAN, Record
+from bench import machine
+from bench.gpu_plan import PLAN, SECTIONS, Part
+from bench.gpu_report import Record
 
-ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     *("test_attention*.py", "test_layer_norm.py", "test_gelu.py", "test_cross_entropy*.py", "test_column_sum.py"),
     "test_kernel_model.py",
 )
 TESTS_LIMIT_S = 170.0
-STEPS_S = sum(part.seconds for part in PLAN if part.section == "step")  # that the tests leave to what follows
 MOST_PROCESSES = 8  # that may die before the rest is given up
 TEST_LINE = re.compile(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b|(PASSED|FAILED|ERROR|SKIPPED) \S+::")  # plain, xdist
+SAME = ("commit", "torch", "triton")  # facts in which a resumed run must agree with what is there
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the plan and prints the table; the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Every kernel against PyTorch on a GPU.")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="This engine on a GPU, against its peers.")
     parser.add_argument("--out", type=Path, required=True, help="directory for gpu.json, gpu.md and the logs")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything; what does not fit is left out")
+    parser.add_argument("--only", type=sections, default=SECTIONS, help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--resume", action="store_true", help="keep what is in --out, measure what it left out")
     parser.add_argument("--commit", default=None, help="recorded instead of what git says here")
     parser.add_argument("--dry-run", action="store_true", help="check every case on a CPU and time nothing")
     args = parser.parse_args(arguments)
 
     began = time.time()
-    import torch
+    if not args.dry_run:
+        import torch
 
-    if not args.dry_run and not torch.cuda.is_available():
-        print("bench.gpu: a CUDA device must be here, there is none; add --dry-run to check on a CPU", file=sys.stderr)
-        return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "failures.log").unlink(missing_ok=True)
-    record = Record.new(
-        args.out.resolve(),
-        dry_run=args.dry_run,
-        command=shlex.join(["python", "-m", "bench.gpu", *arguments]),
-        started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
-        began=began,
-        minutes=args.minutes,
-    )
-    record.state["machine"] = {
-        "commit": args.commit or commit(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "cuda": str(torch.version.cuda),
-    }
+        if not torch.cuda.is_available():
+            return refuse("a CUDA device must be here, there is none; add --dry-run to check on a CPU")
+    facts = machine.facts() | {"command": shlex.join(["python", "-m", "bench.gpu", *arguments])}
+    facts["commit"] = args.commit or facts["commit"]
+    if args.resume:
+        try:
+            record = Record.load(args.out.resolve())
+        except (OSError, ValueError):
+            return refuse(f"--resume goes on with a gpu.json, {args.out} holds none; leave --resume away")
+        known = record.state["machine"]
+        for name in SAME:
+            if known.get(name) != facts[name]:
+                return refuse(
+                    f"--resume needs the {name} of the results in {args.out}, {known.get(name)}, got {facts[name]}"
+                )
+        if record.state["dry_run"] != args.dry_run:
+            return refuse(f"--resume needs --dry-run exactly if the results in {args.out} are of a dry run")
+        known["command"] += f"; {facts['command']}"
+        record.state |= {"began": began, "running": None}
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "failures.log").unlink(missing_ok=True)
+        record = Record.new(
+            args.out.resolve(),
+            machine=facts,
+            dry_run=args.dry_run,
+            started=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began)),
+            began=began,
+            minutes=args.minutes,
+        )
+    left = [part for part in PLAN if str(part) not in record.state["done"]]
+    chosen = [part for part in left if part.section in args.only]
+    record.state["reasons"] = {str(part): "not among --only" for part in left if part not in chosen}
     record.save()
 
     deadline = began + 60.0 * args.minutes
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
+    environment["TRANSFORMERS_VERBOSITY"] = "error"
     if args.dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    sections = list(dict.fromkeys(part.section for part in PLAN))
-    tests_at = sections.index("tests")
-    before, after = sections[:tests_at], sections[tests_at + 1 :]
+    tests = [part for part in chosen if part.section == "tests"]
+    tests_at = chosen.index(tests[0]) if tests else len(chosen)
+    before, after = chosen[:tests_at], chosen[tests_at + 1 :]
     if args.dry_run:  # no test runs, and one process is quicker
         before, after = before + after, []
     work(record.out, before, deadline, args.dry_run, environment)
-    run_tests(Record.load(record.out), deadline, environment)
+    for part in tests:
+        run_tests(Record.load(record.out), part, deadline, sum(each.seconds for each in after), environment)
     work(record.out, after, deadline, args.dry_run, environment)
 
     record = Record.load(record.out)
@@ -89,24 +113,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(row["status"] == "failed" for row in record.state["rows"]) else 0
 
 
-def commit() -> str:
-    """The commit of this working tree, with "+ changes" if there are any, or "not known"."""
-    try:
-        git = [
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return "not known"
-    return git[0].strip() + (" + changes" if git[1].strip() else "")
+def refuse(what: str) -> int:
+    """Says what must hold; the exit code."""
+    print(f"bench.gpu: {what}", file=sys.stderr)
+    return 2
 
 
-def version(package: str) -> str:
-    """An installed package's version."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def sections(text: str) -> list[str]:
+    """The sections that --only names."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in SECTIONS]:
+        raise argparse.ArgumentTypeError(f"must name some of {','.join(SECTIONS)}, got {','.join(wrong)}")
+    return names
 
 
 def run_limited(command: list[str], environment: dict[str, str], is_over, output=None) -> int | None:
@@ -115,7 +133,7 @@ def run_limited(command: list[str], environment: dict[str, str], is_over, output
     Gives the exit code, or None if it was stopped.
     """
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=output, stderr=output and subprocess.STDOUT, process_group=0
+        command, cwd=machine.ROOT, env=environment, stdout=output, stderr=output and subprocess.STDOUT, process_group=0
     )
     try:
         while True:
@@ -130,10 +148,10 @@ def run_limited(command: list[str], environment: dict[str, str], is_over, output
             child.wait()
 
 
-def work(out: Path, sections: list[str], deadline: float, dry_run: bool, environment: dict[str, str]) -> None:
-    """Has these sections measured, by another process after each one that dies or hangs."""
+def work(out: Path, parts: Sequence[Part], deadline: float, dry_run: bool, environment: dict[str, str]) -> None:
+    """Has these parts measured, by another process after each one that dies or hangs."""
     command = [sys.executable, "-m", "bench.gpu_worker", "--out", str(out), "--deadline", str(deadline)]
-    command += ["--sections", ",".join(sections), *(["--dry-run"] if dry_run else [])]
+    command += ["--parts", json.dumps([str(part) for part in parts]), *(["--dry-run"] if dry_run else [])]
 
     def is_over() -> bool:
         running = Record.load(out).state["running"]
@@ -141,7 +159,7 @@ def work(out: Path, sections: list[str], deadline: float, dry_run: bool, environ
         return is_hanging or time.time() > deadline + 10.0
 
     for _ in range(MOST_PROCESSES):
-        if not sections or time.time() >= deadline:
+        if not parts or time.time() >= deadline:
             return
         code = run_limited(command, environment, is_over)
         if code == 0:
@@ -162,13 +180,15 @@ def work(out: Path, sections: list[str], deadline: float, dry_run: bool, environ
             print(f"{running['part']}, {running['contestant']}: FAILED: the process {how}", flush=True)
 
 
-def run_tests(record: Record, deadline: float, environment: dict[str, str]) -> None:
-    """Runs the kernel tests on the GPU, in several processes where pytest-xdist is there; the log is tests.log."""
-    part = next(part for part in PLAN if part.section == "tests")
-    files = sorted(path for pattern in TESTS for path in (ROOT / "tests").glob(pattern))
+def run_tests(record: Record, part: Part, deadline: float, after_s: float, environment: dict[str, str]) -> None:
+    """Runs the kernel tests on the GPU, in several processes where pytest-xdist is there; the log is tests.log.
+
+    after_s: what they should leave to the parts that follow, if that leaves them what they need.
+    """
+    files = sorted(path for pattern in TESTS for path in (machine.ROOT / "tests").glob(pattern))
     row = {"section": "tests", "op": ", ".join(path.name for path in files), "contestant": "pytest"}
     left = deadline - time.time()
-    limit_s = max(min(left, 60.0), min(TESTS_LIMIT_S, left - STEPS_S))
+    limit_s = max(min(left, part.seconds), min(TESTS_LIMIT_S, left - after_s))
     if left <= (0.0 if record.state["dry_run"] else part.seconds):
         record.leave_out(part, f"needs {part.seconds:.0f} s or more, {max(0.0, left):.0f} s were left")
         return

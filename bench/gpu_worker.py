@@ -5,6 +5,7 @@ and starts another, which goes on from there. Exit codes: 0 every part was run o
 """
 
 import argparse
+import json
 import os
 import sys
 
@@ -18,15 +19,16 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import gpu_cases, gpu_step
+from bench import gpu_batch, gpu_cases, gpu_step, machine
 from bench.gpu_cases import Op
-from bench.gpu_report import PLAN, Part, Record
+from bench.gpu_plan import PLAN, Part
+from bench.gpu_report import Record
 from bench.gpu_timing import (
     Timer,
     outputs_of,
@@ -62,7 +64,7 @@ class Worker:
         self.dtype = torch.float32 if dry_run else torch.bfloat16
         self.sizes = gpu_cases.DRY if dry_run else gpu_cases.GPT2
         self.compiler = "aot_eager" if dry_run else "inductor"
-        self.timer = None if dry_run else Timer(spacer())
+        self.timer: Timer | None = None  # of ops; its buffer is given back before a training step
 
     def say(self, text: str) -> None:
         """One line of progress."""
@@ -72,37 +74,46 @@ class Worker:
         """Until the deadline."""
         return self.deadline - time.time()
 
-    def run(self, sections: list[str]) -> None:
-        """Every part of these sections that fits the time left and is not done."""
-        for part in PLAN:
-            if part.section not in sections or str(part) in self.record.state["done"]:
+    def run(self, parts: Sequence[Part]) -> None:
+        """Each of these parts that fits the time left and is not done."""
+        measure = {
+            **{"ceilings": self.ceilings, "accuracy": self.accuracy},
+            **{section: self.training for section in ("step", "sizes", "loss", "batch")},
+        }
+        for part in parts:
+            if str(part) in self.record.state["done"]:
                 continue
             left, needed = self.seconds_left(), 0.0 if self.dry_run else part.seconds
             if left <= needed:
                 self.say(f"{part}: left out")
                 self.record.leave_out(part, f"needs up to {needed:.0f} s, {max(0.0, left):.0f} s were left")
                 continue
-            measure = {"ceilings": self.ceilings, "accuracy": self.accuracy, "step": self.step}
+            torch.manual_seed(len(self.record.state["rows"]))  # fresh numbers in every process
             with self.attempt(part, part.name, "inputs and timing") as row:
                 if row is not None:
                     measure.get(part.section, self.contest)(part)
             self.record.finish(part)
+            torch.set_float32_matmul_precision("highest")  # a training step sets it for its own precision
             torch.compiler.reset()  # compiled functions hold on to models and buffers
             self.clean_up()
 
     @contextlib.contextmanager
-    def attempt(self, part: Part, op: str, contestant: str) -> Iterator[dict | None]:
+    def attempt(
+        self, part: Part, op: str, contestant: str, *, section: str | None = None, seconds: float | None = None
+    ) -> Iterator[dict | None]:
         """Yields the row to fill. An exception makes it a failed one, and the caller goes on.
 
         Yields None, and nothing should be done, where an earlier process failed at this. The caller puts a row that
-        it filled; one that failed is put here.
+        it filled; one that failed is put here. section: the row's, if not the part's. seconds: what this should take
+        at most, if not as long as the part.
         """
-        earlier = self.record.find(part.section, op, contestant)
+        section = section or part.section
+        earlier = self.record.find(section, op, contestant)
         if earlier is not None and earlier["status"] == "failed":
             yield None
             return
-        row = {"section": part.section, "op": op, "contestant": contestant, "status": "failed"}
-        self.record.begin(part, op, contestant)
+        row = {"section": section, "op": op, "contestant": contestant, "status": "failed"}
+        self.record.begin(part, section, op, contestant, seconds or part.seconds)
         try:
             yield row
         except Exception as error:
@@ -133,6 +144,11 @@ class Worker:
         status = "measured" if figures else "checked"
         self.record.put(row | figures | {"status": status})
         self.say(f"{row['section']}: {row['op']}, {row['contestant']}: {said if figures else status}")
+
+    def skip(self, row: dict, reason: str) -> None:
+        """Records that a row cannot be measured here, which is no failure."""
+        self.record.put(row | {"status": "skipped", "reason": reason})
+        self.say(f"{row['section']}: {row['op']}, {row['contestant']}: {reason}")
 
     def phase(self, times_ms: list[float], work: float, unit: str) -> dict:
         """A phase's times, rate and share of the ceiling. work: FLOPs or bytes."""
@@ -174,6 +190,7 @@ class Worker:
         """Times one ceiling and records it."""
         if self.dry_run:
             return self.put(row)
+        self.timer = self.timer or Timer(spacer())
         for _ in range(20):  # from idle clocks to busy ones
             fn(*sets[0][0])
         times = round_robin({"": fn}, sets, ("forward_no_grad",), self.timer, lambda: False)[""]["forward_no_grad"]
@@ -236,21 +253,19 @@ class Worker:
         self.clean_up()
         if self.dry_run or not right:
             return
-        self.record.begin(part, part.name, "inputs and timing")
+        self.record.begin(part, part.section, part.name, "inputs and timing", part.seconds)
+        self.timer = self.timer or Timer(spacer())
         samples = round_robin(right, sets, op.phases, self.timer, lambda: self.seconds_left() < 2.0)
         work = op.work(self.dtype.itemsize)
         for name, times in samples.items():
             phases = {p: self.phase(times[p], gpu_cases.amount(work, p), op.unit) for p in op.phases}
             self.put(rows[name], f"forward + backward {phases['both']['median_ms']:.3f} ms", phases=phases)
 
-    def step(self, part: Part) -> None:
-        """One training step of GPT-2 124M."""
-        self.timer = None  # its buffer would count as the step's memory
-        with self.attempt(part, gpu_step.STEP, part.name) as row:
-            if row is not None:
-                backend, mode = part.name.split()
-                found = gpu_step.measure(backend, mode == "compiled", self.compiler, self.device, self.dry_run)
-                self.put(row, f"{found.get('tokens_per_s', 0):,.0f} tokens/s", **found)
+    def training(self, part: Part) -> None:
+        """Whole training steps."""
+        self.timer = None  # its buffer would be missing from the memory for the step
+        self.clean_up()
+        {"loss": gpu_step.agreement, "batch": gpu_batch.search}.get(part.section, gpu_step.measure)(self, part)
 
 
 def sentence(error: Exception) -> str:
@@ -293,12 +308,9 @@ def check(
 
 def peak_bytes(fn: Callable, inputs: list[Tensor], douts: list[Tensor]) -> int:
     """The most memory that forward and backward take beside what is allocated before, gradients included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    values(fn, inputs, douts)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    with machine.peak_memory(inputs[0].device) as peak:
+        values(fn, inputs, douts)
+    return peak.above
 
 
 @contextlib.contextmanager
@@ -340,28 +352,33 @@ def gpu_facts() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         driver = "not known"
     return {
+        "machine": properties.name,
         "gpu": properties.name,
         "multiprocessors": str(properties.multi_processor_count),
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         "driver": driver.strip(),
+        "cuda": str(torch.version.cuda),
     }
 
 
 def main() -> None:
-    """Runs the sections named on the command line; the record must exist."""
+    """Runs the parts named on the command line; the record must exist."""
     parser = argparse.ArgumentParser(description="part of bench.gpu, which starts it")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sections", required=True)
+    parser.add_argument("--parts", required=True, help="their names, as a JSON list")
     parser.add_argument("--deadline", type=float, required=True, help="seconds of time.time")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     record = Record.load(args.out)
     if not args.dry_run:
-        record.state["machine"] |= gpu_facts()
+        facts, known = gpu_facts(), record.state["machine"].get("gpu")
+        if known not in (None, facts["gpu"]):
+            sys.exit(f"bench.gpu: --resume goes on with the results of a {known}, here is a {facts['gpu']}")
+        record.state["machine"] |= facts
         record.save()
-    torch.manual_seed(len(record.state["rows"]))  # fresh numbers in every process
-    Worker(record, args.deadline, args.dry_run).run(args.sections.split(","))
+    names = json.loads(args.parts)
+    Worker(record, args.deadline, args.dry_run).run([part for part in PLAN if str(part) in names])
 
 
 if __name__ == "__main__":
