@@ -8,7 +8,7 @@ ifneq ($(filter $(PRESET),tiny mini),)
 DATA ?= data/stdlib
 endif
 
-.PHONY: setup train test test-all lint bench clean
+.PHONY: setup train test test-all lint bench bench-full clean
 
 setup: .venv/installed
 
@@ -33,8 +33,16 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Both write pytest-benchmark's JSON: make bench OUT=bench/results/MACHINE/bench.json
 bench: setup
-	$(BIN)/python -m pytest bench -s
+	$(BIN)/python -m pytest bench --benchmark-json=$(or $(OUT),.benchmarks/bench.json) $(ARGS)
+
+bench-full: setup
+	$(BIN)/python -m pytest bench -m "" --benchmark-json=$(or $(OUT),.benchmarks/bench-full.json) $(ARGS)
 
 clean:
 	rm -rf .venv *.egg-info
+
+# make bench-compare A=old.json B=new.json; without files, a commit against its parent: COMMITS="BASE HEAD", ARGS="-k ..."
+bench-compare: setup
+	$(BIN)/python -m bench.compare $(if $(A)$(B),$(A) $(B),--commits $(COMMITS)) $(ARGS)

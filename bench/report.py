@@ -113,8 +113,8 @@ def scaling() -> str:
         facts, model = found["facts"], found["model"]
         tokens = model["sequences"] * model["n_positions"]
         notes.append(
-            f"{facts['machine']}, torch {facts['torch']}, gloo, `{model['name']}` with {tokens} tokens on each process, "
-            f"one thread each, so that four share the cores of two"
+            f"{facts['machine']}, torch {facts['torch']}, gloo, `{model['name']}` with {tokens} tokens on each "
+            "process, one thread each, so that four share the cores of two"
         )
     if not rows:
         return NOT_MEASURED

@@ -1,0 +1,103 @@
+"""One training step: forward, backward, clipping and AdamW, by preset, backend and precision, eager and compiled.
+
+First the losses of three steps on one batch, the later two of which need every gradient, are checked against the plain
+reference model in float64. Memory is that of a step, above weights and moments. `pytest bench/bench_step.py`
+"""
+
+import functools
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from conftest import DEVICE, ON_GPU, QUICK, SEQUENCES, case, require_triton
+from torch import Tensor
+
+from bench.contestants import TrainingStep, adamw, build, initial_weights
+from engine import precision as arithmetic
+from model.presets import PRESETS, GPT2Config
+
+PRECISIONS = ("bf16", "fp32", "tf32", "fp16") if ON_GPU else ("fp32", "bf16")
+HOW = ("torch-eager", "torch-compiled", "triton-eager", "triton-compiled")
+PRESET_NAMES = [name for name in SEQUENCES if ON_GPU or name != "gpt2"]
+STEPS = 3
+# Relative, of a loss and of its fall since the first step.
+TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 2e-2), "fp16": (1e-3, 2e-2), "bf16": (5e-3, 5e-2)}
+REFERENCE_TOKENS = 4096  # of the float64 model at a time, whose logits are whole
+
+
+def cases() -> list:
+    """Quick: one preset, and beside its first precision nothing that compiles."""
+    return [
+        case(preset, precision, how, is_quick=preset == QUICK and (precision == PRECISIONS[0] or "eager" in how))
+        for preset, precision, how in product(PRESET_NAMES, PRECISIONS, HOW)
+    ]
+
+
+@functools.cache
+def start(preset: str) -> tuple[GPT2Config, dict[str, Tensor], Tensor, Tensor]:
+    """Configuration, weights, tokens and targets: with `fan_in` weights every part of the model bears on the loss."""
+    config = replace(PRESETS[preset], init="fan_in")
+    weights = initial_weights(config)
+    rows = torch.randint(config.vocab_size, (SEQUENCES[preset], config.n_positions + 1)).to(DEVICE)
+    return config, weights, rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+@functools.cache
+def exact_losses(preset: str) -> list[float]:
+    """The reference's, in float64."""
+    config, weights, tokens, targets = start(preset)
+    model = build("reference", config, weights).to(DEVICE, torch.float64)
+    optimizer = adamw(model)
+    rows = max(1, REFERENCE_TOKENS // config.n_positions)
+    losses = []
+    for _ in range(STEPS):
+        loss = 0.0
+        for some, theirs in zip(tokens.split(rows), targets.split(rows), strict=True):
+            part = model(some, theirs) * (len(some) / len(tokens))
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+    return losses
+
+
+def require_close(losses: list[float], exact: list[float], precision: str) -> None:
+    """Raises AssertionError unless losses and their falls agree with the reference's."""
+    of_loss, of_fall = TOLERANCE[precision]
+    for step, (loss, truth) in enumerate(zip(losses, exact, strict=True)):
+        allowed = of_loss * exact[0] + of_fall * abs(exact[0] - truth)
+        assert abs(loss - truth) <= allowed, (
+            f"loss {step} must be {truth:.6f} to {allowed:.2g}, as the reference's in float64, got {loss:.6f}"
+        )
+
+
+@functools.cache
+def bf16_is_worthwhile() -> tuple[bool, str]:
+    """Whether engine.precision takes bf16 here, and why."""
+    chosen, why = arithmetic.choose("auto", DEVICE)
+    return chosen == "bf16", why
+
+
+@pytest.mark.parametrize(("preset", "precision", "how"), cases())
+def test_step(preset: str, precision: str, how: str, measure):
+    backend, mode = how.split("-")
+    if backend == "triton":
+        require_triton(arithmetic.COMPUTE_DTYPES[precision], PRESETS[preset].head_dim)
+    if precision == "bf16" and not bf16_is_worthwhile()[0]:
+        pytest.skip(bf16_is_worthwhile()[1])
+    config, weights, tokens, targets = start(preset)
+    step = TrainingStep(
+        "ours", config, weights, DEVICE, is_compiled=mode == "compiled", precision=precision, backend=backend
+    )
+
+    def check(loss: Tensor) -> None:
+        losses = [loss.item(), *(step(tokens, targets).item() for _ in range(STEPS - 1))]
+        require_close(losses, exact_losses(preset), precision)
+
+    measure.benchmark.group = f"a step of {preset}"
+    last = measure(lambda: step(tokens, targets), check, device=DEVICE, tokens=tokens.numel())
+    assert math.isfinite(last.item()), f"the loss must stay finite, got {last.item()}"
