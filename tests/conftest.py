@@ -13,6 +13,9 @@ if not torch.cuda.is_available():  # before any kernel is decorated: they run in
 
 from engine.prepare import PrepareConfig, prepare
 
+for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.pop(name, None)  # a pytest that a test starts would take itself for a part of this one
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Two layers of width 64 over 32 bytes, two micro-batches of four sequences a step.

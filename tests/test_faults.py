@@ -237,6 +237,7 @@ def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path):
     began = time.monotonic()
     flags = [*STEPS, "--grace-seconds", "3"]

@@ -54,7 +54,7 @@ def test_loss_and_every_gradient_equal_those_of_pytorch(T):
     assert_same(loss_and_gradients(model, model, T), loss_and_gradients(plain, plain, T))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_compiles_fullgraph_and_equals_eager(backend):
     torch._dynamo.reset()
     model = build()

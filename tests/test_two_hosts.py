@@ -137,6 +137,7 @@ def test_after_a_cut_link_and_a_lost_host_the_same_command_ends_where_a_quiet_ru
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_a_wrong_interface_is_answered_with_the_variable_to_set(hosts, shards):
     started = start(hosts, shards, "wrong", "--timeout-minutes", "0.05", interfaces=("lo", "doesnotexist"))
     codes = wait(started, 60)
