@@ -72,10 +72,13 @@ def test_goals_are_judged_by_the_fastest_and_the_leanest_peer(play):
     rows = play({"ours": (10.0, [1.0]), "reference": (10.0, [3.0]), "transformers": (10.0, [0.5])})
     for who, size in (("ours", 500), ("reference", 1000), ("transformers", 2000)):
         rows[who]["step_bytes"] = size
-    speed, ceiling, memory = peers.verdicts(list(rows.values()))
-    assert speed == "speed: 0.50x the fastest peer (0.50 to 0.50), the goal is 1.0x: not met"
+    (said,) = peers.verdicts(list(rows.values()))
+    speed, ceiling, memory = said.split("; ")
+    assert speed == (
+        "ours eager, memory kept: 0.50x the speed of the fastest peer (0.50 to 0.50), the goal is 1.0: not met"
+    )
     assert ceiling.endswith("not met")
-    assert memory == "memory: 0.50 of the leanest peer's, the goal is 0.5: met"
+    assert memory == "0.50 of the leanest peer's memory, the goal is 0.5: met"
 
 
 def test_saving_replaces_the_same_case_and_keeps_the_others(tmp_path, monkeypatch):

@@ -54,13 +54,13 @@ def test_a_cpu_case_is_held_against_its_fastest_and_its_leanest_peer(results):
         spread = {"median": ms, "min": ms, "max": ms}
         found = {"case": "L=4", "precision": "fp32", "contestant": who, "mode": mode, "memory": "kept"}
         found |= {"status": "measured", "step_ms": spread, "step_bytes": size, "share_of_ceiling": 0.75}
-        return found | ({"times_ours": {"median": ratio, "min": 1.0, "max": 9.0}} if ratio else {})
+        return found | {"speed": {"median": ratio, "min": 1.0, "max": 9.0}}
 
     rows = [
-        row("ours", "eager", 100, 3e6),
-        row("ours", "compiled", 90, 4e6),
-        row("reference", "eager", 300, 9e6, 3.3),
-        row("transformers", "compiled", 180, 20e6, 2.0),
+        row("ours", "eager", 100, 3e6, 1.8),
+        row("ours", "compiled", 90, 4e6, 2.0),
+        row("reference", "eager", 300, 9e6),
+        row("transformers", "compiled", 180, 20e6),
         {"case": "L=4", "precision": "fp32", "contestant": "reference", "status": "failed"},
     ]
     facts = {"machine": "one core", "torch": "t", "transformers": "f"}
