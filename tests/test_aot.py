@@ -113,6 +113,7 @@ def test_nothing_compiles_under_the_interpreter_and_it_says_so():
     assert aot.main([]) == 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_exits_with_0():
     done = run("-m", "kernels.aot", "--target", "sm_90", "--only", "gelu F=3072 bf16", "--jobs", "1")
     assert done.returncode == 0, done.stderr

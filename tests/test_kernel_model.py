@@ -96,6 +96,7 @@ def test_twenty_steps_have_the_losses_of_pytorch():
     assert theirs[-2:].mean() < theirs[:2].mean() - 1.0  # there was something to agree on
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_replicated_and_sharded():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

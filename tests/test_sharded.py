@@ -101,6 +101,7 @@ def test_four_processes_in_replicas_of_two_go_on_from_two_shards(one, sharded, s
     assert_close_runs(one, out)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_two_and_two_from_one_with_the_same_batches(one, sharded, shards, tmp_path):
     out = without_last(sharded, tmp_path / "plain")
     assert train(out, shards, *STEPS) == 0

@@ -129,6 +129,7 @@ def test_the_same_command_goes_on_from_the_disk_of_the_first_host(hosts, lost):
     assert step_of(newest(hosts[0].disk / "disturbed")) > before
 
 
+@pytest.mark.slow
 def test_after_a_cut_link_and_a_lost_host_the_same_command_ends_where_a_quiet_run_does(hosts, quiet, lost, shards):
     started = start(hosts, shards, "disturbed")
     assert wait(started, 120) == [0, 0], "".join(run.worker_said() for run in started)
