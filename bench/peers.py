@@ -287,7 +287,7 @@ def save(facts: dict[str, str], rows: list[dict]) -> None:
     measured = {(row["case"], row["precision"]) for row in rows}
     earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     kept = [row for row in earlier if (row["case"], row["precision"]) not in measured]
-    rows = kept + [row | {"commit": facts["commit"]} for row in rows]
+    rows = kept + [row | {name: facts[name] for name in ("commit", "command")} for row in rows]
     temporary = path.with_suffix(".writing")
     temporary.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

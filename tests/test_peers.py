@@ -84,9 +84,10 @@ def test_goals_are_judged_by_the_fastest_and_the_leanest_peer(play):
 def test_saving_replaces_the_same_case_and_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path)
     for case, ms in (("a", 1), ("b", 2), ("a", 3)):
-        peers.save({"commit": "c"}, [{"case": case, "precision": "fp32", "step_ms": ms}])
+        peers.save({"commit": "c", "command": f"{case} {ms}"}, [{"case": case, "precision": "fp32", "step_ms": ms}])
     stored = json.loads((tmp_path / machine.slug() / "peers.json").read_text())
     assert {row["case"]: row["step_ms"] for row in stored["rows"]} == {"a": 3, "b": 2}
+    assert {row["command"] for row in stored["rows"]} == {"a 3", "b 2"}  # each row's own
 
 
 @pytest.mark.parametrize("text", ["1,64,8", "1,64,8,0", "1,65,8,1", "a,b,c,d", ""])
