@@ -1,315 +1,88 @@
-"""What the hot paths of a CPU do, counted instead of timed.
+"""What one call does, counted instead of timed: calls of PyTorch's operators, tensors' allocations and their bytes.
 
-    python -m bench.counts [--out FILE.json] [--case WORDS] [--no-callgrind]
-
-Of one call of each case, after calls that fill every cache: calls of PyTorch's operators, tensors' allocations, their
-bytes and the most that were held at once above the start, and calls of Python and of C functions. Each is counted
-twice; one that differs is left out, and said to be. Where valgrind is installed, callgrind adds the instructions of the
-paths that need no PyTorch; those repeat to within a fraction of a percent, and not exactly.
-
-`python -m bench.compare A.json B.json` says what grew: the file's "counts" give the growth that is allowed. Counts
-depend on the versions of Python and of the packages, which the file has, and not on what else runs.
+The same function in the same state gives the same counts, whatever else the machine does. They depend on the versions
+of Python and PyTorch. bench/suites/bench_step.py keeps those of a training step.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import gc
-import io
-import itertools
-import json
-import math
+import os
 import sys
-import tempfile
-from collections.abc import Callable
-from concurrent.futures import Future
-from pathlib import Path
-from unittest import mock
-
-import numpy as np
-
-from bench import machine
-from bench.counters import counted, inside_ffi_call, instructions
-from engine.errors import BAD_INPUT, DONE
-
-EXACT = ("op_calls", "allocations", "allocated_bytes", "peak_bytes", "python_calls", "c_calls")
-INSTRUCTIONS_ALLOWED = 0.01  # relative; runs differed by 0.1% at most
-WARM_UPS = 2
-SEQUENCES = 4  # of a step
-EVAL_BATCH_TOKENS = 512
-PRESET = "tiny"
-TEXT_BYTES = 20_000
-
-Case = Callable[[contextlib.ExitStack], Callable[[], object]]  # what it needs ends with the stack
-
-
-# ---- Cases: parts of training `tiny` on the torch backend, eager, in float32 ----------------------------------------
-
-
-def config_of(stack: contextlib.ExitStack):
-    """The preset with small batches and a run directory of its own."""
-    from engine.config import PRESETS
-
-    return dataclasses.replace(
-        PRESETS[PRESET],
-        out=stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_counts_")),
-        tokens_per_step=SEQUENCES * PRESETS[PRESET].model.n_positions,
-        eval_tokens=2 * EVAL_BATCH_TOKENS,
-    )
-
-
-def contestant():
-    """This project's training step as bench.contestants has it, and tokens and targets for it."""
-    from bench.contestants import TrainingStep, initial_weights
-    from model.presets import PRESETS
-
-    config = PRESETS[PRESET]
-    step = TrainingStep("ours", config, initial_weights(config), "cpu", is_compiled=False, backend="torch")
-    batch = stream_of().windows(np.arange(SEQUENCES), config.n_positions)
-    return step, batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-
-def training_step(stack):
-    step, tokens, targets = contestant()
-    return lambda: step(tokens, targets)
-
-
-def forward(stack):
-    import torch
-
-    step, tokens, targets = contestant()
-    return torch.no_grad()(lambda: step.loss(tokens, targets))
-
-
-def update(stack):
-    import torch
-
-    from engine import optim
-
-    model = contestant()[0].model
-    optimizer = optim.build(model, config_of(stack))  # tiny's own: Muon for the matrices
-
-    def run() -> None:
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optim.set_learning_rate(optimizer, 1e-3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
-def evaluate(stack):
-    import torch
-
-    from engine import evaluation
-    from engine.distributed import Ranks
-
-    config, stream, model = config_of(stack), stream_of(), contestant()[0].model
-    stack.enter_context(mock.patch.object(evaluation, "BATCH_TOKENS", EVAL_BATCH_TOKENS))
-    chosen, ranks = evaluation.windows(stream, config), Ranks(0, 0, 1, torch.device("cpu"))
-    return lambda: evaluation.mean_loss(model, stream, chosen, config, ranks)
-
-
-def generate(stack):
-    step, tokens, _ = contestant()
-    return lambda: step.model.generate(tokens[:1, :8], 4, seed=0)
-
-
-class AtOnce:
-    """In place of the thread that reads ahead, so that its work is counted, and always in the same order."""
-
-    def __init__(self, **_):
-        pass
-
-    def submit(self, function: Callable, *arguments) -> Future:
-        future: Future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
-def two_batches(stack):
-    from engine import data
-    from model.presets import PRESETS
-
-    with mock.patch.object(data, "ThreadPoolExecutor", AtOnce):
-        batches = data.Batches(stream_of(), PRESETS[PRESET].n_positions, SEQUENCES, accumulation=2, seed=1)
-
-    def run() -> None:
-        batches.at(0)  # not what was read ahead
-        batches.at(1)
-
-    return run
-
-
-def metrics_row(stack):
-    from engine import metrics, optim
-
-    config, numbers = config_of(stack), itertools.count()
-    stack.enter_context(mock.patch.object(metrics, "PLAIN_EVERY", math.inf))  # a line would come by the clock
-    with contextlib.redirect_stdout(io.StringIO()):  # no terminal, whatever this program writes to
-        record = stack.enter_context(contextlib.closing(metrics.Metrics(config, 0, True, "byte")))
-
-    def run() -> None:
-        step = next(numbers)
-        record.log(step, lr=optim.learning_rate(step, config), loss=2.0, grad_norm=1.0)
-        record.end_step(step)
-
-    return run
-
-
-TORCH: dict[str, Case] = {
-    f"training step, {PRESET}": training_step,
-    f"forward, {PRESET}": forward,
-    f"update by its optimizer, {PRESET}": update,
-    f"evaluation, {PRESET}": evaluate,
-    f"4 tokens generated, {PRESET}": generate,
-    "data: batches of two steps": two_batches,
-    "metrics: a row with its learning rate": metrics_row,
-}
-
-# ---- Cases without PyTorch ------------------------------------------------------------------------------------------
-
-
-def stream_of(num_tokens: int = 100_000):
-    """Tokens below 257 in memory, as engine.data reads them."""
-    from engine import data
-
-    tokens = (np.arange(num_tokens, dtype=np.uint64) * 2654435761 % 257).astype(np.uint16)
-    return data.TokenStream([Path("tokens")], [tokens], 257)
-
-
-def order(stack):
-    from engine import data
-
-    return lambda: data.step_windows(3, 512, 1_000_003, 1)
-
-
-def read_windows(stack):
-    stream = stream_of()
-
-    def run() -> None:
-        for index in range(256):
-            stream.read(64 * index, 65)
-
-    return run
-
-
-def encode(name: str) -> Case:
-    def build(stack):
-        from engine import tokenizer
-
-        sentence = "The batch of step s is a pure function of (data, seed, s): one permutation; x_ptr += 1,024.\n\n"
-        words, text = tokenizer.load(name), sentence * (TEXT_BYTES // len(sentence))
-        return lambda: words.encode(text)
-
-    return build
-
-
-TORCH_FREE: dict[str, Case] = {
-    "data: order of a step of 512 windows": order,
-    "data: 256 windows of 65 tokens read": read_windows,
-    "tokenizer: gpt2, encode": encode("gpt2"),
-    "tokenizer: bytes, encode": encode("bytes"),
-}
-
-# ---- Counting -------------------------------------------------------------------------------------------------------
-
-
-def row_of(case: str, function: Callable[[], object], *, has_torch: bool) -> tuple[dict, list[str]]:
-    """A case's row, and what was left out of it because it did not repeat."""
-    for _ in range(WARM_UPS):
-        function()
-    first, second = (counted(function, has_torch=has_torch) for _ in range(2))
-    uneven = [name for name in EXACT if first.get(name) != second.get(name)]
-    row = {"case": case} | {name: value for name, value in first.items() if name not in uneven}
-    return row, [f"{case}: {name}: {first[name]} and {second[name]}" for name in uneven]
-
-
-def all_rows(words: str = "") -> tuple[list[dict], list[str]]:
-    """The rows of the cases whose names hold these words, on one thread, and what was left out of them."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows, left_out = [], []
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def counts(function: Callable[[], object]) -> dict:
+    """Counts of one call: op_calls, op_calls_by_name, allocations, allocated_bytes, peak_bytes.
+
+    Each is taken twice; those that differ are named under "uneven" instead.
+    """
+    first, second = (_once(function) for _ in range(2))
+    uneven = [name for name in first if first[name] != second[name]]
+    return {name: value for name, value in first.items() if name not in uneven} | {"uneven": uneven}
+
+
+def _once(function: Callable[[], object]) -> dict:
+    calls = operators(function)
+    allocations, allocated_bytes, peak_bytes = memory(function)
+    return {
+        "op_calls": calls.total(),
+        "op_calls_by_name": dict(sorted(calls.items())),
+        "allocations": allocations,
+        "allocated_bytes": allocated_bytes,
+        "peak_bytes": peak_bytes,
+    }
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Garbage collection off."""
+    is_on = gc.isenabled()
+    gc.disable()
     try:
-        for cases, has_torch in ((TORCH, True), (TORCH_FREE, False)):
-            for case in (name for name in cases if words in name):
-                with contextlib.ExitStack() as stack:
-                    row, uneven = row_of(case, cases[case](stack), has_torch=has_torch)
-                rows.append(row)
-                left_out += uneven
+        yield
     finally:
-        torch.set_num_threads(threads)
-    return rows, left_out
-
-
-def run_hot_paths(cases: list[str]) -> None:
-    """What callgrind watches: each case once, after its warm-ups."""
-    for case in cases:
-        with contextlib.ExitStack() as stack:
-            function = TORCH_FREE[case](stack)
-            for _ in range(WARM_UPS):
-                function()
-            gc.collect()
-            gc.disable()
-            inside_ffi_call(function)
+        if is_on:
             gc.enable()
 
 
-def add_instructions(rows: list[dict]) -> str:
-    """Puts them into the rows of the cases without PyTorch; if it cannot, the reason."""
-    watched = [row for row in rows if row["case"] in TORCH_FREE]
-    cases = [row["case"] for row in watched]
-    if not cases:
-        return "all of these cases need PyTorch"
-    program = f"from bench.counts import run_hot_paths; run_hot_paths({cases!r})"
-    found, reason = instructions(program, len(cases))
-    for row, number in zip(watched, found, strict=False):  # none if there is a reason
-        row["instructions"] = number
-    return reason
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Standard error off: PyTorch's profiler notes each of its starts there."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
-# ---- Report -------------------------------------------------------------------------------------------------------
+def operators(function: Callable[[], object]) -> Counter:
+    """Calls of ATen and registered operators by name, those of the backward pass among them."""
+    found: Counter = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found[str(op)] += 1
+            return op(*args, **(kwargs or {}))
+
+    with undisturbed(), Count():
+        function()
+    return found
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as text."""
-    names = [name for name in (*EXACT, "instructions") if any(name in row for row in rows)]
-    heads = ["one call of", *names]
-    lines = [heads, *([row["case"], *(f"{row[name]:,}" if name in row else "-" for name in names)] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Counts every case; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the counts as JSON, for bench.compare")
-    parser.add_argument("--case", default="", metavar="WORDS", help="only the cases whose names hold these words")
-    parser.add_argument("--no-callgrind", action="store_true", help="leave out the instructions")
-    args = parser.parse_args(arguments)
-    rows, left_out = all_rows(args.case)
-    if not rows:
-        print(f"counts: --case must be part of a case's name, got {args.case!r}", file=sys.stderr)
-        return BAD_INPUT
-    reason = "--no-callgrind was given" if args.no_callgrind else add_instructions(rows)
-    print(table(rows))
-    for line in left_out:
-        print(f"left out, it does not repeat: {line}")
-    if reason:
-        print(f"no instructions: {reason}")
-    if args.out is not None:
-        allowed = dict.fromkeys(EXACT, 0.0) | {"instructions": INSTRUCTIONS_ALLOWED}
-        report = {"facts": machine.facts(), "counts": allowed, "left_out": left_out, "rows": rows}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def memory(function: Callable[[], object]) -> tuple[int, int, int]:
+    """Allocations of tensors, the bytes of all of them, and the most bytes at once above what was held before."""
+    with undisturbed(), silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    taken = [change for change in changes if change > 0]
+    return len(taken), sum(taken), max(accumulate(changes, initial=0))

@@ -1,22 +1,15 @@
-"""What every figure in bench/ carries: the machine, the versions, the commit; and how peak memory is read.
-
-Free of PyTorch until a device is asked for, so that programs that only read results start at once.
-"""
+"""Facts that every result carries: machine, versions, commit, command. Imports PyTorch only where a GPU is named."""
 
 import contextlib
 import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"  # RESULTS / slug() holds what was measured on this machine
@@ -51,10 +44,8 @@ def cpu() -> str:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()
-    if name == "AMD EPYC":  # a virtual machine's; family 25 with a model below 16 is Milan, 16 and on Genoa
-        name += {("25", True): " Milan", ("25", False): " Genoa"}.get(
-            (fields.get("cpu family", ""), int(fields.get("model", "0")) < 16), ""
-        )
+    if name == "AMD EPYC" and fields.get("cpu family") == "25":  # a virtual machine's: models below 16 are Milan
+        name += " Milan" if int(fields.get("model", "0")) < 16 else " Genoa"
     return re.sub(r"\((R|TM)\)|@.*| CPU", "", name).strip()
 
 
@@ -63,9 +54,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def name(device: "torch.device | str" = "cpu") -> str:
+def name(device: str = "cpu") -> str:
     """The machine in a few words, such as "2 cores of an AMD EPYC Milan" or "NVIDIA H200"."""
-    if str(device).startswith("cuda"):
+    if device.startswith("cuda"):
         import torch
 
         return torch.cuda.get_device_name(device)
@@ -73,22 +64,19 @@ def name(device: "torch.device | str" = "cpu") -> str:
     return f"{cores()} core{'s' if cores() > 1 else ''} of {article} {cpu()}"
 
 
-def slug(device: "torch.device | str" = "cpu") -> str:
+def slug(device: str = "cpu") -> str:
     """The name of this machine's directory in bench/results."""
-    words = name(device) if str(device).startswith("cuda") else f"{cpu()} {cores()} cores"
+    words = name(device) if device.startswith("cuda") else f"{cpu()} {cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def facts(device: "torch.device | str" = "cpu") -> dict[str, str]:
-    """Machine, versions, commit and command, for the head of a JSON file of results."""
-    import shlex
-    import time
-
-    return {
-        "machine": name(device),
-        "cpu": cpu(),
-        "cores": str(cores()),
-        "system": platform.system() + " " + platform.release(),
+def facts(device: str = "cpu") -> dict[str, str]:
+    """Machine, versions, commit, command and date."""
+    found = {"machine": name(device), "cpu": cpu(), "cores": str(cores())}
+    if device.startswith("cuda"):
+        found |= _gpu_facts()
+    return found | {
+        "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         **{package: version(package) for package in PACKAGES},
         "commit": commit(),
@@ -97,46 +85,19 @@ def facts(device: "torch.device | str" = "cpu") -> dict[str, str]:
     }
 
 
-@dataclass
-class Peak:
-    """Memory of a region in bytes: the most while it ran, and what was held when it began."""
+def _gpu_facts() -> dict[str, str]:
+    import torch
 
-    before: int = 0
-    most: int = 0
-
-    @property
-    def above(self) -> int:
-        """What the region took beside what was there."""
-        return self.most - self.before
-
-
-@contextlib.contextmanager
-def peak_memory(device: "torch.device | str" = "cpu") -> Iterator[Peak]:
-    """Fills a Peak when the region ends: allocated memory on a GPU, resident memory of this process on Linux.
-
-    On a GPU it waits for the device. Elsewhere, where the kernel cannot be asked, both numbers stay 0.
-    """
-    peak = Peak()
-    if str(device).startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        peak.before = torch.cuda.memory_allocated()
-        yield peak
-        torch.cuda.synchronize()
-        peak.most = torch.cuda.max_memory_allocated()
-        return
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-        peak.before = _resident("VmRSS")
-    except OSError:
-        yield peak
-        return
-    yield peak
-    peak.most = _resident("VmHWM")
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        driver = "not known"
+    return {
+        "gpu": properties.name,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": str(properties.multi_processor_count),
+        "driver": driver.strip(),
+        "cuda": str(torch.version.cuda),
+    }

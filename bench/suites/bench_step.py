@@ -1,21 +1,22 @@
-"""One training step: forward, backward, clipping and AdamW, by preset, backend and precision, eager and compiled.
+"""One training step, as engine.step makes it: by preset, backend and precision, eager and compiled.
 
 First the losses of three steps on one batch, the later two of which need every gradient, are checked against the plain
-reference model in float64. Memory is that of a step, above weights and moments. `pytest bench/bench_step.py`
+reference model in float64. Memory is that of a step, above weights and moments. The eager step in float32 is counted
+too: extra_info has bench.counts. `pytest bench/suites/bench_step.py`
 """
 
 import functools
-import math
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU, QUICK, SEQUENCES, case, require_triton
 from torch import Tensor
 
-from bench.contestants import TrainingStep, adamw, build, initial_weights
-from engine import precision as arithmetic
+from bench.counts import counts
+from bench.steps import CLIP, Setup, adamw, build, build_model, initial_weights
+from bench.suites.conftest import DEVICE, ON_GPU, QUICK, SEQUENCES, case, require_triton
+from engine.device import COMPUTE_DTYPES, choose_precision
 from model.presets import PRESETS, GPT2Config
 
 PRECISIONS = ("bf16", "fp32", "tf32", "fp16") if ON_GPU else ("fp32", "bf16")
@@ -48,7 +49,7 @@ def start(preset: str) -> tuple[GPT2Config, dict[str, Tensor], Tensor, Tensor]:
 def exact_losses(preset: str) -> list[float]:
     """The reference's, in float64."""
     config, weights, tokens, targets = start(preset)
-    model = build("reference", config, weights).to(DEVICE, torch.float64)
+    model = build_model("reference", config, weights).to(DEVICE, torch.float64)
     optimizer = adamw(model)
     rows = max(1, REFERENCE_TOKENS // config.n_positions)
     losses = []
@@ -58,7 +59,7 @@ def exact_losses(preset: str) -> list[float]:
             part = model(some, theirs) * (len(some) / len(tokens))
             part.backward()
             loss += part.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
@@ -77,8 +78,8 @@ def require_close(losses: list[float], exact: list[float], precision: str) -> No
 
 @functools.cache
 def bf16_is_worthwhile() -> tuple[bool, str]:
-    """Whether engine.precision takes bf16 here, and why."""
-    chosen, why = arithmetic.choose("auto", DEVICE)
+    """Whether training takes bf16 here, and why."""
+    chosen, why = choose_precision("auto", DEVICE)
     return chosen == "bf16", why
 
 
@@ -86,18 +87,19 @@ def bf16_is_worthwhile() -> tuple[bool, str]:
 def test_step(preset: str, precision: str, how: str, measure):
     backend, mode = how.split("-")
     if backend == "triton":
-        require_triton(arithmetic.COMPUTE_DTYPES[precision], PRESETS[preset].head_dim)
+        require_triton(COMPUTE_DTYPES[precision], PRESETS[preset].head_dim)
     if precision == "bf16" and not bf16_is_worthwhile()[0]:
         pytest.skip(bf16_is_worthwhile()[1])
     config, weights, tokens, targets = start(preset)
-    step = TrainingStep(
-        "ours", config, weights, DEVICE, is_compiled=mode == "compiled", precision=precision, backend=backend
-    )
+    setup = Setup(is_compiled=mode == "compiled", precision=precision, backend=backend)
+    step, batch = build(setup, config, weights, DEVICE), [(tokens, targets)]
 
     def check(loss: Tensor) -> None:
-        losses = [loss.item(), *(step(tokens, targets).item() for _ in range(STEPS - 1))]
+        losses = [loss.item(), *(step(batch).item() for _ in range(STEPS - 1))]
         require_close(losses, exact_losses(preset), precision)
 
     measure.benchmark.group = f"a step of {preset}"
-    last = measure(lambda: step(tokens, targets), check, device=DEVICE, tokens=tokens.numel())
-    assert math.isfinite(last.item()), f"the loss must stay finite, got {last.item()}"
+    last = measure(lambda: step(batch), check, work=(tokens.numel(), "tokens/s"))
+    assert last.isfinite(), f"the loss must stay finite, got {last.item()}"
+    if precision == "fp32" and how == "torch-eager":
+        measure.info["counts"] = counts(lambda: step(batch))

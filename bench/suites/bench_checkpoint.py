@@ -3,7 +3,7 @@
 `mini` is quick; the full suite has GPT-2 124M and AdamW's moments, 1.5 GB. Files go to the disk of /var/tmp. The stall
 is the call of Saver.save with nothing to wait for: the copy in memory. The other writes, flushes and digests as well.
 First each checkpoint must verify and hold the numbers of its call, although after the call of the thread's all of them
-change. `pytest bench/bench_checkpoint.py`
+change. `pytest bench/suites/bench_checkpoint.py`
 """
 
 import shutil
@@ -17,14 +17,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import case
 from safetensors import safe_open
 from torch import Tensor
 
-from engine import checkpoint, optim
+from bench.results import spread
+from bench.suites.conftest import case
+from engine import optim
 from engine.config import PRESETS, OptimConfig, TrainConfig
 from engine.distributed import Ranks
-from engine.saver import Saver
+from engine.run import checkpoint
+from engine.run.saver import Saver
 from model.gpt2 import GPT2
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -42,20 +44,20 @@ class Run:
         self.config = replace(PRESETS[preset], out=out, keep_last=1, optim=OptimConfig("adamw"))
         torch.manual_seed(0)
         self.model, self.optimizer = self.fresh()
-        self.held = checkpoint.tensors(self.model, self.optimizer)
-        for name, tensor in self.held.items():
+        self.tensors = checkpoint.tensors(self.model, self.optimizer)
+        for name, tensor in self.tensors.items():
             if name.endswith(".step"):
                 tensor.fill_(1000.0)
             else:
                 tensor.normal_(std=0.02)
-        self.bytes = sum(tensor.nbytes for tensor in self.held.values())
+        self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self.root, self.step = Path(out) / "checkpoints", 0
         self.ways = {way: self._saver(replace(self.config, async_save=way)) for way in (True, False)}
 
     def fresh(self) -> tuple[GPT2, torch.optim.Optimizer]:
         """Another model and its optimizer."""
         model = GPT2(self.config.model)
-        optimizer = optim.build(model, self.config)
+        optimizer = optim.build(model, self.config.optim)
         optim.allocate_state(optimizer)
         return model, optimizer
 
@@ -77,15 +79,15 @@ class Run:
     def check(self, path: Path) -> None:
         """Raises AssertionError unless the checkpoint is whole and holds the tensors of now."""
         assert checkpoint.damage(path) is None
-        for name, tensor in self.held.items():
+        for name, tensor in self.tensors.items():
             assert torch.equal(saved(path, name), tensor), name
 
     def check_async(self, path: Path) -> None:
         """The same for a save that is under way: all tensors change now, and it must not see it."""
-        for tensor in self.held.values():  # a change that needs no copy to be undone
+        for tensor in self.tensors.values():  # a change that needs no copy to be undone
             tensor.neg_()
         self.wait()
-        for tensor in self.held.values():
+        for tensor in self.tensors.values():
             tensor.neg_()
         self.check(path)
 
@@ -112,7 +114,7 @@ def run(preset: str) -> Iterator[Run]:
 
 @pytest.mark.parametrize("preset", MODELS)
 def test_save(preset: str, run: Run, measure):
-    measure(lambda: run.save(is_async=False), run.check, rounds=ROUNDS[preset], bytes=run.bytes)
+    measure(lambda: run.save(is_async=False), run.check, rounds=ROUNDS[preset], work=(run.bytes, "B/s"))
 
 
 @pytest.mark.parametrize("preset", MODELS)
@@ -125,21 +127,14 @@ def test_stall_of_a_save_by_a_thread(preset: str, run: Run, measure):
         run.save(is_async=False)
         wholes.append(time.perf_counter() - began)
 
-    measure(
-        lambda: run.save(is_async=True),
-        run.check_async,
-        before=whole_save,
-        rounds=ROUNDS[preset],
-        keeps_memory=True,
-    )
+    measure(lambda: run.save(is_async=True), run.check_async, before=whole_save, rounds=ROUNDS[preset], peak="first")
     run.wait()
     if measure.benchmark.stats is None:  # --benchmark-disable
         return
     stall, whole = measure.benchmark.stats.stats.median, statistics.median(wholes[-ROUNDS[preset] :])
-    measure.benchmark.extra_info.update(
-        whole_save_s=whole,
-        checkpoint_bytes=run.bytes,
-        note=f"{run.bytes / 1e9:.2f} GB: training stops for {stall / whole:.1%} of a whole save's {whole:.2f} s",
+    measure.info["whole save"] = spread(wholes[-ROUNDS[preset] :], "s")._asdict()
+    measure.info["note"] = (
+        f"{run.bytes / 1e9:.2f} GB: training stops for {stall / whole:.1%} of a whole save's {whole:.2f} s"
     )
     if preset == "gpt2":
         assert stall <= GOAL * whole, f"the stall must be at most {GOAL:.0%} of a save, got {stall / whole:.1%}"
@@ -161,4 +156,4 @@ def test_load(preset: str, run: Run, measure):
         for name, tensor in run.held.items():
             assert torch.equal(loaded[name], tensor), name
 
-    measure(load, check, rounds=ROUNDS[preset], bytes=run.bytes)
+    measure(load, check, rounds=ROUNDS[preset], work=(run.bytes, "B/s"))

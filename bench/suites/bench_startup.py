@@ -1,7 +1,7 @@
 """How long one waits: for `gpt2 --help`, for what the training program imports, and for a run of one step.
 
 Each is a process of its own, from its start to its end; memory is the most that it held. What it printed or wrote is
-checked first. The run of one step also opens its data, evaluates, samples and saves. `pytest bench/bench_startup.py`
+checked first. The run of one step also opens its data, evaluates, samples and saves. `pytest bench/suites/bench_startup.py`
 """
 
 import contextlib
@@ -21,16 +21,17 @@ from pathlib import Path
 import pytest
 
 from bench.machine import ROOT
-from engine import checkpoint
+from bench.results import exact
 from engine.cli import COMMANDS
-from engine.prepare import PrepareConfig, prepare
+from engine.run import checkpoint
+from engine.tokens.prepare import PrepareConfig, prepare
 
 ROUNDS = 3
-MODULES = ("torch", "engine.data", "engine.evaluation", "engine.plots", "model.gpt2")
+MODULES = ("torch", "engine.tokens.batches", "engine.evaluation", "engine.run.plots", "model.gpt2")
 IMPORTS = f"""
 import runpy, sys
 made = runpy.run_path("engine/train.py")  # under another name than __main__: it trains nothing
-print([name for name in {MODULES} if name in sys.modules], made["train_step"].__name__)
+print([name for name in {MODULES} if name in sys.modules], made["main"].__name__)
 """
 MAX_FIRST_LOSS = 2 * math.log(257)  # nats; bytes drawn at random would cost ln 257
 
@@ -75,8 +76,8 @@ def measure_process(measure, args: list[str], check, before=None) -> None:
         peaks.append(done.peak_bytes)
         return done
 
-    measure(once, check, before=before, rounds=ROUNDS, is_process=True)
-    measure.benchmark.extra_info["peak_bytes"] = peaks[0] or None
+    measure(once, check, before=before, rounds=ROUNDS, peak="none")
+    measure.info["peak"] = exact(peaks[0], "B")._asdict()
 
 
 def test_help(measure):
@@ -91,7 +92,7 @@ def test_help(measure):
 def test_imports_of_training(measure):
     def check(done: Finished) -> None:
         assert done.code == 0, done.output
-        assert done.output.split("\n")[-2] == f"{list(MODULES)} train_step", done.output
+        assert done.output.split("\n")[-2] == f"{list(MODULES)} main", done.output
 
     measure_process(measure, ["-c", IMPORTS], check)
 

@@ -1,0 +1,1 @@
+"""Benchmarks: commands at the door, pytest-benchmark suites in suites/."""

@@ -1,0 +1,250 @@
+"""The one op list: inputs, definition and implementations of each op, its check, and the work that no version avoids.
+
+Suites, bench.gpu and the roofline all read it. FLOPs count a multiply and an add as two, and the causal half of
+attention once. Bytes count each input of the definition read once and each output written once; a row's saved mean is
+the kernel's affair.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.measure import Prepare
+from kernels.dispatch import MODULES
+from model.presets import GPT2Config
+
+TRAINING = ("forward", "backward", "both")
+# ||out - exact|| / ||exact|| up to which an implementation may be timed; twice that where "exact" is in its own dtype.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SDPA_BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B sequences of T positions, H heads of width D, V words padded to Vp."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    V: int
+    Vp: int
+
+    @classmethod
+    def of(cls, config: GPT2Config, B: int, T: int | None = None) -> "Sizes":
+        """A micro-batch of a model."""
+        T = config.n_positions if T is None else T
+        return cls(B, T, config.n_head, config.head_dim, config.vocab_size, config.padded_vocab_size)
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        """Rows."""
+        return self.B * self.T
+
+    @property
+    def C(self) -> int:  # noqa: N802
+        """Width of the residual stream; an MLP is four times as wide inside."""
+        return self.H * self.D
+
+
+class Work(NamedTuple):
+    """What one call must do."""
+
+    flops: int
+    bytes: int
+
+
+def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:
+    """Forward and backward work of an op. e: bytes of an element; p: of an element of weight and bias, e by default."""
+    p, B, T, C, Vp = p or e, sizes.B, sizes.T, sizes.C, sizes.Vp
+    x, f = sizes.N * C, sizes.N * 4 * C  # elements of a stream, and inside the MLP
+    product, factors = 2 * sizes.N * C * Vp, e * (x + Vp * C)
+    forward, backward = {
+        # Two products of T x T x D for each of H heads, halved; backward five. qkv -> out; dout, qkv, out -> dqkv.
+        "attention": (Work(2 * B * T * T * C, e * 4 * x), Work(5 * B * T * T * C, e * 8 * x)),
+        # x, weight, bias -> y; dy, x, weight -> dx, dweight, dbias.
+        "layer_norm": (Work(0, e * 2 * x + p * 2 * C), Work(0, e * 3 * x + p * 3 * C)),
+        # x, residual, weight, bias -> y, summed; dy, dsummed, summed, weight -> dx (dresidual is it), dweight, dbias.
+        "add_layer_norm": (Work(0, e * 4 * x + p * 2 * C), Work(0, e * 4 * x + p * 3 * C)),
+        # x -> y; dy, x -> dx.
+        "gelu": (Work(0, e * 2 * f), Work(0, e * 3 * f)),
+        # x, bias -> y; dy, x, bias -> dx, dbias.
+        "bias_gelu": (Work(0, e * 2 * f + p * 4 * C), Work(0, e * 3 * f + p * 8 * C)),
+        # One product for the logits, two for the gradients of its factors.
+        "linear_cross_entropy": (Work(product, factors + 8 * sizes.N), Work(2 * product, 2 * factors)),
+    }[op]
+    return {"forward": forward, "backward": backward, "both": Work(*map(sum, zip(forward, backward, strict=True)))}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op at given sizes. Every implementation takes the tensors of `inputs` and gives the same outputs."""
+
+    name: str
+    sizes: Sizes
+    inputs: Callable[[torch.dtype, torch.device], list[Tensor]]
+    reference: Callable
+    peers: dict[str, Callable]  # ours on Triton and on PyTorch's ops, then what else one would write
+    tensors: tuple[str, ...]  # names of the outputs, then of the gradients
+    phases: tuple[str, ...] = TRAINING
+
+    def amount(self, phase: str, itemsize: int) -> tuple[int, str]:
+        """The work of a phase that its rate counts, and the rate's unit: FLOPs if there are any, else bytes."""
+        done = work(self.name, self.sizes, itemsize)["forward" if phase == "forward_no_grad" else phase]
+        return (done.flops, "FLOP/s") if done.flops else (done.bytes, "B/s")
+
+    def fresh(self, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """New random inputs, and incoming gradients: standard normal, and 1 for a loss."""
+        inputs = with_gradients(self.inputs(dtype, device))
+        with torch.no_grad():
+            outputs = outputs_of(self.peers["torch"], inputs)
+        return inputs, [torch.randn_like(out) if out.ndim else torch.ones_like(out) for out in outputs]
+
+    def exact(self, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs and gradients by the definition: in float64 where the logits of so many rows fit into 4 GiB."""
+        if self.sizes.N * self.sizes.Vp <= 2**29:
+            inputs = with_gradients([t.double() if t.is_floating_point() else t for t in inputs])
+            douts = [t.double() for t in douts]
+        return values(self.reference, inputs, douts)
+
+    def check(self, got: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> float:
+        """The largest relative error. Raises ArithmeticError, naming the tensor, if one is above the tolerance."""
+        largest, allowed = 0.0, TOLERANCE[dtype] * (1 if exact[-1].dtype == torch.float64 else 2)
+        for name, one, truth in zip(self.tensors, got, exact, strict=False):  # a forward has no gradients
+            error = relative_error(one, truth)
+            if not error <= allowed:
+                raise ArithmeticError(f"the error of {name} must be at most {allowed:.0e}, got {error:.1e}")
+            largest = max(largest, error)
+        return largest
+
+
+def sdpa_packed(qkv: Tensor, *, backends: Sequence[SDPBackend]) -> Tensor:
+    """PyTorch's attention on views of qkv (B, T, 3, H, D), whose gradient autograd assembles in one copy."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    with sdpa_kernel(list(backends)):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
+
+
+def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
+    """What one writes: a matrix product, then the cross-entropy of its float32 logits."""
+    logits = (hidden @ weight.T)[:, :vocab_size]
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def ops(sizes: Sizes, on_gpu: bool, compiler: str = "inductor") -> dict[str, Op]:
+    """Every op at these sizes, by name. compiler: the backend of torch.compile."""
+    return {name: _op(name, sizes, on_gpu, compiler) for name in MODULES}
+
+
+TENSORS = {
+    "attention": "out dqkv",
+    "layer_norm": "y dx dweight dbias",
+    "add_layer_norm": "y summed dx dresidual dweight dbias",
+    "gelu": "y dx",
+    "bias_gelu": "y dx dbias",
+    "linear_cross_entropy": "loss dhidden dweight",
+}
+
+
+def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
+    file, options = MODULES[name], {}
+    plain, others = getattr(file, f"{name}_torch"), {}
+    if name == "linear_cross_entropy":
+        options = {"vocab_size": sizes.V}
+        plain = functools.partial(whole_logits, **options)
+        others = {"plain": plain}
+    if name == "attention":  # a CPU lacks some of the backends: each may fall back to the plain one there
+        fallback = () if on_gpu else (SDPBackend.MATH,)
+        others = {
+            title: functools.partial(sdpa_packed, backends=(backend, *fallback))
+            for title, backend in SDPA_BACKENDS.items()
+        }
+    ours = {way: functools.partial(getattr(file, f"{name}_{way}"), **options) for way in ("triton", "torch")}
+    compiled = torch.compile(plain, dynamic=False, backend=compiler)
+    return Op(
+        name,
+        sizes,
+        functools.partial(_inputs, name, sizes),
+        functools.partial(getattr(file, f"{name}_reference"), **options),
+        {**ours, "compile": compiled, **others},
+        tuple(TENSORS[name].split()),
+        # Ours works out the head's gradients in its forward pass.
+        ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING,
+    )
+
+
+def _inputs(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    B, T, H, D, C = sizes.B, sizes.T, sizes.H, sizes.D, sizes.C
+
+    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, device=device).mul_(std).add_(mean).to(dtype)
+
+    if name == "attention":
+        return [randn(B, T, 3, H, D)]
+    if name == "linear_cross_entropy":  # logits of variance 1
+        targets = torch.randint(sizes.V, (sizes.N,), device=device)
+        return [randn(sizes.N, C), randn(sizes.Vp, C, std=C**-0.5), targets]
+    if name in ("gelu", "bias_gelu"):
+        return [randn(B, T, 4 * C)] + [randn(4 * C, std=0.1)] * (name == "bias_gelu")
+    streams = [randn(B, T, C) for _ in range(2 if name == "add_layer_norm" else 1)]
+    return [*streams, randn(C, mean=1.0, std=0.1), randn(C, std=0.1)]
+
+
+# ---- Running an op --------------------------------------------------------------------------------------------------
+
+
+def outputs_of(fn: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The op's outputs, as a tuple even if there is one."""
+    outputs = fn(*inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of sum(outputs * douts) in every floating input, dense: what the layer before can use."""
+    leaves = [t for t in inputs if t.is_floating_point()]
+    return [gradient.contiguous() for gradient in torch.autograd.grad(outputs, leaves, douts)]
+
+
+def values(fn: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, then gradients."""
+    outputs = outputs_of(fn, inputs)
+    return [*(output.detach() for output in outputs), *gradients(outputs, inputs, douts)]
+
+
+def with_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors as leaves: the floating ones ask for their gradient."""
+    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """||got - truth|| / ||truth||, in float64; NaN or infinite where `got` is. Raises ValueError if shapes differ."""
+    if got.shape != truth.shape:
+        raise ValueError(f"the shape must be {tuple(truth.shape)}, got {tuple(got.shape)}")
+    truth = truth.double()
+    return ((got.double() - truth).norm() / truth.norm()).item()
+
+
+def phase_of(fn: Callable, inputs: list[Tensor], douts: list[Tensor], phase: str) -> Prepare:
+    """Prepares one phase of an op: what it returns runs that phase alone."""
+
+    def forward() -> None:
+        with torch.set_grad_enabled(phase != "forward_no_grad"):
+            outputs_of(fn, inputs)
+
+    def prepare() -> Callable[[], object]:
+        if phase == "backward":
+            outputs = outputs_of(fn, inputs)
+            return lambda: gradients(outputs, inputs, douts)
+        return forward if phase.startswith("forward") else lambda: gradients(outputs_of(fn, inputs), inputs, douts)
+
+    return prepare

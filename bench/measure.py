@@ -1,0 +1,119 @@
+"""The one timing loop, the clocks of a CPU and a GPU, and peak memory."""
+
+import contextlib
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name", bound=Hashable)
+Prepare = Callable[[], Callable[[], object]]  # runs untimed and returns what is timed
+
+
+def within(seconds: float, least: int = 5, most: int = 30) -> Callable[[int], bool]:
+    """Whether a loop goes on after so many rounds: at least `least`, at most `most`, else until the time is over."""
+    deadline = time.monotonic() + seconds
+    return lambda done: done < least or (done < most and time.monotonic() < deadline)
+
+
+def in_turns(samplers: dict[Name, Callable[[], float]], goes_on: Callable[[int], bool]) -> dict[Name, list[float]]:
+    """Samples by name: one of each in every round, every second round in reverse, for as long as goes_on(rounds)."""
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
+    rounds = 0
+    while goes_on(rounds):
+        for name in [*samplers][:: -1 if rounds % 2 else 1]:
+            samples[name].append(samplers[name]())
+        rounds += 1
+    return samples
+
+
+class Stopwatch:
+    """Measures seconds of calls on one device; a cold one first fills the caches with other data.
+
+    On a GPU the filling, about two milliseconds of it, also gives the CPU time to queue the whole timed region, so that
+    the device's work is timed and not its launches.
+    """
+
+    def __init__(self, device: torch.device, *, is_cold: bool = True):
+        self.device, self.on_gpu = device, device.type == "cuda"
+        self.calls = 4 if self.on_gpu else 1  # of a sample: recording an event costs microseconds
+        size = 2**30 if self.on_gpu else 2**26
+        self.filler = torch.empty(size, dtype=torch.int8, device=device) if is_cold else None
+
+    def __call__(self, prepare: Prepare, calls: int | None = None) -> float:
+        """Seconds of one call of what prepare() returns. Waits for the device."""
+        prepared = [prepare() for _ in range(calls or self.calls)]
+        for _ in range(6 if self.on_gpu else 1):
+            if self.filler is not None:
+                self.filler.zero_()
+        if self.on_gpu:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            for call in prepared:
+                call()
+            ended.record()
+            ended.synchronize()
+            return began.elapsed_time(ended) / 1e3 / len(prepared)
+        start = time.perf_counter()
+        for call in prepared:
+            call()
+        return (time.perf_counter() - start) / len(prepared)
+
+
+@dataclass
+class Peak:
+    """Memory of a region in bytes: the most while it ran, and what was held when it began."""
+
+    before: int = 0
+    most: int = 0
+
+    @property
+    def above(self) -> int:
+        """What the region took beside what was there."""
+        return self.most - self.before
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
+    """Fills a Peak when the region ends: allocated memory on a GPU, resident memory of this process on Linux.
+
+    On a GPU it waits for the device. Elsewhere, where the kernel cannot be asked, both numbers stay 0.
+    """
+    peak = Peak()
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        peak.before = torch.cuda.memory_allocated()
+        yield peak
+        torch.cuda.synchronize()
+        peak.most = torch.cuda.max_memory_allocated()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
+        peak.before = _resident("VmRSS")
+    except OSError:
+        yield peak
+        return
+    yield peak
+    peak.most = _resident("VmHWM")
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def release_freed_memory() -> None:
+    """Returns the memory of freed tensors to the system, so that the next peak counts what is taken again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,161 @@
+"""Training steps to compare: this engine's own, the plain reference's, and that of `transformers`.
+
+All start from the same weights, use fused AdamW in two groups, clip to the same norm and see the same batches. Ours is
+engine.step.Step, the update that trains; the others keep a small one. Each is eager or compiled, in fp32, tf32, bf16 or
+fp16: this engine's model casts by itself, the others run under autocast.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.reference import ReferenceGPT2
+from engine import optim
+from engine.config import OptimConfig
+from engine.device import apply_precision
+from engine.distributed import Ranks
+from engine.health.timing import Clock
+from engine.step import Guard, Step
+from kernels.dispatch import Backend
+from model.gpt2 import GPT2
+from model.presets import GPT2Config
+
+OURS, PEERS = "ours", ("reference", "transformers")
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # released as (in, out)
+LR, CLIP = 6e-4, 1.0
+MicroBatches = list[tuple[Tensor, Tensor]]  # (B, T) int64 tokens and targets
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step runs."""
+
+    who: str = OURS  # or one of PEERS
+    is_compiled: bool = False
+    precision: str = "fp32"  # as engine.device has them
+    backend: Backend = "auto"  # of our ops
+    recompute: str = "none"  # of our model, in the backward pass
+    compiler: str = "inductor"  # backend of torch.compile
+
+
+def build(
+    setup: Setup, config: GPT2Config, weights: dict[str, Tensor], device: torch.device
+) -> Callable[[MicroBatches], Tensor]:
+    """A step: given its micro-batches it makes one update and returns the mean loss, without waiting.
+
+    weights: those of `initial_weights`. Sets the precision of the whole process: peers of one process share it.
+    """
+    dtype = apply_precision(setup.precision)
+    with device:
+        model = build_model(setup.who, config, weights).to(device)
+    if setup.who == OURS:
+        model.configure(setup.backend, dtype, setup.recompute)
+    runs = torch.compile(model, dynamic=False, backend=setup.compiler) if setup.is_compiled else model
+    scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
+    if setup.who == OURS:
+        return OurStep(model, runs, scaler, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    return PeerStep(model, runs, scaler, autocast)
+
+
+class OurStep:
+    """engine.step.Step, called as the peers' steps are."""
+
+    def __init__(self, model: GPT2, runs: nn.Module, scaler: torch.amp.GradScaler, device: torch.device):
+        optimizer, ranks = optim.build(model, OptimConfig(lr=LR)), Ranks(0, 0, 1, device)
+        self.model = model
+        self.step = Step(runs, optimizer, scaler, Guard(device), 1, CLIP, ranks, Clock(device))
+        self.updates = 0
+
+    def __call__(self, micro_batches: MicroBatches) -> Tensor:
+        numbers = self.step(self.updates, micro_batches, LR)
+        self.updates += 1
+        return numbers[0]
+
+
+class PeerStep:
+    """The same update as most people write it."""
+
+    def __init__(self, model: nn.Module, runs: nn.Module, scaler: torch.amp.GradScaler, autocast):
+        self.model, self.runs, self.scaler, self.autocast = model, runs, scaler, autocast
+        self.optimizer = adamw(model)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of one micro-batch."""
+        with self.autocast:
+            if isinstance(self.model, ReferenceGPT2):
+                return self.runs(tokens, targets)
+            # shift_labels: it would otherwise drop the last position's target
+            return self.runs(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    def __call__(self, micro_batches: MicroBatches) -> Tensor:
+        total = torch.zeros((), device=micro_batches[0][0].device)
+        for tokens, targets in micro_batches:
+            loss = self.loss(tokens, targets) / len(micro_batches)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Fused AdamW as the GPT-3 paper has it; matrices and embeddings decay."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
+
+
+def initial_weights(config: GPT2Config, seed: int = 0) -> dict[str, Tensor]:
+    """Fresh float32 weights under their released names, the vocabulary padded."""
+    torch.manual_seed(seed)
+    return GPT2(config).state_dict()
+
+
+def absence(who: str) -> str | None:
+    """Why a peer cannot be here, or None."""
+    if who == "transformers" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    return None
+
+
+def build_model(who: str, config: GPT2Config, weights: dict[str, Tensor]) -> nn.Module:
+    """The model, in training mode, with these weights."""
+    if who == OURS:
+        model = GPT2(config)
+        model.load_state_dict(weights)
+        return model
+    unpadded = {name: t[: config.vocab_size] if name == "wte.weight" else t for name, t in weights.items()}
+    if who == "reference":
+        model = ReferenceGPT2(config)
+        model.load_state_dict(unpadded | {"lm_head.weight": unpadded["wte.weight"]})
+        return model
+    import transformers
+
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.n_positions,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    released = {"transformer." + name: t.T if name.endswith(TRANSPOSED) else t for name, t in unpadded.items()}
+    model.load_state_dict(released | {"lm_head.weight": unpadded["wte.weight"]})
+    return model.train()
