@@ -11,35 +11,37 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from engine import config, data, tokenizer
+from engine import config
 from engine.errors import BadInput, nearest
+from engine.tokens import shards, tokenizer
 
 SCANNED_TOKENS = 1 << 24  # at a time
 CHECKPOINTS = "checkpoints"
-METRICS_FILE = "metrics.jsonl"  # engine.metrics imports PyTorch, which checking shards can do without
+METRICS_FILE = "metrics.jsonl"  # engine.run.metrics imports PyTorch, which checking shards can do without
 
 
-def verify(paths: Iterable[str | Path], say: Callable[[str], None]) -> int:
+def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> int:
     """Checks each path, a data directory or a run directory, and returns how many files or checkpoints are damaged.
 
-    `say` gets one line for each, and the count at the end. Raises BadInput, before any is read, if a path is neither.
+    `print_line` gets one line for each, and the count at the end. Raises BadInput, before any is read, if a path is
+    neither.
     """
     checks = [(Path(path), _kind(Path(path))) for path in paths]
     checked = damaged = 0
     for directory, check in checks:
         for path, reason in check(directory):
-            say(f"{path}: {reason or 'ok'}")
+            print_line(f"{path}: {reason or 'ok'}")
             checked += 1
             damaged += reason is not None
         for path in _unlisted(directory):
-            say(f"{path}: not in {data.MANIFEST}, so nothing reads it")
-    say(f"{damaged} of {checked} damaged" if damaged else f"all {checked} whole")
+            print_line(f"{path}: not in {shards.MANIFEST}, so nothing reads it")
+    print_line(f"{damaged} of {checked} damaged" if damaged else f"all {checked} whole")
     return damaged
 
 
 def _kind(path: Path) -> Callable[[Path], Iterator[tuple[Path, str | None]]]:
     if path.is_dir():
-        if (path / data.MANIFEST).exists() or (path / data.BUILDING).exists() or _shards(path):
+        if (path / shards.MANIFEST).exists() or (path / shards.BUILDING).exists() or _shards(path):
             return _data
         if any((path / name).exists() for name in (CHECKPOINTS, METRICS_FILE)):
             return _run
@@ -63,7 +65,7 @@ def _shards(directory: Path) -> list[Path]:
 
 def _unlisted(directory: Path) -> list[Path]:
     try:
-        manifest = data.read_manifest(directory)
+        manifest = shards.read_manifest(directory)
     except BadInput:
         return []
     listed = None if manifest is None else {shard["file"] for shard in manifest["shards"]}
@@ -72,10 +74,10 @@ def _unlisted(directory: Path) -> list[Path]:
 
 def _data(directory: Path) -> Iterator[tuple[Path, str | None]]:
     """(file, what is wrong with it or None) for the manifest and each shard."""
-    path, vocab_size = directory / data.MANIFEST, tokenizer.GPT2Tokenizer.vocab_size
+    path, vocab_size = directory / shards.MANIFEST, tokenizer.GPT2Tokenizer.vocab_size
     listed: list[dict] = [{"file": shard.name} for shard in _shards(directory)]
     try:
-        manifest = data.read_manifest(directory)
+        manifest = shards.read_manifest(directory)
     except BadInput as error:
         yield path, _without(path, error)
     else:
@@ -85,8 +87,8 @@ def _data(directory: Path) -> Iterator[tuple[Path, str | None]]:
             vocab_size = vocab_size if known is None else known.vocab_size
             unknown = f"the tokenizer must be one that exists, got {name!r}{nearest(name, tokenizer.TOKENIZERS)}"
             yield path, None if known is not None else unknown
-        elif (directory / data.BUILDING).exists():
-            yield directory / data.BUILDING, "a preparation that was stopped; run gpt2 prepare again"
+        elif (directory / shards.BUILDING).exists():
+            yield directory / shards.BUILDING, "a preparation that was stopped; run gpt2 prepare again"
     for shard in listed:
         yield directory / shard["file"], _shard_damage(directory / shard["file"], shard, vocab_size)
 
@@ -97,7 +99,7 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         return "is missing"
     wrong = []
     try:
-        tokens = data.open_shard(path)
+        tokens = shards.open_shard(path)
         for field, found in (("bytes", path.stat().st_size), ("tokens", len(tokens))):
             if listed.get(field, found) != found:
                 wrong.append(f"must have {listed[field]} {field}, got {found}")
@@ -136,7 +138,7 @@ def _run(directory: Path) -> Iterator[tuple[Path, str | None]]:
     if (path := directory / METRICS_FILE).exists():
         yield path, _metrics_damage(path)
     if found := sorted((directory / CHECKPOINTS).glob("step_*")):
-        from engine import checkpoint
+        from engine.run import checkpoint
 
         yield from ((path, checkpoint.damage(path)) for path in found)
 

@@ -26,23 +26,23 @@ def group(model: nn.Module, ranks: Ranks) -> dist.ProcessGroup | None:
 
 
 @torch.no_grad()
-def check(raw_model: nn.Module, ranks: Ranks, equals: dist.ProcessGroup | None) -> str | None:
+def check(raw_model: nn.Module, ranks: Ranks, replica_group: dist.ProcessGroup | None) -> str | None:
     """The same sentence on every rank, which names those whose weights are not their replicas' to the bit; or None.
 
-    equals: of `group`. Where no majority says which weights are right, all ranks of the group are named. Waits
+    replica_group: of `group`. Where no majority says which weights are right, all ranks of the group are named. Waits
     for the GPU, and must be called on all ranks.
     """
     found = None
-    if equals is not None:
+    if replica_group is not None:
         names, parameters = zip(*raw_model.named_parameters(), strict=True)
         sums = torch.stack([_checksum(local(p)) for p in parameters])
-        gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size(equals))]
-        dist.all_gather(gathered, sums, group=equals)
+        gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size(replica_group))]
+        dist.all_gather(gathered, sums, group=replica_group)
         rows = [tuple(row.tolist()) for row in gathered]
         usual, holders = Counter(rows).most_common(1)[0]
         if holders < len(rows):
             has_majority = 2 * holders > len(rows)
-            members = zip(dist.get_process_group_ranks(equals), rows, strict=True)
+            members = zip(dist.get_process_group_ranks(replica_group), rows, strict=True)
             others = [str(rank) for rank, row in members if not has_majority or row != usual]
             first = next(name for name, *column in zip(names, *rows, strict=True) if len(set(column)) > 1)
             found = (

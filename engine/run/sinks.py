@@ -24,8 +24,8 @@ LONGEST_REASON = 300  # characters
 class Sinks:
     """The sinks that a config asks for, as long as they work."""
 
-    def __init__(self, train: TrainConfig, start: int, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
+        self._print0 = print0
         self._open: dict[str, TensorBoard | WeightsAndBiases] = {}
         for name, asked, kind in (
             ("tensorboard", train.tensorboard, TensorBoard),
@@ -33,7 +33,7 @@ class Sinks:
         ):
             if asked:
                 try:
-                    self._open[name] = kind(train, start, say)
+                    self._open[name] = kind(train, start, print0)
                 except ImportError as error:
                     self._drop(name, f"{error} (pip install {name})")
                 except Exception as error:  # whatever it is, it must not cost the run
@@ -58,7 +58,7 @@ class Sinks:
 
     def _drop(self, name: str, reason: Exception | str) -> None:
         words = " ".join(str(reason).split()) or type(reason).__name__
-        self._say(f"{name}: {words[:LONGEST_REASON]}; going on without it")
+        self._print0(f"{name}: {words[:LONGEST_REASON]}; going on without it")
         if (sink := self._open.pop(name, None)) is not None:
             with contextlib.suppress(Exception):  # it has failed already
                 sink.close()
@@ -67,7 +67,7 @@ class Sinks:
 class TensorBoard:
     """Event files in OUT/tensorboard."""
 
-    def __init__(self, train: TrainConfig, start: int, say: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
         from torch.utils.tensorboard import SummaryWriter
 
         self._excepthook = threading.excepthook
@@ -112,7 +112,7 @@ class WeightsAndBiases:
     begins another.
     """
 
-    def __init__(self, train: TrainConfig, start: int, say: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
         import wandb
 
         path = Path(train.out) / WANDB_ID_FILE
@@ -129,7 +129,7 @@ class WeightsAndBiases:
         )
         self._first = self._run.step  # the rows before it are there, and W&B takes no step twice
         later = f"offline; to send it later: wandb sync {train.out}/wandb/offline-run-*"
-        say(f"wandb: {later if self._run.offline else self._run.url or 'off, as WANDB_MODE says'}")
+        print0(f"wandb: {later if self._run.offline else self._run.url or 'off, as WANDB_MODE says'}")
 
     def write(self, row: dict[str, float]) -> None:
         """Logs a row under its step."""

@@ -1,6 +1,7 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib` (see engine/corpus.py).
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`
+(see engine/tokens/sources.py).
 Each document is written as the end-of-text token, then its text's tokens. A document belongs to validation by a hash
 of its text, so a corpus that grows keeps its split; where that leaves a split empty, as with a single book, every
 document gives its tail instead. The same sources make the same bytes, whatever the number of workers.
@@ -25,8 +26,10 @@ from typing import Literal
 
 import numpy as np
 
-from engine import corpus, data, tokenizer
 from engine.errors import BadInput
+from engine.tokens import tokenizer
+from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, write_shard
+from engine.tokens.sources import find_files, parse, raw_documents
 
 BATCH_BYTES = 1 << 20  # of text handed to a worker at a time
 
@@ -89,7 +92,7 @@ def encode_batch(
     result = Encoded({}, Counter(), Counter(), 0)
     start = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
     for kind, raw in batch:
-        text, reason = corpus.parse(kind, raw, text_field)
+        text, reason = parse(kind, raw, text_field)
         if reason is not None:
             result.skipped[reason] += 1
             continue
@@ -173,7 +176,7 @@ class ShardWriter:
         if not self.held:
             return
         path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
-        data.write_shard(path, np.concatenate(self.pieces))
+        write_shard(path, np.concatenate(self.pieces))
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.records.append(
@@ -194,12 +197,12 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     Raises BadInput if a source or the directory will not do, or the text leaves a split empty.
     """
     out = Path(config.out)
-    files = corpus.find_files(sources)
+    files = find_files(sources)
     request = _request(sources, files, config)
-    building = out / data.BUILDING
+    building = out / BUILDING
     _take_back(out, building)
     try:
-        present = data.read_manifest(out)
+        present = read_manifest(out)
     except BadInput:
         if not config.overwrite:
             raise
@@ -230,12 +233,12 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
                 "give more text or a larger --val-fraction"
             )
         manifest |= {"request": request, "sources": sources}
-        (building / data.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         if config.overwrite:
-            (out / data.MANIFEST).unlink(missing_ok=True)
+            (out / MANIFEST).unlink(missing_ok=True)
             for stale in [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")]:
                 stale.unlink()
-        for name in [*(shard["file"] for shard in manifest["shards"]), data.MANIFEST]:
+        for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
             os.replace(building / name, out / name)
     finally:
         _take_back(out, building)
@@ -247,10 +250,10 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
 
 def _take_back(out: Path, building: Path) -> None:
     """Removes the shards that a preparation moved into place before it was stopped: its manifest had not followed."""
-    if (out / data.MANIFEST).exists() or not (building / data.MANIFEST).exists():
+    if (out / MANIFEST).exists() or not (building / MANIFEST).exists():
         return  # it ended, or moved nothing yet
     try:
-        shards = data.read_manifest(building)["shards"]
+        shards = read_manifest(building)["shards"]
     except BadInput:  # stopped while it wrote the manifest: nothing was moved yet
         return
     for shard in shards:
@@ -286,7 +289,7 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
     )
     pool = ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else None
     try:
-        batches = _batches(corpus.raw_documents(files, config.text_field))
+        batches = _batches(raw_documents(files, config.text_field))
         for encoded in _in_order(pool, work, batches, ahead=2 * workers):
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)

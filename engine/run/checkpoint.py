@@ -63,7 +63,7 @@ class Checkpoint:
 # ---- Write --------------------------------------------------------------------------------------------------------
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Everything that a checkpoint holds besides its state: `model.<name>` and `optimizer.<name>.<moment>`.
 
     model is the raw one. The tensors are the live ones, sharded where the model is.
@@ -82,21 +82,22 @@ def save(
     out: str | Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_last: int
 ) -> Path:
     """Writes a checkpoint of a model that is not sharded, at once. See `write`."""
-    return write(out, state, tensors(model, optimizer), keep_last, print)
+    return write(out, state, named_tensors(model, optimizer), keep_last, print)
 
 
 def write(
     out: str | Path,
     state: dict,
-    held: dict[str, Tensor],
+    tensors: dict[str, Tensor],
     keep_last: int,
     warn: Callable[[str], None],
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes the checkpoint of state["step"], then deletes older ones; returns its path.
 
-    held: as `tensors` gives, at rest. The keep_last newest stay, and the one with the lowest state["val_loss"]. With
-    a group all its processes call this, each with its shards and all seeing `out`; without one, one process does.
+    tensors: as `named_tensors` returns, not changed meanwhile. The keep_last newest stay, and the one with the lowest
+    state["val_loss"]. With a group all its processes call this, each with its shards and all seeing `out`; without one,
+    one process does.
     Raises OSError if the disk refuses and Diverged if a weight is not finite; the older checkpoints stay.
     """
     root = Path(out) / "checkpoints"
@@ -104,13 +105,13 @@ def write(
     writing = root / f".writing_{final.name}"
     is_first = group is None or dist.get_rank(group) == 0
     try:
-        with _together(group):
-            _check_finite(held)
+        with _fail_together(group):
+            _check_finite(tensors)
             if is_first:
                 _open(root, writing)
-        with _together(group):
-            files = _write_sharded(writing, held, group) if group is not None else _write_whole(writing, held)
-        with _together(group):
+        with _fail_together(group):
+            files = _write_sharded(writing, tensors, group) if group is not None else _write_whole(writing, tensors)
+        with _fail_together(group):
             if is_first:
                 _commit(writing, final, files, state)
     finally:
@@ -123,7 +124,7 @@ def write(
 
 
 @contextlib.contextmanager
-def _together(group: dist.ProcessGroup | None):
+def _fail_together(group: dist.ProcessGroup | None):
     """What fails on one process of the group fails on all of them, so that none waits for a file that never comes."""
     error = None
     try:
@@ -138,8 +139,8 @@ def _together(group: dist.ProcessGroup | None):
         raise first
 
 
-def _check_finite(held: dict[str, Tensor]) -> None:
-    for name, tensor in held.items():
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         if not torch.isfinite(local(tensor)).all():
             raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
 
@@ -152,19 +153,19 @@ def _open(root: Path, writing: Path) -> None:
     writing.mkdir()
 
 
-def _write_whole(writing: Path, held: dict[str, Tensor]) -> dict[str, dict]:
+def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
     """Writes weights and optimizer as one file each; returns their entries of the manifest."""
     files = {}
     for name in (MODEL, OPTIMIZER):
-        prefix = name.removesuffix("safetensors")  # also of the names in `held`
-        chosen = {key.removeprefix(prefix): tensor for key, tensor in held.items() if key.startswith(prefix)}
+        prefix = name.removesuffix("safetensors")  # also of the names in `tensors`
+        chosen = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if chosen:
             _save_tensors(writing / name, chosen)
             files[name] = _flushed(writing / name)
     return files
 
 
-def _write_sharded(writing: Path, held: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
+def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
     """Every process of the group writes, flushes and digests its own shards; returns all entries of the manifest."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # safetensors: no pickle in it
@@ -172,7 +173,7 @@ def _write_sharded(writing: Path, held: dict[str, Tensor], group: dist.ProcessGr
     directory = writing / SHARDED
     try:
         storage = HuggingFaceStorageWriter(path=str(directory), save_distributed=True)
-        dcp.save(held, storage_writer=storage, process_group=group)
+        dcp.save(tensors, storage_writer=storage, process_group=group)
     except dcp.api.CheckpointException as error:  # on every process, with the reason of the one that failed
         raise OSError(str(next(iter(error.failures.values()))[0])) from error
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
@@ -346,8 +347,8 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
             "train from them with --init-from and another --out"
         )
     allocate_state(optimizer)
-    held = {name: tensor for name, tensor in tensors(model, optimizer).items() if name.startswith("optimizer.")}
-    _fill(checkpoint, held, "optimizer.", "optimizer's state")
+    targets = {name: t for name, t in named_tensors(model, optimizer).items() if name.startswith("optimizer.")}
+    _fill(checkpoint, targets, "optimizer.", "optimizer's state")
 
 
 def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:

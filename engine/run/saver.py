@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from engine import checkpoint, distributed
+from engine import distributed
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.run import checkpoint
 from model.gpt2 import GPT2
 
 
@@ -31,9 +32,9 @@ class Saver:
         ranks: Ranks,
         raw_model: GPT2,
         optimizer: torch.optim.Optimizer,
-        say: Callable[[str], None],
+        print0: Callable[[str], None],
     ):
-        self.config, self.raw_model, self.optimizer, self.say = config, raw_model, optimizer, say
+        self.config, self.raw_model, self.optimizer, self.print0 = config, raw_model, optimizer, print0
         is_sharded = distributed.is_sharded(raw_model)
         self.writes = is_sharded or ranks.is_first
         # Collectives of the thread must not mix with those of training: a group of their own, on the CPU.
@@ -50,12 +51,12 @@ class Saver:
         self.wait()
         if not self.writes:
             return
-        held = checkpoint.tensors(self.raw_model, self.optimizer)
+        tensors = checkpoint.named_tensors(self.raw_model, self.optimizer)
         if not self.config.async_save:
-            self._write(state, held)
+            self._write(state, tensors)
             self._settle(state["step"])
             return
-        self._thread = threading.Thread(target=self._write, args=(state, self._copy(held)), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(state, self._copy(tensors)), name="saver")
         self._thread.start()
         self._step = state["step"]
 
@@ -69,7 +70,7 @@ class Saver:
         except BadInput as failure:
             if error is None:
                 raise
-            self.say(str(failure))
+            self.print0(str(failure))
 
     def close(self) -> None:
         """Waits for the last save. Raises BadInput if it failed."""
@@ -85,10 +86,10 @@ class Saver:
             said, self._error = f"{self._sentence()}; the run ends here, {self._known()}", None  # said once
             raise BadInput(said)
 
-    def _copy(self, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors on the CPU, in memory that is kept from save to save: touching new pages costs more than this."""
         if self._stager is None:
-            on_gpu = next(iter(held.values())).is_cuda
+            on_gpu = next(iter(tensors.values())).is_cuda
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=on_gpu,
@@ -97,13 +98,13 @@ class Saver:
                     use_non_blocking_copy=on_gpu,
                 )
             )
-        return self._stager.stage(held)
+        return self._stager.stage(tensors)
 
-    def _write(self, state: dict, held: dict[str, torch.Tensor]) -> None:
+    def _write(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         began = time.perf_counter()
         self._error = None
         try:
-            checkpoint.write(self.config.out, state, held, self.config.keep_last, self.say, self.group)
+            checkpoint.write(self.config.out, state, tensors, self.config.keep_last, self.print0, self.group)
         except Exception as error:  # in a thread of its own, it would end nothing but the thread
             self._error = error
         self.seconds = max(self.seconds, time.perf_counter() - began)
@@ -117,11 +118,11 @@ class Saver:
             error, self._error = self._error, None  # told once: `close` must not say another thing
             raise error
         self._failures += 1
-        self.say(f"{self._sentence()}; training goes on, {self._known()}")
+        self.print0(f"{self._sentence()}; training goes on, {self._known()}")
 
     def _sentence(self) -> str:
-        held = checkpoint.tensors(self.raw_model, self.optimizer).values()
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        tensors = checkpoint.named_tensors(self.raw_model, self.optimizer).values()
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         try:
             free = f"{shutil.disk_usage(Path(self.config.out)).free / 2**20:,.1f} MiB free"
         except OSError:

@@ -15,68 +15,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engine import memory
+from engine import device
 from engine.config import TrainConfig
 from engine.distributed import Ranks
-from engine.sinks import Sinks
-from model.presets import GPT2Config
+from engine.run.sinks import Sinks
+from engine.step import Numbers
+from model.presets import flops_per_token
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 SAMPLE_HEADING = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
 PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "RTX A6000": 155, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
-
-
-def flops_per_token(config: GPT2Config, context: int) -> int:
-    """FLOPs of one token's forward and backward pass: 6 (N - wpe) + 12 L C T.
-
-    N counts every parameter once, the padded vocabulary included; wpe is only looked up. The second term is attention
-    without the causal half. Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
-    """
-    C, L = config.n_embd, config.n_layer
-    block = 12 * C * C + 13 * C  # weights and biases of the four linear layers, two LayerNorms
-    parameters = config.padded_vocab_size * C + L * block + 2 * C
-    return 6 * parameters + 12 * L * C * context
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's FLOP/s at its data-sheet peak for bf16 and fp16, or None where it is not known."""
-    if device.type != "cuda" or precision not in ("bf16", "fp16"):
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
-
-
-def peak_gib(device: torch.device) -> float:
-    """The most memory used so far, in GiB: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-
 
 def measured(
-    numbers: list[float], times: dict[str, float], config: TrainConfig, precision: str, ranks: Ranks
+    numbers: Numbers, times: dict[str, float], config: TrainConfig, precision: str, ranks: Ranks
 ) -> dict[str, float | None]:
-    """The fields of a logged step, from what train_step returned and the clock's reading. None is left out of a row."""
-    loss, grad_norm, _, _, skipped, _ = numbers
+    """The fields of a logged step, from the update's numbers and the clock's reading. A row leaves out None."""
     tokens_per_s = 1e3 * config.tokens_per_step / times["step_ms"]
-    peak = peak_flops(ranks.device, precision)  # FLOP/s of one device, or None
+    peak = device.peak_flops(ranks.device, precision)  # FLOP/s of one device, or None
     flops = flops_per_token(config.model, config.sequence_length)
     return {
-        "loss": loss if math.isfinite(loss) else None,  # JSON has no NaN; the update was skipped
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "skipped": int(skipped) or None,  # updates so far
+        "loss": numbers.loss if math.isfinite(numbers.loss) else None,  # JSON has no NaN; the update was skipped
+        "grad_norm": numbers.grad_norm if math.isfinite(numbers.grad_norm) else None,
+        "skipped": int(numbers.skipped) or None,  # updates so far
         "tokens_per_s": tokens_per_s,
         "mfu": flops * tokens_per_s / (peak * ranks.world_size) if peak else None,
-        "peak_gib": peak_gib(ranks.device),
-        "alloc_retries": memory.retries(ranks.device),
+        "peak_gib": device.peak_gib(ranks.device),
+        "alloc_retries": device.alloc_retries(ranks.device),
         **times,
     }
 
@@ -97,7 +63,7 @@ class Metrics:
         drop_samples_from(self.out / SAMPLES_FILE, start)
         self._file = (self.out / METRICS_FILE).open("a", encoding="utf-8")
         self._console = (Bar if sys.stdout.isatty() else Lines)(config.num_steps, start, unit)
-        self._sinks = Sinks(config, start, self.say)
+        self._sinks = Sinks(config, start, self.print0)
 
     def log(self, step: int, **fields: float) -> None:
         """Adds fields to the row of `step`, which end_step or close will write."""
@@ -122,10 +88,10 @@ class Metrics:
             with (self.out / SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"{_sample_heading(step)}{text}\n\n")
 
-    def say(self, line: str) -> None:
+    def print0(self, line: str) -> None:
         """Prints one line without disturbing the progress bar."""
         if self._console is not None:
-            self._console.say(line)
+            self._console.print0(line)
 
     def end_step(self, step: int) -> None:
         """Step `step` is over: writes its row, so that a checkpoint of the next step finds it written."""
@@ -246,12 +212,12 @@ class Lines:
             left = (now - self._began) / done * (self.num_steps - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         width = len(str(self.num_steps))
-        self.say(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
+        self.print0(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
 
     def advance(self, step: int) -> None:
         """Nothing moves."""
 
-    def say(self, line: str) -> None:
+    def print0(self, line: str) -> None:
         """Prints a line."""
         print(line, flush=True)
 
@@ -284,13 +250,13 @@ class Bar:
         parts = [_short(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields]
         self._progress.update(self._task, description="  ".join(parts))
         if "val_loss" in fields:
-            self.say(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
+            self.print0(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
         self._progress.update(self._task, completed=step)
 
-    def say(self, line: str) -> None:
+    def print0(self, line: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(line, markup=False)
 
