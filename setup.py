@@ -1,6 +1,6 @@
 """Metadata and dependencies. Ranges are here; the exact versions that CI passes on are in constraints.txt."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="gpt2-engine",
@@ -8,8 +8,8 @@ setup(
     description="A GPT-2 pretraining engine: from text to a model that speaks",
     license="MIT",
     python_requires=">=3.11",
-    packages=["kernels", "model", "engine"],
-    package_data={"engine": ["assets/*"]},
+    packages=find_packages(include=["kernels", "model", "engine", "engine.*"]),
+    package_data={"engine.tokens": ["assets/*"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",

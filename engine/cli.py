@@ -85,8 +85,8 @@ def prepare(args: list[str], prog: str) -> None:
     """Text to token shards."""
     import tyro
 
-    from engine import corpus
-    from engine import prepare as preparation
+    from engine.tokens import prepare as preparation
+    from engine.tokens.sources import STDLIB
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(preparation.PrepareConfig):
@@ -96,7 +96,7 @@ def prepare(args: list[str], prog: str) -> None:
 
     asked = _parse(Prepare, args, prog)
     if not asked.sources:
-        raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {corpus.STDLIB}")
+        raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {STDLIB}")
     print(preparation.describe(preparation.prepare(list(asked.sources), asked), asked.out))
 
 
@@ -118,16 +118,16 @@ def sample(args: list[str], prog: str) -> None:
 
     import torch
 
-    from engine import runs
+    from engine.run import export
     from model.generate import stream
 
     if asked.num_samples < 1:
         raise BadInput(f"sample: --num-samples must be at least 1, got {asked.num_samples}")
-    model, tokens_in, _ = runs.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
-    ids = tokens_in.encode(asked.prompt).tolist()
+    model, tokenizer, _ = export.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
+    ids = tokenizer.encode(asked.prompt).tolist()
     if not 1 <= len(ids) <= model.config.n_positions:
         raise BadInput(
-            f"sample: --prompt must be 1 to {model.config.n_positions} {tokens_in.unit}s long, got {len(ids)}"
+            f"sample: --prompt must be 1 to {model.config.n_positions} {tokenizer.unit}s long, got {len(ids)}"
         )
     prompt = torch.tensor([ids], device=model.wte.weight.device)
     for number in range(asked.num_samples):
@@ -148,9 +148,9 @@ def sample(args: list[str], prog: str) -> None:
             print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
         print(asked.prompt, end="", flush=True)
         for token in drawn:
-            if token.item() == tokens_in.end_of_text:
+            if token.item() == tokenizer.end_of_text:
                 break
-            print(decoder.decode(tokens_in.decode_bytes([token.item()])), end="", flush=True)
+            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 
@@ -160,21 +160,23 @@ def evaluate(args: list[str], prog: str) -> None:
     import dataclasses
     import math
 
-    from engine import config, data, distributed, evaluation, runs
+    from engine import config, distributed, evaluation
+    from engine.run import export
+    from engine.tokens.shards import TokenStream
 
     train_config = config.load(asked.run)
     train_config = dataclasses.replace(
         train_config, data=asked.data or train_config.data, eval_tokens=asked.eval_tokens or train_config.eval_tokens
     )
-    model, tokens_in, found = runs.load_model(asked.run, is_best=asked.best)
-    runs.check_tokenizer(train_config.data, tokens_in.name)
-    stream = data.TokenStream.open(train_config.data, "val", tokens_in.vocab_size)
-    windows = evaluation.windows(stream, train_config)
+    model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
+    export.check_tokenizer(train_config.data, tokenizer.name)
+    stream, context = TokenStream.open(train_config.data, "val", tokenizer.vocab_size), train_config.sequence_length
+    windows = evaluation.windows(stream, context, train_config.eval_tokens)
     ranks = distributed.Ranks(0, 0, 1, model.wte.weight.device)
-    loss = evaluation.mean_loss(model, stream, windows, train_config, ranks)
+    loss = evaluation.mean_loss(model, stream, windows, context, ranks)
     print(
-        f"{asked.run} at step {found.step:,}: loss {loss:.4f} nats per {tokens_in.unit}, perplexity "
-        f"{math.exp(loss):.2f}, on {len(windows) * train_config.sequence_length:,} validation {tokens_in.unit}s of "
+        f"{asked.run} at step {checkpoint.step:,}: loss {loss:.4f} nats per {tokenizer.unit}, perplexity "
+        f"{math.exp(loss):.2f}, on {len(windows) * context:,} validation {tokenizer.unit}s of "
         f"{train_config.data}"
     )
 
@@ -191,18 +193,18 @@ def import_(args: list[str], prog: str) -> None:
         out: str  # run directory to make
 
     asked = _parse(Import, args, prog)
-    from engine import runs
+    from engine.run import export
 
-    step_path = runs.import_weights(asked.source, asked.out)
+    step_path = export.import_weights(asked.source, asked.out)
     print(f'{step_path}\ntry: gpt2 sample --run {asked.out} --prompt "Hello, I\'m a language model,"')
 
 
 def export(args: list[str], prog: str) -> None:
     """A run to a directory that transformers opens."""
     asked = _parse(Export, args, prog)
-    from engine import runs
+    from engine.run import export as exporting
 
-    runs.export(asked.run, asked.out, asked.best)
+    exporting.export(asked.run, asked.out, asked.best)
     print(f"{asked.out}: open it with transformers.AutoModelForCausalLM.from_pretrained({asked.out!r})")
 
 
@@ -211,10 +213,12 @@ def plot(args: list[str], prog: str) -> None:
     asked = _parse(Plot, args, prog)
     import dataclasses
 
-    from engine import config, metrics, plots, runs, tokenizer
+    from engine import config
+    from engine.run import directory, metrics, plots
+    from engine.tokens import tokenizer
 
     train_config = dataclasses.replace(config.load(asked.run), out=asked.run)
-    unit = tokenizer.load(runs.tokenizer_name(asked.run)).unit
+    unit = tokenizer.load(directory.tokenizer_name(asked.run)).unit
     rows = metrics.read_rows(Path(asked.run) / metrics.METRICS_FILE)
     for path in plots.draw(train_config, rows, unit):
         print(path)
@@ -233,7 +237,7 @@ def verify(args: list[str], prog: str) -> int:
     asked = _parse(Verify, args, prog)
     if not asked.paths:
         raise BadInput("verify: a path must be given, got none; name directories of token shards or of runs")
-    from engine import verify as inspection
+    from engine.run import verify as inspection
 
     return DAMAGED if inspection.verify(asked.paths, lambda line: print(line, flush=True)) else DONE
 
@@ -243,7 +247,7 @@ def doctor(args: list[str], prog: str) -> None:
     asked = _parse(Doctor, args, prog)
     from typing import get_args
 
-    from engine import doctor as physician
+    from engine import device
     from engine.config import Precision
     from model.presets import PRESETS
 
@@ -254,9 +258,9 @@ def doctor(args: list[str], prog: str) -> None:
     head_dim = PRESETS[asked.preset].head_dim if asked.head_dim is None else asked.head_dim
     if head_dim < 1:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
-    if (stranger := physician.shadow()) is not None:
-        raise BadInput(stranger)
-    print(physician.report(head_dim, asked.precision))
+    if (problem := device.shadowed_package()) is not None:
+        raise BadInput(problem)
+    print(device.report(head_dim, asked.precision))
 
 
 COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # None: done

@@ -6,11 +6,11 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine import tracing
 from engine.errors import BadInput, nearest
 from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
@@ -135,7 +135,7 @@ class TrainConfig:
                 wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
         if self.profile is not None:
             try:
-                tracing.parse(self.profile)
+                parse_profile(self.profile)
             except ValueError as error:
                 wrong.append(str(error))
         if not self.prompt:
@@ -145,6 +145,17 @@ class TrainConfig:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """(START, STOP) of "START:STOP", the value of --profile. Raises ValueError if it is not two steps in order."""
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise ValueError(
+            "--profile must be START:STOP, the first step to trace and the one after the last, such as 10:13, got "
+            f"{text!r}"
+        )
+    return int(found[1]), int(found[2])
 
 
 # ---- Presets ------------------------------------------------------------------------------------------------------

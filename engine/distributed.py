@@ -1,9 +1,8 @@
-"""Processes and devices: who this process is, what it computes on, and sums and agreements over all of them.
+"""Ranks: which process this is, its device, collectives over all processes, and DDP and FSDP2 around the model.
 
-torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE; without it there is one process.
+torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one process.
 """
 
-import ctypes
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,27 +24,27 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.config import TrainConfig
+from engine import device
 from engine.errors import BAD_INPUT, BadInput
 from model.gpt2 import GPT2
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """This process, its device, and collectives over all processes."""
 
     rank: int  # 0 to world_size - 1, over all hosts
     local_rank: int  # on this host: the index of its GPU
     world_size: int
     device: torch.device
-    meeting: str = ""  # the prefix of the store that this attempt's processes share
+    meeting: str = ""  # prefix of the keys that the processes of this attempt use in the store
 
     @property
     def is_first(self) -> bool:
         """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
-    def say(self, line: str) -> None:
+    def print0(self, line: str) -> None:
         """Prints on rank 0."""
         if self.is_first:
             print(line, flush=True)
@@ -61,16 +60,20 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def agree(self, value: Any) -> Any:
-        """Rank 0's value of any picklable thing, on every rank."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. The value must be picklable."""
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def barrier(self) -> None:
+        """Waits until every rank has reached this call."""
+        self.gather(None)
+
     def gather(self, value: Any) -> list:
-        """Every rank's value of any picklable thing, on every rank."""
+        """The values of all ranks, in the order of the ranks, on every rank. The values must be picklable."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -78,16 +81,16 @@ class Ranks:
         return values
 
     def broadcast(self, tensors: list[Tensor]) -> None:
-        """Copies rank 0's content of tensors of the same shapes to every rank."""
+        """Copies rank 0's tensors into those of every rank, in place. Shapes must be the same."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is done inside succeeds on every rank, or is BadInput on every rank, which names those that failed.
+    def fail_together(self) -> Iterator[None]:
+        """If any rank raises BadInput inside, all ranks raise it, naming the ranks that failed.
 
-        Without it one rank would leave with a sentence and the others wait for it in the next collective.
+        Without it one rank would exit with an error message and the others would wait for it in the next collective.
         """
         problem = None
         try:
@@ -105,7 +108,7 @@ class Ranks:
         raise BadInput("\n".join(said if whole else f"rank {', '.join(at)}: {said}" for said, at in alike.items()))
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises BadInput on every rank, with the facts that differ and the ranks, unless all have the same."""
+        """Raises BadInput on every rank unless all ranks have the same facts; names the facts and ranks that differ."""
         everyone = self.gather(facts)
         wrong = []
         for name in facts:
@@ -122,7 +125,7 @@ class Ranks:
             )
 
     def connect_store(self) -> dist.Store | None:
-        """A connection of its own to the store that the processes met at, or None if this one is alone."""
+        """A new connection to the rendezvous store, for another thread; None if there is one process."""
         if self.world_size == 1:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -132,16 +135,16 @@ class Ranks:
 
 @contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, or stands alone, and leaves at the end.
+    """Joins the process group that torchrun describes, or none if there is one process; leaves it at the end.
 
-    timeout_minutes: of one collective; a rank may be preparing data, compiling or saving. Raises BadInput if the
-    processes cannot reach each other.
+    timeout_minutes: of one collective, in which a rank may be preparing data, compiling or saving. Raises BadInput if
+    the processes cannot reach each other.
     """
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
-        keep_freed_memory()
+        device.tune_malloc()
     if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         late = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
@@ -172,11 +175,11 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
 
 
 def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
-    """A prefix of the store that this attempt alone uses, the same on every rank.
+    """A prefix for keys in the store that only this attempt uses, the same on every rank.
 
-    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), where an attempt would find
-    the addresses of processes that are dead. Its restart count is no help: each host counts its own. So rank 0 makes
-    a name, each rank answers to the newest name with a token of its own, and goes on when rank 0 has seen that token.
+    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), so an attempt would find
+    the addresses of dead processes there. Its restart count does not help: each host counts for itself. So rank 0 makes
+    a name, each rank answers to the newest name with a random token, and goes on when rank 0 has seen that token.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     others = range(1, ranks.world_size)
@@ -203,7 +206,7 @@ def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
 
 
 def _leave(ranks: Ranks) -> None:
-    """Ends a process whose main thread is stuck in joining the others."""
+    """Ends this process when its main thread is stuck in joining the process group."""
     print(_unreachable(ranks, TimeoutError("no answer in time")), file=sys.stderr, flush=True)
     os._exit(BAD_INPUT)
 
@@ -217,19 +220,6 @@ def _unreachable(ranks: Ranks, error: Exception) -> str:
         "stands between them, and name the interface of their network with GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME "
         "on GPUs)"
     )
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed tensors for the next ones; does nothing elsewhere.
-
-    By default it returns every megabyte to the kernel, which hands it back page by page: a step of `tiny` on 512
-    bytes with AdamW took 48 ms so and 42 ms with this (medians of 4 interleaved runs, 2 cores of an AMD EPYC Milan,
-    torch 2.13).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, the largest allocation that is taken from the heap, in bytes
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, free bytes at the top of the heap that are returned
 
 
 def _read_environment() -> Ranks:
@@ -246,16 +236,25 @@ def _read_environment() -> Ranks:
     return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
 
 
-def wrap(raw_model: GPT2, ranks: Ranks, config: TrainConfig, compiled: bool, compute_dtype: torch.dtype) -> nn.Module:
-    """The model that is run: on the device, compiled if asked, its gradients averaged over all ranks.
+def wrap(
+    raw_model: GPT2,
+    ranks: Ranks,
+    *,
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp",
+    shard_size: int | None = None,
+    reshard: bool = True,
+    is_compiled: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The model to run: on the device, compiled if asked, its gradients averaged over all ranks.
 
-    ddp wraps the raw model. fsdp and hsdp shard it in place and return it: move no model that needs them to a GPU
-    before, since it goes there block by block, and build the optimizer after. Raises BadInput if shards do not come out
-    even.
+    ddp wraps the raw model. fsdp and hsdp shard it in place and return it; they move it to the GPU block by block, so
+    leave it on the CPU before, and build the optimizer after. shard_size: hsdp's ranks per replica; None: those of one
+    host. reshard: free gathered weights after a block's forward. Raises BadInput if the ranks do not divide evenly.
     """
-    if config.parallel == "ddp":
+    if parallel == "ddp":
         model = raw_model.to(ranks.device)
-        if compiled:
+        if is_compiled:
             model = torch.compile(model, dynamic=False)
         if ranks.world_size == 1:
             return model
@@ -263,26 +262,26 @@ def wrap(raw_model: GPT2, ranks: Ranks, config: TrainConfig, compiled: bool, com
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added to it in place
-    mesh = _mesh(ranks, config)
-    # Weights travel in the compute dtype and gradients are summed in float32. The model itself casts activations.
+    mesh = _mesh(ranks, parallel, shard_size)
+    # Weights are gathered in the compute dtype, gradients summed in float32. The model itself casts activations.
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in raw_model.h:
-        if compiled:
-            block.compile(dynamic=False)  # alone: a graph of the whole model would have gathers and hooks inside
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
-    # The backward pass begins with the root's weights, the head's: freeing them would only gather them twice.
+        if is_compiled:
+            block.compile(dynamic=False)  # per block: a graph of the whole model would hold gathers and hooks
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The backward pass begins with the root's weights, the head's: freeing them would gather them twice.
     fully_shard(raw_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(raw_model, "last_logits")
     return raw_model
 
 
-def _mesh(ranks: Ranks, config: TrainConfig) -> DeviceMesh:
-    """fsdp: all ranks share one replica. hsdp: each shard_size neighbours do, so that weights stay on one host."""
+def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
+    """fsdp: one replica over all ranks. hsdp: one over each shard_size neighbours, so weights stay on a host."""
     if not dist.is_initialized():  # one process, which no torchrun started
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    if config.parallel == "fsdp":
+    if parallel == "fsdp":
         return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
-    size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ranks.world_size % size:
         even = [str(n) for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
         raise BadInput(
@@ -294,15 +293,15 @@ def _mesh(ranks: Ranks, config: TrainConfig) -> DeviceMesh:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds a part of the model only, so that every forward needs all ranks."""
+    """Whether each rank holds only a part of the model, so that every forward needs all ranks."""
     return isinstance(model, FSDPModule)
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
-    """Whether the next forward and backward pass averages gradients. Call it before the forward: DDP decides there.
+    """Sets whether the next backward pass averages gradients. Call it before the forward: DDP decides there.
 
-    Shards are summed for every micro-batch all the same: a rank would have to keep whole gradients otherwise, and it
-    has no room for them. Only the sum over replicas waits for the last.
+    FSDP reduce-scatters after every micro-batch regardless: without it each rank would hold whole gradients, and has no
+    room for them. Only the all-reduce over replicas waits for the last micro-batch.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
@@ -311,18 +310,18 @@ def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of it that this rank holds."""
+    """The part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales the whole gradient down to max_norm and returns its norm before: float32, the same bits on each rank."""
+    """Clips the whole gradient to max_norm. Returns its norm before: float32 scalar, same bits on each rank."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
-    if is_sharded(model):  # one sum for all parameters, where PyTorch's own norm of shards makes one for each
+    if is_sharded(model):  # one all-reduce for all parameters; PyTorch's norm of DTensors makes one for each
         mesh, squares = parameters[0].grad.device_mesh, norm.double().square()
         dist.all_reduce(squares, group=mesh.get_group("shard"))
-        if mesh.ndim == 2:  # each replica has summed for itself: one bit more or less, and they would drift apart
+        if mesh.ndim == 2:  # replicas summed apart: a bit of difference would make them drift
             dist.broadcast(squares, group=mesh.get_group("replicate"), group_src=0)
         norm = squares.sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -331,14 +330,14 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 @contextmanager
 def outside_training(raw_model: nn.Module) -> Iterator[None]:
-    """For forwards of any shape without a backward: a sharded model runs uncompiled, and is in shards again after.
+    """For forwards without a backward, of any shape: runs a sharded model uncompiled and reshards it at the end.
 
-    Every rank must run the same number of them.
+    Every rank must run the same number of forwards inside.
     """
     if not is_sharded(raw_model):
         yield
         return
-    with torch.compiler.set_stance("force_eager"):  # no graph for each ragged batch and each length of a sample
+    with torch.compiler.set_stance("force_eager"):  # no graph per ragged batch and per length of a sample
         yield
     for module in raw_model.modules():
         if isinstance(module, FSDPModule):

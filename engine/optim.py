@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config import OptimConfig, TrainConfig
 from model.gpt2 import GPT2
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic whose iterates bring singular values near 1 (Jordan et al.)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iterates bring singular values near 1 (Jordan et al.)
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -23,7 +23,7 @@ def warmup_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of the update at `step`, from 0: a linear rise to lr, then half a cosine down to min_lr_ratio * lr."""
+    """Learning rate at `step` (0-based): linear warm-up to lr, then a half cosine down to min_lr_ratio * lr."""
     peak, rise = config.optim.lr, warmup_steps(config)
     if step < rise:
         return peak * (step + 1) / rise
@@ -97,9 +97,8 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 
 
-def build(model: GPT2, config: TrainConfig) -> torch.optim.Optimizer:
+def build(model: GPT2, optim: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of a raw model: matrices and embeddings decay, biases and LayerNorm do not."""
-    optim = config.optim
     named = list(model.named_parameters())
     uses_muon = optim.name == "muon"
     hidden = [p for name, p in named if uses_muon and p.ndim == 2 and name.startswith("h.")]

@@ -9,8 +9,8 @@ bits. out: (C,), any floating dtype.
 
 from torch import Tensor
 
-from kernels.configs import with_config
 from kernels.launch import tl, triton
+from kernels.tiles import with_config
 
 
 @triton.jit

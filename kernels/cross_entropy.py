@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.configs import with_config
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
+from kernels.tiles import with_config
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:

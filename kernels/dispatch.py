@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from kernels import attention, cross_entropy, gelu, layer_norm
-from kernels.configs import architecture
 from kernels.launch import HAS_TRITON, INTERPRETED, TRITON_FLOATING
+from kernels.tiles import architecture
 
 Backend = Literal["auto", "triton", "torch"]
 

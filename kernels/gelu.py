@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
-from kernels.configs import with_config
 from kernels.launch import check_floating, check_shape, check_triton, num_programs, register, require, tl, triton
+from kernels.tiles import with_config
 
 
 def _check_bias(x: Tensor, bias: Tensor) -> None:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.column_sum import column_sum
-from kernels.configs import with_config
 from kernels.launch import (
     check_floating,
     check_shape,
@@ -31,6 +30,7 @@ from kernels.launch import (
     tl,
     triton,
 )
+from kernels.tiles import with_config
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import Backend, Ops, select
-from model.presets import PRESETS, GPT2Config
+from model.presets import PRESETS, GPT2Config, num_parameters
 
 __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
 
@@ -176,9 +176,8 @@ class GPT2(nn.Module):
         return ops
 
     def num_parameters(self) -> int:
-        """Parameters of the model as published: the tied head once, the vocabulary's padding not at all."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(parameter.numel() for parameter in self.parameters()) - padding
+        """Number of parameters as published: the tied head counted once, without the vocabulary's padding."""
+        return num_parameters(self.config, padded=False)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The last LayerNorm's output, (B, T, C) in the compute dtype."""

@@ -1,5 +1,9 @@
-"""GPT2Config and the named sizes. Free of PyTorch, so that a command line can list them at once."""
+"""GPT2Config, the named sizes, and the count of parameters, shapes and FLOPs of a size.
 
+Free of PyTorch, so that a command line can list the sizes without a slow import.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -71,3 +75,48 @@ PRESETS: dict[str, GPT2Config] = {
     "gpt3-13b": _gpt3(40, 5120, 40),
     "gpt3-175b": _gpt3(96, 12288, 96),
 }
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters by name, in the order of GPT2.named_parameters().
+
+    The names are those of the released weights. wte has the padded vocabulary's Vp rows; the tied head is not listed.
+    """
+    C = config.n_embd
+    block = {
+        "ln_1": (C,),
+        "attn.c_attn": (3 * C, C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.padded_vocab_size, C),
+        "wpe.weight": (config.n_positions, C),
+    }
+    modules = [(f"h.{i}.{name}", shape) for i in range(config.n_layer) for name, shape in block.items()]
+    for name, shape in [*modules, ("ln_f", (C,))]:
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[:1]
+    return shapes
+
+
+def num_parameters(config: GPT2Config, *, padded: bool = True) -> int:
+    """Number of parameters, the tied head counted once.
+
+    padded=False leaves out the vocabulary's padding rows, which gives the published counts.
+    """
+    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    return total if padded else total - (config.padded_vocab_size - config.vocab_size) * config.n_embd
+
+
+def flops_per_token(config: GPT2Config, context: int) -> int:
+    """FLOPs of the forward and backward pass of one token: 6 (N - wpe) + 12 L C T, with T = context.
+
+    N counts every parameter once, the padded vocabulary included. wpe is left out because it is only looked up. The
+    second term is attention, counted as if it were not causal.
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+    """
+    C, L = config.n_embd, config.n_layer
+    return 6 * (num_parameters(config) - config.n_positions * C) + 12 * L * C * context

@@ -11,7 +11,10 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated: they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from engine import cli
 from engine.prepare import PrepareConfig, prepare
+
+pytest.register_assert_rewrite("runs", "hugging_face", "cross_entropy_cases")  # a failed assert there shows its values
 
 for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
     os.environ.pop(name, None)  # a pytest that a test starts would take itself for a part of this one
@@ -34,6 +37,16 @@ def shards(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "own"
     sources = [str(ROOT / name) for name in ("engine", "model", "kernels")]
     prepare(sources, PrepareConfig(out=str(out), tokenizer="bytes", workers=1, val_fraction=0.2))
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(shards, tmp_path_factory) -> Path:
+    """A run of two steps, which no test may change."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.raises(SystemExit) as done:
+        cli.main(["train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "2"])
+    assert done.value.code == 0
     return out
 
 

@@ -1,0 +1,222 @@
+"""The device: which precision and compiler it can use, its memory and peak FLOP/s, and the report of `gpt2 doctor`.
+
+Precision is that of activations and matrix products. bf16: bfloat16. fp16: float16, with the loss scaled so that small
+gradients survive. tf32: float32 activations, products rounded to 10-bit mantissas on tensor cores. fp32: float32
+throughout. Parameters, their gradients, optimizer state and statistics are float32 in all four.
+"""
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine.errors import BadInput
+from kernels.dispatch import has_c_compiler, select
+from kernels.launch import HAS_TRITON
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPUTE_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
+WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
+
+# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "RTX A6000": 155, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+
+
+# ---- Precision ----------------------------------------------------------------------------------------------------
+
+
+def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """(precision, why) for a device. Raises BadInput if the device cannot do what was asked."""
+    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked == "tf32" and not has_tensor_cores:
+        raise BadInput(f"train: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got {device.type}; use fp32")
+    if asked == "bf16" and device.type == "cuda" and not has_tensor_cores:
+        raise BadInput("train: --precision bf16 needs an NVIDIA GPU from 2020 on (sm_80); use fp16 or fp32")
+    if asked != "auto":
+        return asked, "asked for"
+    if device.type == "cuda":
+        if has_tensor_cores:
+            return "bf16", "this GPU has bf16 tensor cores"
+        return "fp32", "this GPU has no bf16 tensor cores"
+    speedup = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+    precision = "bf16" if speedup >= WORTHWHILE else "fp32"
+    return precision, f"a bf16 matrix product ran at {speedup:.2g}x the speed of fp32 on this CPU"
+
+
+def apply_precision(precision: str) -> torch.dtype:
+    """Sets PyTorch's mode for float32 matrix products and returns the dtype of the activations."""
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    return COMPUTE_DTYPES[precision]
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Best time of three products of 256 x 256 matrices: 3 ms in fp32 on one slow core."""
+    left = torch.ones(256, 256, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# ---- Compiler -----------------------------------------------------------------------------------------------------
+
+
+def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
+    """(whether to compile the training step, why). asked: --compile, or None for the default: on a GPU only."""
+    wanted = device.type == "cuda" if asked is None else asked
+    if not wanted:
+        return False, "off, as asked" if asked is False else f"off, the default on a {device.type}"
+    obstacle = compile_obstacle(device)
+    return obstacle is None, "on" if obstacle is None else f"skipped, {obstacle}: steps run uncompiled"
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot run here, or None. A GPU needs Triton and a C compiler, a CPU a C++ compiler."""
+    if device.type == "cuda":
+        if not HAS_TRITON:
+            return "Triton is not installed"
+        if not has_c_compiler():
+            return "there is no C compiler here"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs sm_70"
+        return None
+    # PyTorch takes the compiler that CXX names and tries no other if that one is missing.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(compiler) else "there is no C compiler here"
+
+
+# ---- Memory and speed ---------------------------------------------------------------------------------------------
+
+
+def tune_malloc() -> None:
+    """Makes glibc reuse the memory of freed tensors; does nothing without glibc.
+
+    By default glibc returns every freed megabyte to the kernel, which hands it back page by page. A step of `tiny` on
+    512 bytes with AdamW took 48 ms so and 42 ms tuned (medians of 4 interleaved runs, 2 cores of an AMD EPYC Milan,
+    torch 2.13).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes: smaller allocations come from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes: free memory at the top of the heap is kept below this
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Data-sheet peak of the device in FLOP/s for bf16 and fp16, or None where it is not known."""
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory use so far, in GiB: allocated by PyTorch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def alloc_retries(device: torch.device) -> int | None:
+    """Times that the GPU's allocator had to free its cache to find room, which is slow; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0)  # empty before the first allocation
+
+
+def describe(device: torch.device) -> str:
+    """The device and its memory in words."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{device}, {gpu.name}, {format_bytes(gpu.total_memory)}"
+    memory = _cpu_memory_bytes()
+    return "this machine's CPU" if memory is None else f"this machine's CPU, {format_bytes(memory)}"
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes in GiB, MiB or KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+def _cpu_memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not Linux
+        return None
+
+
+# ---- gpt2 doctor --------------------------------------------------------------------------------------------------
+
+
+def shadowed_package() -> str | None:
+    """An error message if `import kernels` or `import model` would find another project's package, else None."""
+    for name in ("kernels", "model"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != ROOT / name:
+            return (
+                f"doctor: `import {name}` must find {ROOT / name}, got {found or 'nothing'}; another package of this "
+                f"name is installed or comes first on the path: uninstall it, or run from {ROOT}"
+            )
+    return None
+
+
+def report(head_dim: int, asked_precision: str) -> str:
+    """What this machine has, and which implementation of each op runs here and why. Starts and writes nothing.
+
+    asked_precision: as for gpt2 train. Raises BadInput if this machine cannot do it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, why = choose_precision(asked_precision, device)
+    ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim)
+    memory = _cpu_memory_bytes()
+    facts = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in ("torch", "triton")),
+        (
+            "processor",
+            f"{os.cpu_count()} cores, "
+            + ("memory unknown" if memory is None else f"{memory / 2**30:.1f} GiB of memory"),
+        ),
+        *_gpus(),
+        ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
+        ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
+        ("precision", f"{precision}: {why}"),
+    ]
+    lines = [f"{name:<21} {text}" for name, text in facts]
+    return "\n".join([*lines, "", f"ops at head_dim {head_dim}, {precision}", ops.explain()])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("GPU", "no CUDA device")]
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+        for index, gpu in enumerate(found)
+    ]

@@ -1,0 +1,1 @@
+"""What keeps a run alive: signals, heartbeat, failures in words, equal replicas, and where the time goes."""

@@ -1,0 +1,116 @@
+"""Failures in words: out of memory, a full disk and a lost peer become an error message that says what to do.
+
+Any other exception is a bug of ours, and keeps its traceback.
+"""
+
+import errno
+import re
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from engine.config import TrainConfig
+from engine.device import describe, format_bytes
+from engine.distributed import Ranks
+from engine.errors import BadInput, Lost
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+# Messages of out-of-memory errors that have no type of their own: PyTorch's CPU allocator on Linux and on Windows, the
+# CUDA runtime, and cuBLAS asking for a workspace.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Gloo's errors have no type of their own either, but begin with the place in its source.
+_LOST_PEER = re.compile(
+    r"gloo/(transport|rendezvous)/|Connection closed by peer \[|Timed out waiting \d+ms for (send|recv) operation"
+)
+
+
+def explain(
+    error: BaseException, config: TrainConfig, micro_batch_size: int, ranks: Ranks, where: Callable[[], str]
+) -> BadInput | Lost | None:
+    """The error to raise in place of this one, or None if it is a bug of ours.
+
+    where: says which step each rank is at; called only for a lost peer, since it may wait for the store.
+    """
+    if out_of_memory(error):
+        return BadInput(out_of_memory_sentence(error, config, micro_batch_size, ranks))
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error.__context__, BadInput):  # a save that found no room either, and says how much it needs
+            return error.__context__
+        return BadInput(
+            f"train: --out must have room for the run's record, got {error.strerror} in {config.out}; make "
+            "room there; the same command goes on from the last checkpoint"
+        )
+    if is_lost_peer(error):
+        return Lost(
+            f"train: all {ranks.world_size} processes must answer within the {config.timeout_minutes:g} "
+            f"min of --timeout-minutes, got {_first_line(error)} at {where()}; check hosts and network "
+            "(NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface); the same command goes on from the last "
+            "checkpoint"
+        )
+    return None
+
+
+# ---- Lost peers ---------------------------------------------------------------------------------------------------
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a collective failed because a peer did not answer."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause, without gloo's file name in front and its advice behind."""
+    line = re.sub(r"^\[\S+?\] ", "", str(error).strip().partition("\n")[0])
+    return line.partition(". This is typically")[0] or repr(error)
+
+
+# ---- Memory -------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def out_of_memory_sentence(error: BaseException, config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
+    """What to change so that a step fits, the cheapest first; for an error that is out_of_memory."""
+    request = _request(error)
+    got = f"at --micro-batch-size {micro_batch_size}" + (f", asking for {request} more" if request else "")
+    return f"train: one step must fit into the memory of {describe(ranks.device)}, got out of memory {got}; " + _advice(
+        config, micro_batch_size, ranks
+    )
+
+
+def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
+    if micro_batch_size > 1:
+        sequences = config.tokens_per_step // (config.sequence_length * ranks.world_size)  # of one rank, per step
+        smaller = max(size for size in range(1, micro_batch_size) if sequences % size == 0)
+        also = " or --recompute block" if config.recompute == "none" else ""
+        return f"try --micro-batch-size {smaller} (the batch stays the same, in more micro-batches){also}"
+    steps = {"none": ["--recompute attention", "--recompute block"], "attention": ["--recompute block"]}
+    left = steps.get(config.recompute, []).copy()
+    if config.parallel == "ddp" and ranks.device.type == "cuda":
+        left.append(
+            "--parallel fsdp over more GPUs" + (" with --optim.name adamw" if config.optim.name == "muon" else "")
+        )
+    left.append(f"a --context shorter than {config.sequence_length}")
+    return f"try {', then '.join(left)} or a smaller preset"
+
+
+def _request(error: BaseException) -> str | None:
+    """Size of the allocation that failed, from PyTorch's message."""
+    if found := re.search(r"[Tt]ried to allocate (\d[\d.]* [KMG]iB)", str(error)):
+        return found[1]
+    found = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return format_bytes(int(found[1])) if found else None

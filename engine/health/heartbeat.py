@@ -1,0 +1,157 @@
+"""Heartbeat file and hang watchdog.
+
+OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state (running, stopped, done
+or failed) and reason. Each rank has a thread that reports its place to the others through torchrun's store. A rank of
+several that makes no progress for `timeout_minutes` says who is behind, writes its stacks to OUT and exits.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from engine.config import TrainConfig
+from engine.distributed import Ranks
+from engine.errors import LOST
+from engine.health import failures
+
+HEARTBEAT = "heartbeat"
+EVERY = 1.0  # seconds between two reports of a rank
+STALE = 5.0  # seconds after which a rank that does not report is said to be silent
+
+
+def write_heartbeat(out: str | Path, **fields: object) -> None:
+    """Replaces OUT/heartbeat in one piece, so that no reader sees half of it."""
+    path = Path(out) / HEARTBEAT
+    temporary = path.with_name(f".{HEARTBEAT}.writing")
+    temporary.write_text(json.dumps(fields) + "\n")
+    temporary.replace(path)
+
+
+Place = tuple[int, str, float]  # where a rank is: step, phase, time of its last report
+
+
+def account(rank: int, world_size: int, places: dict[int, Place], now: float) -> str:
+    """Which ranks the others wait for, as `rank` sees it. places: of every rank that has reported."""
+    furthest = max((step for step, _, _ in places.values()), default=0)
+    here = places.get(rank)
+    late = []
+    for other in range(world_size):
+        if other not in places:
+            late.append(f"rank {other} was not heard of")
+            continue
+        step, phase, seen = places[other]
+        is_elsewhere = here is not None and (step, phase) != here[:2]
+        if other != rank and (step < furthest or now - seen > STALE or is_elsewhere):
+            late.append(f"rank {other} was at step {step} ({phase}) and last heard of {now - seen:.0f} s ago")
+    return "; ".join(late) or "no other rank is behind"
+
+
+class Heartbeat:
+    """Context manager around the loop, which calls `at` when it begins a phase. Runs this rank's threads."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, start: int, micro_batch_size: int):
+        self.config, self.ranks, self.micro_batch_size = config, ranks, micro_batch_size
+        self.timeout = 60 * config.timeout_minutes
+        self.step, self.phase, self.since = start, "starting", time.time()
+        self.ends = ("failed", "")  # state and reason of the last heartbeat; the loop sets another
+        self._ended = threading.Event()
+        self._store = ranks.connect_store()  # a second connection: the main thread may be blocked on the first
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._reporter = threading.Thread(target=self._report, name="reports", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        if self._store is not None:
+            self._reporter.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Writes the last heartbeat. Raises a lost peer, or memory that ran out, as an error in words."""
+        self._ended.set()
+        self._thread.join()
+        if error is None:
+            self._beat(*self.ends)
+            return
+        explained = failures.explain(error, self.config, self.micro_batch_size, self.ranks, self.account)
+        self._beat("failed", str(explained or error) or repr(error))
+        if explained is not None:
+            raise explained from error
+
+    def at(self, step: int, phase: str) -> None:
+        """Marks progress: this rank begins a phase of a step."""
+        self.step, self.phase, self.since = step, phase, time.time()
+
+    def account(self) -> str:
+        """Where this rank is and which ranks are behind."""
+        here = self.step, self.phase, time.time()
+        return f"rank {self.ranks.rank} at step {self.step} ({self.phase}): " + account(
+            self.ranks.rank, self.ranks.world_size, self._places() | {self.ranks.rank: here}, time.time()
+        )
+
+    def _run(self) -> None:
+        while True:
+            self._beat("running", "")
+            waited = time.time() - self.since
+            # Later than the collectives' own timeout. One process alone holds up no other: its steps may take hours.
+            if self.ranks.world_size > 1 and waited > self.timeout + 2 * EVERY:
+                self._leave(waited)
+            if self._ended.wait(min(EVERY, self.timeout / 4)):
+                return
+
+    def _beat(self, state: str, reason: str) -> None:
+        if self.ranks.is_first:
+            with contextlib.suppress(OSError):  # the checkpoints report a full disk
+                write_heartbeat(
+                    self.config.out,
+                    step=self.step,
+                    num_steps=self.config.num_steps,
+                    time=self.since,
+                    state=state,
+                    reason=reason,
+                )
+
+    def _report(self) -> None:
+        """Runs in a thread of its own: a request to a store whose host is cut off may hang for minutes."""
+        while not self._ended.is_set():
+            with contextlib.suppress(RuntimeError):  # the store is gone with its host: the collectives will fail too
+                self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.phase, time.time()]))
+            self._ended.wait(min(EVERY, self.timeout / 4))
+
+    def _places(self) -> dict[int, Place]:
+        """What the ranks reported, as far as the store answers within STALE seconds."""
+        places: dict[int, Place] = {}
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                for rank in range(self.ranks.world_size if self._store is not None else 0):
+                    if self._store.check([f"place/{rank}"]):
+                        places[rank] = tuple(json.loads(self._store.get(f"place/{rank}")))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(STALE)
+        return dict(places)
+
+    def _leave(self, waited: float) -> None:
+        """Ends this process, whose main thread hangs."""
+        stacks = Path(self.config.out) / f"hang_rank{self.ranks.rank}.txt"
+        where = f"its stacks are in {stacks}"
+        try:
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"its stacks could not be written to {stacks}: {error.strerror}"
+        print(
+            f"train: a step must make progress within the {self.config.timeout_minutes:g} min of --timeout-minutes, "
+            f"got none for {waited:.0f} s: {self.account()}; {where}; the same command goes on from the last "
+            "checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._beat("failed", "hang")
+        os._exit(LOST)

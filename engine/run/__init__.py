@@ -1,0 +1,1 @@
+"""A run on the disk: checkpoints, metrics, pictures, and finding the way back into them."""

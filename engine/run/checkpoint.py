@@ -1,0 +1,387 @@
+"""Checkpoints: complete or absent, never in between, and loading one runs no code from it.
+
+    OUT/checkpoints/step_00001200/
+        model.safetensors       the raw model's parameters, under the released names
+        optimizer.safetensors   per parameter: running mean, running square, number of updates
+        sharded/                in place of those two where the model is sharded: each process's part of both
+        state.json              step, tokens, config, data digest, validation loss, loss scale, world size
+        manifest.json           bytes and sha256 of all others
+
+A checkpoint is written under a temporary name, each file fsynced, the manifest last, then renamed and the parent
+fsynced; it exists when its manifest verifies. The digests are our own because PyTorch and safetensors load flipped
+bits without a word. Only after a good save are older ones deleted, and never the one with the lowest validation loss.
+No random state is needed: the order of the data and the dropout masks are functions of (seed, step).
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from engine.distributed import local
+from engine.errors import BadInput, Diverged
+from engine.optim import allocate_state
+
+MANIFEST = "manifest.json"
+VERSION = 1  # of the layout
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+SHARDED = "sharded"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose digests have been verified."""
+
+    path: Path
+    state: dict
+
+    @property
+    def step(self) -> int:
+        """Updates done."""
+        return self.state["step"]
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether training can go on from it; imported weights cannot."""
+        return (self.path / SHARDED).is_dir() or (self.path / OPTIMIZER).exists()
+
+
+# ---- Write --------------------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds besides its state: `model.<name>` and `optimizer.<name>.<moment>`.
+
+    model is the raw one. The tensors are the live ones, sharded where the model is.
+    """
+    named = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if optimizer is not None and optimizer.state:
+        for name, p in model.named_parameters():
+            if p not in optimizer.state:  # a sharded model whose weights are gathered shows others than it trains
+                raise RuntimeError(f"checkpoint: every parameter must be the optimizer's, got another {name}")
+            state = optimizer.state[p]
+            named |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
+    return named
+
+
+def save(
+    out: str | Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_last: int
+) -> Path:
+    """Writes a checkpoint of a model that is not sharded, at once. See `write`."""
+    return write(out, state, named_tensors(model, optimizer), keep_last, print)
+
+
+def write(
+    out: str | Path,
+    state: dict,
+    tensors: dict[str, Tensor],
+    keep_last: int,
+    warn: Callable[[str], None],
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes the checkpoint of state["step"], then deletes older ones; returns its path.
+
+    tensors: as `named_tensors` returns, not changed meanwhile. The keep_last newest stay, and the one with the lowest
+    state["val_loss"]. With a group all its processes call this, each with its shards and all seeing `out`; without one,
+    one process does.
+    Raises OSError if the disk refuses and Diverged if a weight is not finite; the older checkpoints stay.
+    """
+    root = Path(out) / "checkpoints"
+    final = root / f"step_{state['step']:08d}"
+    writing = root / f".writing_{final.name}"
+    is_first = group is None or dist.get_rank(group) == 0
+    try:
+        with _fail_together(group):
+            _check_finite(tensors)
+            if is_first:
+                _open(root, writing)
+        with _fail_together(group):
+            files = _write_sharded(writing, tensors, group) if group is not None else _write_whole(writing, tensors)
+        with _fail_together(group):
+            if is_first:
+                _commit(writing, final, files, state)
+    finally:
+        if is_first:
+            shutil.rmtree(writing, ignore_errors=True)
+            recover(root)
+    if is_first:
+        _rotate(root, final, keep_last, warn)
+    return final
+
+
+@contextlib.contextmanager
+def _fail_together(group: dist.ProcessGroup | None):
+    """What fails on one process of the group fails on all of them, so that none waits for a file that never comes."""
+    error = None
+    try:
+        yield
+    except (OSError, Diverged) as raised:
+        error = raised
+    errors = [error]
+    if group is not None:
+        errors *= dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group)
+    if (first := next((e for e in errors if e is not None), None)) is not None:
+        raise first
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(local(tensor)).all():
+            raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
+
+
+def _open(root: Path, writing: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    recover(root)
+    for leftover in root.glob(".writing_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    writing.mkdir()
+
+
+def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
+    """Writes weights and optimizer as one file each; returns their entries of the manifest."""
+    files = {}
+    for name in (MODEL, OPTIMIZER):
+        prefix = name.removesuffix("safetensors")  # also of the names in `tensors`
+        chosen = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        if chosen:
+            _save_tensors(writing / name, chosen)
+            files[name] = _flushed(writing / name)
+    return files
+
+
+def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
+    """Every process of the group writes, flushes and digests its own shards; returns all entries of the manifest."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # safetensors: no pickle in it
+
+    directory = writing / SHARDED
+    try:
+        storage = HuggingFaceStorageWriter(path=str(directory), save_distributed=True)
+        dcp.save(tensors, storage_writer=storage, process_group=group)
+    except dcp.api.CheckpointException as error:  # on every process, with the reason of the one that failed
+        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    mine = {f"{SHARDED}/{path.name}": _flushed(path) for path in sorted(directory.iterdir())[rank::world_size]}
+    entries: list[dict] = [{}] * world_size
+    dist.all_gather_object(entries, mine, group)
+    if rank == 0:
+        _fsync(directory)
+    return {name: entry for theirs in entries for name, entry in theirs.items()}
+
+
+def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> None:
+    """Adds state and manifest, and gives the directory its name: from then on the checkpoint exists."""
+    (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    files = files | {STATE: _flushed(writing / STATE)}
+    (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    _fsync(writing / MANIFEST)
+    _fsync(writing)
+    replaced = final.with_name(f".replaced_{final.name}")
+    if final.exists():  # of a run that was resumed from before it, or one that no longer verifies
+        final.rename(replaced)
+    writing.rename(final)
+    _fsync(final.parent)
+
+
+def recover(root: Path) -> None:
+    """Gives a checkpoint its name back if its replacement ended between two renames, or deletes what was replaced."""
+    for replaced in root.glob(".replaced_*"):
+        final = root / replaced.name.removeprefix(".replaced_")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)
+
+
+def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]) -> None:
+    """Deletes all up to `final` but the newest keep_last and the best. Later ones stay: `final` may be a step back."""
+    spared = best(root.parent)
+    for old in [path for path in _directories(root) if path <= final][:-keep_last]:
+        if old != spared:
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                warn(f"checkpoint: {old} is no longer needed but could not be deleted: {error}")
+
+
+def best(out: str | Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, or None if none was saved where the run was evaluated."""
+    losses = []
+    for path in _directories(Path(out) / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: it may hold anything
+            loss = json.loads((path / STATE).read_text()).get("val_loss")
+            if isinstance(loss, float) and math.isfinite(loss):  # NaN is below nothing, and so may come out first
+                losses.append((loss, path))
+    return min(losses)[1] if losses else None
+
+
+def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: local(tensor).contiguous().cpu() for name, tensor in chosen.items()}, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, which a colleague cannot read
+
+
+def _flushed(path: Path) -> dict:
+    """A file's entry of the manifest, once it is on the disk."""
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _directories(root: Path) -> list[Path]:
+    """Checkpoint directories, oldest step first."""
+    return sorted(path for path in root.glob("step_*") if path.is_dir())
+
+
+# ---- Find ---------------------------------------------------------------------------------------------------------
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None if every digest verifies."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
+        files = manifest["files"]
+        for name, expected in files.items():
+            found = (path / name).stat().st_size
+            if found != expected["bytes"]:
+                return f"{name} must have {expected['bytes']} bytes, got {found}"
+            if _sha256(path / name) != expected["sha256"]:
+                return f"{name} does not match its sha256"
+        weights = SHARDED if (path / SHARDED).is_dir() else MODEL
+        listed = {name.partition("/")[0] for name in files}
+        if missing := {weights, STATE} - listed:
+            return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
+        if strangers := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
+            return f"{MANIFEST} must list {' and '.join(sorted(strangers))}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+def read(path: str | Path) -> Checkpoint:
+    """The checkpoint at a path. Raises BadInput if it is not whole."""
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput(f"checkpoint: must be a directory such as OUT/checkpoints/step_00000100, got {path}")
+    if (reason := damage(path)) is not None:
+        raise BadInput(f"checkpoint: {path} must be whole, but {reason}; use an older one")
+    try:
+        return Checkpoint(path, json.loads((path / STATE).read_text()))
+    except ValueError as error:  # whoever made it also made its digest
+        raise BadInput(
+            f"checkpoint: {path} must be whole, but {STATE} is no JSON: {error}; use an older one"
+        ) from error
+
+
+def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, or None if it has none at all; `warn` is told of each that is passed over.
+
+    Raises BadInput, with each one's reason, if there are checkpoints and none is whole.
+    """
+    found = _directories(Path(out) / "checkpoints")
+    reasons = []
+    for path in reversed(found):
+        if (reason := damage(path)) is None:
+            for line in reasons:
+                warn(f"passing over {line}")
+            return read(path)
+        reasons.append(f"{path}: {reason}")
+    if reasons:
+        raise BadInput(
+            "checkpoint: one must be whole to go on, but\n  " + "\n  ".join(reasons) + "\n"
+            "  to set this run aside and start afresh, add --resume never"
+        )
+    return None
+
+
+# ---- Load ---------------------------------------------------------------------------------------------------------
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copies the checkpoint's parameters into the raw model. Raises BadInput if names or shapes differ.
+
+    Any checkpoint fills any model, whole or sharded; if this one is sharded, all its processes call it.
+    """
+    _fill(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, "model.", "parameters")
+
+
+def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives the optimizer the state it had. Raises BadInput if the checkpoint has none, as imported weights do."""
+    if not checkpoint.has_optimizer:
+        raise BadInput(
+            f"checkpoint: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; "
+            "train from them with --init-from and another --out"
+        )
+    allocate_state(optimizer)
+    targets = {name: t for name, t in named_tensors(model, optimizer).items() if name.startswith("optimizer.")}
+    _fill(checkpoint, targets, "optimizer.", "optimizer's state")
+
+
+def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:
+    """Copies what is saved under a prefix into tensors of the same names and shapes."""
+    path = checkpoint.path
+    if is_sharded := (path / SHARDED).is_dir():
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+        reader = HuggingFaceStorageReader(str(path / SHARDED))
+        shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+    else:
+        try:
+            file = safe_open(path / f"{prefix}safetensors", "pt")
+        except SafetensorError as error:  # whoever made it also made its digest
+            raise BadInput(f"checkpoint: {path} must hold safetensors, got {prefix}safetensors: {error}") from error
+        shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+    wrong = sorted(set(shapes) ^ set(targets)) or [n for n in targets if shapes[n] != tuple(targets[n].shape)]
+    if wrong:
+        differing = wrong[0].removeprefix(prefix)
+        raise BadInput(f"checkpoint: {path} must hold this model's {what}, but {differing} differs")
+    if is_sharded:
+        import torch.distributed.checkpoint as dcp
+
+        alone = not any(isinstance(target, DTensor) for target in targets.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no process group is there
+            dcp.load(dict(targets), storage_reader=reader, no_dist=alone)
+        return
+    for name, target in targets.items():
+        saved = file.get_tensor(name.removeprefix(prefix))
+        if isinstance(target, DTensor):  # every process has the whole tensor and keeps its part
+            saved = distribute_tensor(
+                saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            )
+        target.copy_(saved)

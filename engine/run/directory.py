@@ -1,0 +1,120 @@
+"""The run directory: making it, its room on the disk, its config.json, and the last words of a run."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from engine import config
+from engine.config import CONFIG_FILE, TrainConfig
+from engine.device import format_bytes
+from engine.errors import BadInput
+from engine.run import metrics, plots
+from model.presets import GPT2Config, parameter_shapes
+
+_REST_OF_A_RUN = 2**20  # bytes left for metrics, samples and pictures
+_HEADER = 128  # bytes that safetensors' header takes for one tensor, at most
+_JSON = 8192  # bytes of state.json and manifest.json
+
+
+def open_out(out: str | Path, resume: str) -> None:
+    """Makes the run directory; with resume "never" sets an old one aside. Raises BadInput if it cannot be written."""
+    out = Path(out)
+    try:
+        if resume == "never" and out.is_dir() and any(out.iterdir()):
+            number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.old{n}").exists())
+            out.rename(out.with_name(f"{out.name}.old{number}"))
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(
+            f"train: --out must be a directory that can be written, got {out}: {error.strerror}; choose another --out"
+        ) from error
+
+
+def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:
+    """Writes config.json: the config, the tokenizer, and what was chosen where the config says auto."""
+    path = Path(train.out) / CONFIG_FILE
+    temporary = path.with_name(f".{CONFIG_FILE}.writing")
+    fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved}
+    temporary.write_text(json.dumps(fields, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def tokenizer_name(run: str | Path) -> str:
+    """The tokenizer that a run's config names."""
+    return json.loads((Path(run) / CONFIG_FILE).read_text()).get("tokenizer", "gpt2")
+
+
+def report(train: TrainConfig, unit: str, outcome: str) -> str:
+    """The last words of a run: a sample, the validation loss, and where everything is."""
+    out = Path(train.out)
+    rows = metrics.read_rows(out / metrics.METRICS_FILE)
+    val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), float("nan"))
+    files = [plots.LOSS_CURVE, plots.LR_SCHEDULE, metrics.SAMPLES_FILE]
+    return "\n".join(
+        [
+            "",
+            metrics.last_sample(out / metrics.SAMPLES_FILE),
+            "",
+            f"{outcome}: {train.num_steps:,} steps, final validation loss {val_loss:.4f} nats per {unit}",
+            *(f"  {out / name}" for name in files),
+            f"try: gpt2 sample --run {out} --prompt {shlex.quote(train.prompt)}",
+        ]
+    )
+
+
+# ---- Room on the disk ---------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
+    """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the optimizer's state.
+
+    AdamW keeps two moments and a step count per parameter. Muon keeps one moment per matrix of a block, and AdamW's of
+    the rest. None keeps nothing, as for imported weights.
+    """
+    elements = tensors = 0
+    for name, shape in parameter_shapes(model).items():
+        is_muon = optimizer == "muon" and len(shape) == 2 and name.startswith("h.")
+        moments, counts = (1, 0) if is_muon else (2, 1) if optimizer is not None else (0, 0)
+        elements += (1 + moments) * math.prod(shape) + counts
+        tensors += 1 + moments + counts
+    return 4 * elements + _HEADER * tensors + _JSON
+
+
+def check_disk(train: TrainConfig) -> None:
+    """Raises BadInput unless --out's disk has room for all checkpoints that will exist at one time.
+
+    These are keep_last, the one with the lowest validation loss, and the one being written; no more than the run
+    saves. Existing checkpoints count as room. Call it on one rank when something is left to train, after an old run was
+    set aside.
+    """
+    each = checkpoint_bytes(train.model, train.optim.name)
+    saves = 1 if train.save_every is None else math.ceil(train.num_steps / train.save_every)
+    count = min(train.keep_last + 2, saves)
+    there = _bytes_under(Path(train.out) / "checkpoints")
+    needed = max(each * count - there, each) + _REST_OF_A_RUN  # one is written before any is deleted
+    free = shutil.disk_usage(_existing(Path(train.out))).free
+    if free < needed:
+        most = (free - _REST_OF_A_RUN + there) // each - 2
+        lower = f"lower --keep-last to {most}, " if 1 <= most < train.keep_last else ""
+        raise BadInput(
+            f"train: the disk of --out {train.out} must have {format_bytes(needed)} free, for {count} checkpoint"
+            f"{'s' if count > 1 else ''} of {format_bytes(each)}"
+            f"{f' less the {format_bytes(there)} there' if there else ''}, got "
+            f"{format_bytes(free)}; {lower}make room there or choose another --out"
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of path and its parents that exists."""
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _bytes_under(directory: Path) -> int:
+    return sum(path.lstat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,198 @@
+"""Weights in and out of runs: loading a run's model, importing released weights, and exporting for transformers.
+
+An exported directory opens with `transformers.AutoModelForCausalLM` and `AutoTokenizer` without a network. Of its
+tokenizer, vocab.json maps each token, its bytes written as GPT-2's printable characters, to its id; merges.txt has one
+merge a line, in the order they were learned. The ids are ours for any text with one exception: a literal <|endoftext|>
+in the text becomes the end-of-text id there and is ordinary text here.
+Source: encoder.py in github.com/openai/gpt-2 (characters and files).
+"""
+
+import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from engine import config
+from engine.config import TrainConfig
+from engine.errors import BadInput
+from engine.run import checkpoint as checkpoints
+from engine.run import directory as directories
+from engine.run import resume
+from engine.run.checkpoint import Checkpoint
+from engine.tokens import shards
+from engine.tokens import tokenizer as tokenizers
+from engine.tokens.tokenizer import END_OF_TEXT, Tokenizer, gpt2_ranks
+from model.gpt2 import GPT2, GPT2Config
+
+
+def load_model(
+    run: str | Path, warn: Callable[[str], None] = print, is_best: bool = False
+) -> tuple[GPT2, Tokenizer, Checkpoint]:
+    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, or of the one with the lowest validation loss.
+
+    The model is float32 and in eval mode. Raises BadInput if there is no such checkpoint.
+    """
+    config.load(run)  # an error message of its own for a directory that is no run
+    lowest = checkpoints.best(run) if is_best else None
+    checkpoint = checkpoints.newest(run, warn) if lowest is None else checkpoints.read(lowest)
+    if checkpoint is None:
+        raise BadInput(f"run: {run} must hold a checkpoint, got none yet; wait for its first save")
+    if is_best and lowest is None:
+        raise BadInput(
+            f"run: {run} must hold a checkpoint with a validation loss to have a best one, got none; leave out --best "
+            f"to take the newest, of step {checkpoint.step}"
+        )
+    identity = checkpoint.state["identity"]
+    model = GPT2(GPT2Config(**identity["model"]))
+    checkpoints.load_weights(checkpoint, model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+        model.configure("auto", torch.float32)
+    return model.eval(), tokenizers.load(identity["tokenizer"]), checkpoint
+
+
+def load_weights(source: str, model: GPT2) -> None:
+    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2 name.
+
+    Raises BadInput if the source cannot be read or is a model of another shape.
+    """
+    if (Path(source) / "checkpoints").is_dir():
+        loaded, _, _ = load_model(source)
+    else:
+        try:
+            loaded = GPT2.from_pretrained(source)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+    ours, theirs = model.config, loaded.config
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise BadInput(
+                f"train: --init-from must have this model's {name} {getattr(ours, name)}, got "
+                f"{getattr(theirs, name)} in {source}"
+            )
+    model.load_state_dict(loaded.state_dict())
+
+
+def check_tokenizer(data_directory: str, expected: str) -> None:
+    """Raises BadInput unless the shards of a directory were made with the tokenizer of the model."""
+    if (name := shards.tokenizer_name(data_directory)) != expected:
+        raise BadInput(
+            f"data: the shards must be made with the model's tokenizer {expected}, got {name} in {data_directory}; "
+            f"prepare them with --tokenizer {expected}"
+        )
+
+
+def import_weights(source: str, out: str) -> Path:
+    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns the checkpoint.
+
+    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is not new or empty.
+    """
+    _check_new("import", out)
+    try:
+        model = GPT2.from_pretrained(source)
+    except ValueError as error:
+        raise BadInput(f"import: {error}") from error
+    sizes = {kind.vocab_size: name for name, kind in tokenizers.TOKENIZERS.items()}
+    if model.config.vocab_size not in sizes:
+        raise BadInput(
+            f"import: the vocabulary must be that of a tokenizer here, {sizes}, got "
+            f"{model.config.vocab_size} in {source}"
+        )
+    train = TrainConfig(out=str(out), model=model.config)
+    directories.open_out(train.out, train.resume)
+    name = sizes[model.config.vocab_size]
+    directories.write_config(train, name, {"imported_from": source})
+    identity = resume.identity(train, name, "none")
+    state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
+    return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
+
+
+def export(run: str, out: str, is_best: bool = False) -> None:
+    """Writes a run's newest checkpoint, or its best, and its tokenizer for transformers.
+
+    Raises BadInput if `out` is taken or cannot be written.
+    """
+    _check_new("export", out)
+    model, tokenizer, _ = load_model(run, is_best=is_best)
+    try:
+        model.save_pretrained(out)
+        save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
+    except OSError as error:
+        raise BadInput(f"export: --out must be a directory that can be written, got {out}: {error.strerror}") from error
+
+
+def _check_new(command: str, out: str) -> None:
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
+
+
+# ---- Tokenizer files ----------------------------------------------------------------------------------------------
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length: int) -> None:
+    """Writes the tokenizer's files beside a model's; each appears whole or not at all.
+
+    model_max_length: tokens, the model's n_positions. Raises BadInput if the directory cannot be written.
+    """
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    ranks = gpt2_ranks() if tokenizer.name == "gpt2" else {bytes([byte]): byte for byte in range(256)}
+    characters = byte_characters()
+    vocabulary = {_written(token, characters): rank for token, rank in ranks.items()}
+    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
+    lines = [f"{_written(left, characters)} {_written(right, characters)}" for left, right in merges(ranks)]
+    contents = {
+        "vocab.json": json.dumps(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *lines, ""]),  # readers skip the first line
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+    }
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            temporary.write_text(content, encoding="utf-8", newline="\n")
+            os.replace(temporary, folder / name)
+    except OSError as error:
+        raise BadInput(
+            f"tokenizer: {folder} must be a directory that can be written, got {error}; choose another or make room"
+        ) from error
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's printable character of each byte: itself where it has one, else the next from U+0100 up."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token of several bytes was merged from, in the order of the ranks.
+
+    A token's pair is what its bytes come to when every merge learned before it has been applied.
+    """
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            i = joined.index(min(joined))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _written(token: bytes, characters: list[str]) -> str:
+    return "".join(characters[byte] for byte in token)

@@ -1,0 +1,268 @@
+"""Everything before the first step: `build` makes a Run of a config, in time order.
+
+    read_data      tokenizer, shards, batches: is the input good?
+    find_past      the checkpoint to go on from, if any
+    build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
+    open_record    metrics, saver, heartbeat, trace
+
+Bad input ends the run here, on all ranks together, before the GPU has done any work for it.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine import config as configs
+from engine import device, distributed, evaluation, optim
+from engine.config import TrainConfig, batch_shape
+from engine.distributed import Ranks
+from engine.errors import BadInput
+from engine.health import replicas
+from engine.health.heartbeat import Heartbeat
+from engine.health.timing import Clock, Part, Trace, phase
+from engine.run import directory, export, resume
+from engine.run.checkpoint import Checkpoint
+from engine.run.metrics import Metrics
+from engine.run.saver import Saver
+from engine.step import Guard, Mailbox, Step
+from engine.tokens import shards
+from engine.tokens import tokenizer as tokenizers
+from engine.tokens.batches import Batches
+from engine.tokens.shards import TokenStream
+from engine.tokens.tokenizer import Tokenizer
+from model.gpt2 import GPT2
+
+
+@dataclass
+class Data:
+    """What a run reads: its tokenizer, both splits, and the batches of this rank."""
+
+    tokenizer: Tokenizer
+    train_stream: TokenStream
+    val_stream: TokenStream
+    val_windows: np.ndarray  # numbers of the validation windows
+    micro_batch_size: int  # B, sequences per forward pass of this rank
+    accumulation: int  # micro-batches per step of this rank
+    batches: Batches
+
+
+@dataclass
+class Past:
+    """Where a run begins: at step 0, or where its checkpoint left off."""
+
+    identity: dict  # what the run must share with its past: see resume.FIXED
+    checkpoint: Checkpoint | None
+    step: int  # updates done
+    tokens: int  # trained on
+
+
+@dataclass
+class Run:
+    """One training run: owns its parts, enters and closes them, and knows what a checkpoint must hold."""
+
+    config: TrainConfig
+    ranks: Ranks
+    data: Data
+    past: Past
+    precision: str  # "auto" resolved
+    raw_model: GPT2  # the one that is saved, evaluated and sampled
+    update: Step  # holds the compiled and wrapped model, which is the one that trains
+    replica_group: dist.ProcessGroup | None
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    record: Metrics = field(init=False)  # this and what follows: see open_record
+    saver: Saver = field(init=False)
+    heartbeat: Heartbeat = field(init=False)
+    trace: Trace = field(init=False)
+
+    def state(self, step: int, val_loss: float | None) -> dict:
+        """What a checkpoint holds besides weights and optimizer, as JSON types. Waits for the device."""
+        return {
+            "step": step,
+            "tokens": self.record.tokens(step),
+            "val_loss": val_loss,
+            "identity": self.past.identity,
+            "config": configs.to_dict(self.config),
+            "world_size": self.ranks.world_size,
+            "scaler": self.update.scaler.state_dict(),
+            "guard": self.update.guard.state_dict(),
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fills weights, optimizer, loss scale and guard. Raises BadInput if the checkpoint is another model's."""
+        resume.restore(checkpoint, self.raw_model, self.update.optimizer, self.ranks)
+        state, scaler, guard = checkpoint.state, self.update.scaler, self.update.guard
+        if scaler.is_enabled() and state["scaler"]:  # the checkpoint may be of a run in another precision
+            scaler.load_state_dict(state["scaler"])
+        guard.load_state_dict(state.get("guard", guard.state_dict()))
+
+    @contextmanager
+    def doing(self, what: Part, step: int) -> Iterator[None]:
+        """Tells heartbeat, clock and trace what the loop does inside."""
+        self.heartbeat.at(step, what)
+        with self.update.clock.part(what), phase(what):
+            yield
+
+    def validation_loss(self) -> float:
+        """Mean loss over the validation windows, in nats per token. All ranks call it."""
+        data, context = self.data, self.config.sequence_length
+        return evaluation.mean_loss(self.raw_model, data.val_stream, data.val_windows, context, self.ranks)
+
+    def sample(self) -> str:
+        """The config's prompt continued by the model as it is now. All ranks call it; rank 0 has the text."""
+        config = self.config
+        return evaluation.sample(
+            self.raw_model,
+            self.data.tokenizer,
+            config.prompt,
+            config.sample_tokens,
+            seed=config.seed,
+            ranks=self.ranks,
+        )
+
+    def check_replicas(self) -> str | None:
+        """An error message, the same on every rank, if replicas differ in a bit of their weights; else None."""
+        return replicas.check(self.raw_model, self.ranks, self.replica_group)
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as parts:
+            parts.enter_context(self.heartbeat)  # closed last: it turns what went wrong into words
+            parts.enter_context(closing(self.data.batches))
+            parts.enter_context(closing(self.record))
+            parts.enter_context(self.saver)
+            parts.enter_context(closing(self.trace))
+            self._parts = parts.pop_all()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._parts.__exit__(kind, error, trace)
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Run | None:
+    """The run, ready for its first step, or None if it is complete. All ranks call it.
+
+    Raises BadInput, the same on all ranks, if config, data, checkpoint or machine will not do.
+    """
+    with ranks.fail_together():
+        data = read_data(config, ranks)
+        precision, why = device.choose_precision(config.precision, ranks.device)
+    past = find_past(config, data, ranks)
+    precision, why = ranks.broadcast_object((precision, why))  # on a CPU it was chosen by timing
+    if past.step == config.num_steps:
+        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
+        return None
+    run = build_model(config, data, past, ranks, (precision, why))
+    open_record(run)
+    return run
+
+
+def read_data(config: TrainConfig, ranks: Ranks) -> Data:
+    """Opens the shards. Raises BadInput if they are bad, too few, or of another vocabulary than the model's."""
+    tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
+    check_vocabulary(config.model.vocab_size, tokenizer, config.data)
+    shape = batch_shape(config, ranks.world_size)
+    train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
+    context = config.sequence_length
+    windows = evaluation.windows(val, context, config.eval_tokens)
+    pin = ranks.device.type == "cuda"
+    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, pin)
+    return Data(tokenizer, train, val, windows, *shape, batches)
+
+
+def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str) -> None:
+    """Raises BadInput unless the model has exactly the tokens of the data's tokenizer."""
+    if vocab_size != tokenizer.vocab_size:
+        raise BadInput(
+            f"train: the model must have the {tokenizer.vocab_size} tokens of {data_directory}'s tokenizer "
+            f"{tokenizer.name}, got {vocab_size}; prepare the data with another --tokenizer, or choose a preset that "
+            "fits"
+        )
+
+
+def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
+    """Opens --out on rank 0 and finds the checkpoint to go on from. Raises BadInput if ranks or runs differ."""
+    digest = shards.digest([data.train_stream, data.val_stream], config.data)
+    identity = resume.identity(config, data.tokenizer.name, digest)
+    ranks.check_alike(resume.facts(config, identity))
+    checkpoint = None
+    with ranks.fail_together():
+        if ranks.is_first:  # the only rank that writes OUT; other hosts need not see it
+            directory.open_out(config.out, config.resume)
+            checkpoint = resume.find_checkpoint(config, identity, ranks.print0)
+    checkpoint = ranks.broadcast_object(checkpoint)
+    if checkpoint is None:
+        return Past(identity, None, step=0, tokens=0)
+    return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"])
+
+
+def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, precision: tuple[str, str]) -> Run:
+    """Makes model and optimizer, fills them, and says on rank 0 what will run. precision: its name, and why."""
+    resume.check_shared_out(config.out, config.parallel, ranks)
+    torch.manual_seed(config.seed)
+    raw_model = GPT2(config.model)
+    with ranks.fail_together():
+        if ranks.is_first:
+            directory.check_disk(config)
+            if config.init_from is not None and past.checkpoint is None:
+                export.load_weights(config.init_from, raw_model)
+    if config.init_from is not None:
+        ranks.broadcast([p.detach() for p in raw_model.parameters()])
+
+    compute_dtype = device.apply_precision(precision[0])
+    is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
+    model = distributed.wrap(
+        raw_model,
+        ranks,
+        parallel=config.parallel,
+        shard_size=config.shard_size,
+        reshard=config.reshard,
+        is_compiled=is_compiled,
+        compute_dtype=compute_dtype,
+    )
+    try:
+        ops = raw_model.configure(config.kernels, compute_dtype, config.recompute)
+    except ValueError as error:  # --kernels asks for what cannot run here
+        raise BadInput(f"train: {error}") from error
+
+    optimizer = optim.build(raw_model, config.optim)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
+    guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
+    if ranks.world_size > 1 and config.parallel == "ddp":
+        clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
+    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock)
+    run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
+    if past.checkpoint is not None:
+        run.load(past.checkpoint)
+    ranks.print0(
+        summary(run)
+        + f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
+        + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
+    )
+    return run
+
+
+def summary(run: Run) -> str:
+    """What is trained on what, and how a step is cut up: the first two lines of a run."""
+    config, data, ranks = run.config, run.data, run.ranks
+    unit = data.tokenizer.unit
+    return (
+        f"{config.name}: {run.raw_model.num_parameters():,} parameters; {len(data.train_stream):,} training and "
+        f"{len(data.val_stream):,} validation {unit}s in {config.data}\n"
+        f"step: {config.tokens_per_step:,} {unit}s = {data.micro_batch_size} sequences x {config.sequence_length} x "
+        f"{data.accumulation} micro-batches x {ranks.world_size} processes on {ranks.device.type}\n"
+    )
+
+
+def open_record(run: Run) -> None:
+    """Opens what the run leaves on the disk, and what keeps watch over it."""
+    config, ranks, past, data = run.config, run.ranks, run.past, run.data
+    if ranks.is_first:
+        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size}
+        directory.write_config(config, data.tokenizer.name, resolved)
+    run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
+    run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
+    run.trace = Trace(config.profile, config.out, ranks)
+    run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)

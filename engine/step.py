@@ -1,0 +1,166 @@
+"""One update of the weights, and the guard that decides whether it is made.
+
+    loss = mean over all micro-batches of all ranks;  g = its gradient;  clip g to a norm;  AdamW or Muon
+
+The guard skips an update whose loss or gradient norm is not finite, and on request one whose loss spikes. All of it
+runs on the device. Every rank judges the same two numbers, the mean loss and the norm of the whole gradient, so all
+ranks skip together. The fused optimizer takes the verdict as its `found_inf` and leaves weights, moments and step count
+alone. The host reads the verdict one step later, together with the other numbers, and never waits for it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed, optim
+from engine.distributed import Ranks
+from engine.errors import Diverged
+from engine.health.timing import Clock, phase
+from engine.tokens.batches import derived_seed
+
+SIGNAL, OUT_OF_TIME = "a signal", "--max-minutes"  # why a run stops early
+WINDOW = 100  # updates in the running mean of the loss; as many must be made before a loss can be a spike
+SKIPPED = 3  # index in Guard.state of the first of its two counts
+
+
+class Numbers(NamedTuple):
+    """What one update tells the host. On the device it is one (6,) float64 tensor, equal on all ranks."""
+
+    loss: float  # mean over the global batch, nats per token
+    grad_norm: float  # of the whole gradient, before clipping
+    signalled: float  # ranks that have received a signal
+    out_of_time: float  # ranks that are out of time
+    skipped: float  # updates skipped in all, this one included
+    streak: float  # updates skipped in a row, up to this one
+
+
+class Mailbox:
+    """Carries Numbers from the device to the host one step late, when the copy has long arrived.
+
+    Every rank reads the numbers of the same step at the same step, so all ranks act on them together.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def exchange(self, numbers: Tensor) -> Numbers | None:
+        """Sends this step's numbers and returns those of the step before, or None the first time."""
+        before = self._sent
+        if numbers.is_cuda:
+            copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            copy.copy_(numbers, non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+            self._sent = copy, arrival
+        else:
+            self._sent = numbers, None
+        if before is None:
+            return None
+        if before[1] is not None:
+            before[1].synchronize()  # of the step before: this step's work is queued behind it
+        return Numbers(*before[0].numpy().tolist())
+
+
+class Guard:
+    """Decides which updates are made. Its state is saved with the checkpoints, so a resumed run decides alike.
+
+    state: (5,) float64 on the device: running mean and variance of the loss, updates made, skipped, skipped in a row.
+    """
+
+    def __init__(self, device: torch.device, max_skipped: int = 20, skip_z_score: float | None = None):
+        self.max_skipped, self.skip_z_score = max_skipped, skip_z_score
+        self.state = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether to skip this update: 1.0 or 0.0, a float32 scalar on the device. Does not wait for the device."""
+        mean, variance, count, skipped, streak = self.state
+        loss = loss.double()
+        skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self.skip_z_score is not None:
+            skip |= (count >= WINDOW) & (loss > mean + self.skip_z_score * variance.sqrt())
+        weight = 1.0 / (count + 1).clamp(max=WINDOW)  # plain mean at first, then over about the last WINDOW
+        delta = loss - mean
+        made = torch.stack([mean + weight * delta, (1 - weight) * (variance + weight * delta**2), count + 1])
+        made = torch.where(skip, self.state[:SKIPPED], made)  # a skipped loss must not move the mean
+        self.state = torch.cat([made, torch.stack([skipped + skip, (streak + 1) * skip])])
+        return skip.float()
+
+    def counts(self) -> Tensor:
+        """Updates skipped in all, and in a row up to the last one: (2,) float64 on the device."""
+        return self.state[SKIPPED:]
+
+    def verdict(self, numbers: Numbers, step: int) -> str | None:
+        """Why the run must stop, or None, given the numbers of an update before `step`.
+
+        Raises Diverged after max_skipped skipped updates in a row: more of them will not help.
+        """
+        if numbers.streak >= self.max_skipped:
+            raise Diverged(
+                f"train: loss and gradient must be finite, got {int(numbers.streak)} updates in a row that were not, "
+                f"or spiked, up to step {step}; no checkpoint holds them: run again with a lower --optim.lr, or with "
+                "--precision bf16 or fp32 in place of fp16"
+            )
+        return SIGNAL if numbers.signalled else OUT_OF_TIME if numbers.out_of_time else None
+
+    def state_dict(self) -> list[float]:
+        """The state as JSON holds it, exactly. Waits for the device."""
+        return self.state.tolist()
+
+    def load_state_dict(self, state: list[float]) -> None:
+        """Takes the state of a checkpoint."""
+        self.state = torch.tensor(state, dtype=torch.float64, device=self.state.device)
+
+
+@dataclass
+class Step:
+    """Makes updates: forward and backward over the micro-batches, clipping, the optimizer."""
+
+    model: nn.Module  # compiled and wrapped: the one that is run
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: Guard
+    seed: int  # of the run: dropout is a function of (seed, step, rank)
+    clip: float  # largest norm of the whole gradient
+    ranks: Ranks
+    clock: Clock
+
+    def __call__(
+        self,
+        index: int,
+        micro_batches: list[tuple[Tensor, Tensor]],
+        lr: float,
+        asked: tuple[bool, bool] = (False, False),
+    ) -> Tensor:
+        """Makes update `index`, or skips it if the guard says so. Waits for nothing.
+
+        micro_batches: (tokens, targets), each (B, T) int64, of this rank. lr: peak-scaled learning rate of AdamW.
+        asked: whether this rank has a signal, and whether it is out of time. Returns Numbers as a (6,) float64 tensor.
+        """
+        device = self.ranks.device
+        torch.manual_seed(derived_seed(self.seed, index, self.ranks.rank))  # dropout needs no saved random state
+        shared = torch.zeros(3, device=device)  # loss, signals, time-outs: one all-reduce for all three
+        for flag, is_set in enumerate(asked, start=1):
+            shared[flag] = float(is_set)
+        for position, (tokens, targets) in enumerate(micro_batches):
+            is_last = position == len(micro_batches) - 1
+            distributed.synchronize_gradients(self.model, is_last)
+            tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with phase("forward"):
+                loss = self.model(tokens, targets) / len(micro_batches)
+            with phase("backward"):
+                self.scaler.scale(loss).backward()
+            shared[0] += loss.detach()
+        self.clock.synchronized()
+        with phase("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = distributed.clip(self.model, self.clip)
+            shared = self.ranks.sum(shared)
+            mean_loss = shared[:1] / self.ranks.world_size
+            self.optimizer.found_inf = self.guard.judge(mean_loss[0], grad_norm)  # 1.0: the optimizer changes nothing
+            optim.set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        return torch.cat([mean_loss.double(), grad_norm.double().reshape(1), shared[1:].double(), self.guard.counts()])

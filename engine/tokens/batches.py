@@ -1,0 +1,124 @@
+"""The batch of step s: a pure function of (data, seed, s).
+
+A keyed permutation orders all windows of an epoch: no window twice, none left out, and nothing to store. Step s takes
+the windows s * S to (s + 1) * S - 1 of the endless sequence of epochs, where S = tokens_per_step / T. Micro-batches and
+ranks are slices of those. So a run on 1, 2 or 8 GPUs sees the same batches, and resuming needs only the step number.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.errors import BadInput
+from engine.tokens.shards import TokenStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FEISTEL_ROUNDS = 6
+
+
+# ---- Order --------------------------------------------------------------------------------------------------------
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit words in which every input bit moves every output bit: splitmix64's finaliser.
+
+    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
+    """
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def derived_seed(*key: int) -> int:
+    """A seed of 63 bits that any change to the key changes."""
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = _mix(state ^ np.array([part % (1 << 64)], dtype=np.uint64))
+    return int(state[0]) >> 1
+
+
+def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Where a keyed permutation of range(size) sends each index: O(1) memory, int64 in and out.
+
+    A Feistel network permutes the 2h-bit words, the fewest that hold `size`; a word outside range(size) is sent on
+    until it falls inside, which keeps it a permutation and takes fewer than 4 turns on average.
+    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
+    """
+    round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    words = indices.astype(np.uint64)
+    outside = np.ones(words.shape, dtype=bool)
+    while outside.any():
+        word = words[outside]
+        left, right = word >> half, word & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        words[outside] = (left << half) | right
+        outside = words >= np.uint64(size)
+    return words.astype(np.int64)
+
+
+def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.ndarray:
+    """The windows of one step, (sequences,) int64, for all ranks and micro-batches; it may straddle two epochs."""
+    positions = np.arange(step * sequences, (step + 1) * sequences)
+    windows = np.empty_like(positions)
+    for epoch in np.unique(positions // num_windows):
+        now = positions // num_windows == epoch
+        windows[now] = permute(positions[now] % num_windows, num_windows, seed, int(epoch))
+    return windows
+
+
+# ---- Batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batches:
+    """What one rank trains on: `at(step)` gives its micro-batches, read ahead by a background thread."""
+
+    stream: TokenStream
+    context: int  # T, tokens per sequence
+    micro_batch_size: int  # B, sequences per forward pass on one rank
+    accumulation: int  # micro-batches per step
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    pin: bool = False  # page-locked memory, so that the copy to a GPU overlaps with work
+
+    def __post_init__(self) -> None:
+        self.sequences = self.micro_batch_size * self.accumulation * self.world_size  # per step, all ranks
+        self.num_windows = self.stream.num_windows(self.context)
+        if self.num_windows < self.sequences:
+            raise BadInput(
+                f"data: one step needs {self.sequences} sequences of {self.context} tokens, got a corpus of "
+                f"{self.num_windows} ({len(self.stream)} tokens); give more text or lower --tokens-per-step to at most "
+                f"{self.num_windows * self.context}"
+            )
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future] | None = None
+
+    def at(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
+        """This rank's micro-batches of a step: (tokens, targets), each (B, T) int64 on the CPU."""
+        ahead, self._ahead = self._ahead, None
+        micro_batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._load(step)
+        self._ahead = step + 1, self._reader.submit(self._load, step + 1)
+        return micro_batches
+
+    def _load(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
+        B, R = self.micro_batch_size, self.world_size
+        mine = step_windows(step, self.sequences, self.num_windows, self.seed).reshape(-1, R, B)[:, self.rank]
+        micro_batches = []
+        for indices in mine:  # (B,) each
+            windows = self.stream.windows(indices, self.context)  # (B, T + 1)
+            pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+            micro_batches.append(tuple(t.pin_memory() for t in pair) if self.pin else pair)
+        return micro_batches
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._reader.shutdown(wait=True, cancel_futures=True)

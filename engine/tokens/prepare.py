@@ -1,0 +1,339 @@
+"""Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
+
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`
+(see engine/tokens/sources.py).
+Each document is written as the end-of-text token, then its text's tokens. A document belongs to validation by a hash
+of its text, so a corpus that grows keeps its split; where that leaves a split empty, as with a single book, every
+document gives its tail instead. The same sources make the same bytes, whatever the number of workers.
+
+Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest last: a
+preparation that was stopped leaves nothing that could be taken for data.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engine.errors import BadInput
+from engine.tokens import tokenizer
+from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, write_shard
+from engine.tokens.sources import find_files, parse, raw_documents
+
+BATCH_BYTES = 1 << 20  # of text handed to a worker at a time
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How text becomes token shards."""
+
+    out: str  # directory for the shards and manifest.json
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, for models a CPU trains
+    workers: int | None = None  # processes; None: one per CPU core
+    val_fraction: float = 0.01  # share of the documents kept for validation
+    shard_tokens: int = 100_000_000  # tokens per shard
+    text_field: str = "text"  # the field of a .jsonl line or the column of a .parquet file
+    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are no text: count and leave out, or stop
+    overwrite: bool = False  # replace other data in the same directory
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not 0.0 < self.val_fraction < 1.0:
+            wrong.append(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
+        if self.shard_tokens < 1:
+            wrong.append(f"--shard-tokens must be at least 1, got {self.shard_tokens}")
+        if self.workers is not None and self.workers < 1:
+            wrong.append(f"--workers must be at least 1, got {self.workers}")
+        if wrong:
+            raise BadInput("prepare: " + "; ".join(wrong))
+
+
+# ---- Documents to tokens ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """What a worker makes of a batch: tokens of each split, in order, and counts."""
+
+    tokens: dict[str, np.ndarray]
+    documents: Counter
+    skipped: Counter
+    text_bytes: int
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """Whether a hash of the document puts it in the validation split."""
+    word = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(word, "little") < val_fraction * 2**64
+
+
+_worker_tokenizer = None  # one per process, built at its first batch
+
+
+def encode_batch(
+    batch: list[tuple[str, bytes]], *, name: str, val_fraction: float, text_field: str, by_tail: bool
+) -> Encoded:
+    """Parses, splits and tokenises a batch of documents."""
+    global _worker_tokenizer
+    if _worker_tokenizer is None or _worker_tokenizer.name != name:
+        _worker_tokenizer = tokenizer.load(name)
+    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    result = Encoded({}, Counter(), Counter(), 0)
+    start = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
+    for kind, raw in batch:
+        text, reason = parse(kind, raw, text_field)
+        if reason is not None:
+            result.skipped[reason] += 1
+            continue
+        result.text_bytes += len(raw)
+        if by_tail:
+            tokens = _worker_tokenizer.encode(text)
+            cut = len(tokens) - int(len(tokens) * val_fraction)
+            parts = {"train": tokens[:cut], "val": tokens[cut:]}
+        else:
+            split = "val" if is_validation(text, val_fraction) else "train"
+            parts = {split: _worker_tokenizer.encode(text)}
+        for split, tokens in parts.items():
+            if len(tokens):
+                pieces[split] += [start, tokens]
+                result.documents[split] += 1
+    result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
+    return result
+
+
+def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _end_with_parent() -> None:
+    """Ends this worker soon after its parent: one that was killed could not tell it, and it would wait forever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_order(pool: Executor | None, work, batches, ahead: int) -> Iterator[Encoded]:
+    """work(batch) for every batch, in order, with at most `ahead` of them waiting in memory."""
+    if pool is None:
+        yield from map(work, batches)
+        return
+    pending: deque[Future] = deque()
+    for batch in batches:
+        pending.append(pool.submit(work, batch))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+# ---- Tokens to shards ---------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Cuts one split's tokens into shards of equal size and records each."""
+
+    def __init__(self, directory: Path, name: str, split: str, shard_tokens: int):
+        self.directory, self.name, self.split, self.shard_tokens = directory, name, split, shard_tokens
+        self.pieces: list[np.ndarray] = []
+        self.held = 0
+        self.records: list[dict] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Takes tokens (n,) uint16, writing each shard that they complete."""
+        while len(tokens):
+            piece, tokens = np.split(tokens, [self.shard_tokens - self.held])
+            self.pieces.append(piece)
+            self.held += len(piece)
+            if self.held == self.shard_tokens:
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what is held, if anything, as a shard."""
+        if not self.held:
+            return
+        path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
+        write_shard(path, np.concatenate(self.pieces))
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.records.append(
+            {
+                "file": path.name,
+                "split": self.split,
+                "tokens": self.held,
+                "bytes": path.stat().st_size,
+                "sha256": sha256,
+            }
+        )
+        self.pieces, self.held = [], 0
+
+
+def prepare(sources: list[str], config: PrepareConfig) -> dict:
+    """Prepares the sources and returns the manifest. Data already made from the same sources is left as it is.
+
+    Raises BadInput if a source or the directory will not do, or the text leaves a split empty.
+    """
+    out = Path(config.out)
+    files = find_files(sources)
+    request = _request(sources, files, config)
+    building = out / BUILDING
+    _take_back(out, building)
+    try:
+        present = read_manifest(out)
+    except BadInput:
+        if not config.overwrite:
+            raise
+        present = None
+    if present is not None and present.get("request") == request and _complete(out, present):
+        return present
+    others = [path for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+    if others and not config.overwrite:
+        raise BadInput(
+            f"prepare: {out} must be new or empty, got {len(others)} files, such as {others[0].name}; "
+            "choose another --out, or add --overwrite to replace them"
+        )
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(
+            f"prepare: --out must be a directory that can be written, got {out}: {error.strerror}"
+        ) from error
+    try:
+        manifest = _build(files, config, building, by_tail=False)
+        if not all(manifest["tokens"].values()):
+            manifest = _build(files, config, building, by_tail=True)
+        if not all(manifest["tokens"].values()):
+            raise BadInput(
+                f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
+                f"{manifest['tokens']['val']} validation tokens from {len(files)} files{_said(manifest['skipped'])}; "
+                "give more text or a larger --val-fraction"
+            )
+        manifest |= {"request": request, "sources": sources}
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        if config.overwrite:
+            (out / MANIFEST).unlink(missing_ok=True)
+            for stale in [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")]:
+                stale.unlink()
+        for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
+            os.replace(building / name, out / name)
+    finally:
+        _take_back(out, building)
+        shutil.rmtree(building, ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+    return manifest
+
+
+def _take_back(out: Path, building: Path) -> None:
+    """Removes the shards that a preparation moved into place before it was stopped: its manifest had not followed."""
+    if (out / MANIFEST).exists() or not (building / MANIFEST).exists():
+        return  # it ended, or moved nothing yet
+    try:
+        shards = read_manifest(building)["shards"]
+    except BadInput:  # stopped while it wrote the manifest: nothing was moved yet
+        return
+    for shard in shards:
+        if not (building / shard["file"]).exists():
+            (out / shard["file"]).unlink(missing_ok=True)
+
+
+def _complete(out: Path, manifest: dict) -> bool:
+    """Whether every shard of the manifest is there in its full size."""
+    shards = [(out / shard["file"], shard.get("bytes")) for shard in manifest["shards"]]
+    return all(path.is_file() and path.stat().st_size == size for path, size in shards)
+
+
+def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
+    """What was asked for, as a digest: two requests with the same one make the same bytes."""
+    asked = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
+    seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([asked, seen]).encode()).hexdigest()
+
+
+def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bool) -> dict:
+    """Writes all shards into `building` and returns the manifest, without writing it."""
+    workers = config.workers or os.cpu_count() or 1
+    name = Path(config.out).name or "data"
+    writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
+    documents, skipped, text_bytes = Counter(), Counter(), 0
+    work = partial(
+        encode_batch,
+        name=config.tokenizer,
+        val_fraction=config.val_fraction,
+        text_field=config.text_field,
+        by_tail=by_tail,
+    )
+    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else None
+    try:
+        batches = _batches(raw_documents(files, config.text_field))
+        for encoded in _in_order(pool, work, batches, ahead=2 * workers):
+            for split, tokens in encoded.tokens.items():
+                writers[split].add(tokens)
+            documents += encoded.documents
+            skipped += encoded.skipped
+            text_bytes += encoded.text_bytes
+            if skipped and config.on_bad_text == "fail":
+                raise BadInput(f"prepare: every document must be text{_said(skipped)}; see --on-bad-text")
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+    for writer in writers.values():
+        writer.flush()
+    chosen = tokenizer.load(config.tokenizer)
+    return {
+        "version": 1,
+        "tokenizer": chosen.name,
+        "vocab_size": chosen.vocab_size,
+        "split": "the tail of each document" if by_tail else "hash of the document",
+        "val_fraction": config.val_fraction,
+        "documents": {split: documents[split] for split in writers},
+        "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
+        "text_bytes": text_bytes,
+        "skipped": dict(skipped),
+        "shards": [record for writer in writers.values() for record in writer.records],
+    }
+
+
+def _said(skipped: dict[str, int]) -> str:
+    """ ", left out: 3 not UTF-8, 1 empty", or nothing."""
+    return "" if not skipped else ", left out: " + ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
+
+
+def describe(manifest: dict, out: str) -> str:
+    """What was made, in two or three lines."""
+    lines = [
+        f"{out}: {manifest['text_bytes'] / 1e6:,.1f} MB of text, tokenizer {manifest['tokenizer']}, "
+        f"validation by {manifest['split']}"
+    ]
+    for split in ("train", "val"):
+        lines.append(
+            f"  {split:<5} {manifest['tokens'][split]:>14,} tokens  {manifest['documents'][split]:>9,} documents  "
+            f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
+        )
+    if manifest["skipped"]:
+        lines.append(f"  {_said(manifest['skipped']).removeprefix(', ')}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Run by torchrun from test_guard_profile.py: what each of three updates on two ranks sums, and what it reads.
+
+The last line is JSON: for each way of judging and each update, the sizes of all tensors that were all-reduced, and how
+often a number left a tensor, by what asked for it; "" is train_step and the guard. A GPU would have to wait for each.
+"""
+
+import json
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from engine import distributed, optim
+from engine.config import TrainConfig
+from engine.guard import Guard
+from engine.timing import Clock
+from model.gpt2 import GPT2, GPT2Config
+
+ROOT = Path(__file__).resolve().parents[2]
+train_step = runpy.run_path(str(ROOT / "engine" / "train.py"))["train_step"]
+MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=16, vocab_size=257)  # 1.7 MB: two of DDP's buckets
+CONFIG = TrainConfig(model=MODEL, skip_z_score=3.0)
+NUM_STEPS, ACCUMULATION = 3, 2
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")  # item, float and bool; masks; torch.equal
+TO_PYTHON = "aten::resolve_conj"  # tolist and numpy, which are no ops, call it, as matrix products do
+
+
+class NoGuard(Guard):
+    """Judges nothing and gives the optimizer no verdict."""
+
+    def judge(self, loss, grad_norm):
+        return None
+
+
+class WaitingGuard(Guard):
+    """Asks for its verdict in both of Python's ways, as no guard may."""
+
+    def judge(self, loss, grad_norm):
+        verdict = super().judge(loss, grad_norm)
+        assert verdict.item() == verdict.tolist() == 0.0  # two reads
+        return verdict
+
+
+def asker(event: FunctionEvent) -> str:
+    """The outermost op that this one is part of, or nothing if it was called by itself."""
+    names = [""]
+    while (event := event.cpu_parent) is not None and not event.name.startswith("update "):
+        names.append(event.name)
+    return names[-1] if names[-1] not in ("aten::item", "aten::is_nonzero") else ""
+
+
+def is_read(event: FunctionEvent) -> bool:
+    """Whether a number leaves a tensor here."""
+    return event.name in READS or (event.name == TO_PYTHON and asker(event) == "")
+
+
+with distributed.process_group() as ranks:
+    tokens = torch.randint(257, (NUM_STEPS, ACCUMULATION, 2, 17), generator=torch.Generator().manual_seed(ranks.rank))
+    found = {}
+    for kind in (Guard, NoGuard, WaitingGuard):
+        torch.manual_seed(0)
+        raw_model = GPT2(MODEL)
+        model = distributed.wrap(raw_model, ranks, CONFIG, False, torch.float32)
+        optimizer, guard = optim.build(raw_model, CONFIG), kind(CONFIG, ranks.device)
+        scaler, clock = torch.amp.GradScaler("cpu", enabled=False), Clock(ranks.device)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            for step in range(NUM_STEPS):
+                with record_function(f"update {step}"):
+                    mine = [(b[:, :-1], b[:, 1:]) for b in tokens[step]]
+                    train_step(model, optimizer, scaler, guard, mine, 1e-3, step, (False, False), CONFIG, ranks, clock)
+        assert guard.counts().tolist() == [0.0, 0.0]  # the good path
+        events = profiler.events()
+        spans = sorted(
+            (event.time_range.start, event.time_range.end) for event in events if event.name[:7] == "update "
+        )
+        inside = [[event for event in events if start <= event.time_range.start <= end] for start, end in spans]
+        sums = [[event.input_shapes[0] for event in events if event.name == "gloo:all_reduce"] for events in inside]
+        reads = [Counter(asker(event) for event in events if is_read(event)) for events in inside]
+        calls = [sum(event.name == "c10d::allreduce_" for event in events) for events in inside]
+        found[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
+    everyone = ranks.gather(found)
+    ranks.say(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))

@@ -1,0 +1,104 @@
+"""The guard costs the good path no waiting: one sum of three numbers in each update, and no number read.
+
+The profiler sees that on a CPU; on a GPU PyTorch itself refuses every wait.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from engine import optim
+from engine.config import OptimConfig, TrainConfig
+from engine.distributed import Ranks
+from engine.guard import Guard, Mailbox
+from engine.timing import Clock
+from model.gpt2 import GPT2, GPT2Config
+
+EACH_RANK = pytest.mark.parametrize("rank", [0, 1])
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict:
+    """What `profile_replicas.py` saw on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    script = str(Path(__file__).with_name("profile_replicas.py"))
+    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+@EACH_RANK
+def test_an_update_sums_the_gradient_once_and_three_numbers(seen, rank):
+    found = seen["ranks"][rank]["Guard"]
+    assert len(found["sums"]) == 3
+    for sizes, num_calls in zip(found["sums"], found["calls"], strict=True):
+        *buckets, last = sizes
+        assert last == [3]  # loss, signals, time-outs
+        assert (
+            sum(size for (size,) in buckets) == seen["num_parameters"]
+        )  # each once, though there are two micro-batches
+        assert num_calls == len(buckets) + 1
+    assert len(found["sums"][-1]) == 3, "the model must fill more than one bucket"
+
+
+@EACH_RANK
+def test_neither_the_step_nor_the_guard_reads_a_number(seen, rank):
+    found = seen["ranks"][rank]
+    assert len(found["Guard"]["reads"]) == 3
+    for reads in found["Guard"]["reads"]:
+        assert "" not in reads
+        # The head's check of its targets, and the number of updates in fused AdamW: each for tensors on a CPU alone.
+        assert reads.keys() == {"DistributedDataParallel.forward", "Optimizer.step#AdamW.step"}
+    assert found["Guard"] == found["NoGuard"]  # reads and sums alike
+
+
+@EACH_RANK
+def test_a_guard_that_reads_its_verdict_is_seen(seen, rank):
+    found = seen["ranks"][rank]
+    assert found["WaitingGuard"]["reads"] == [reads | {"": 2} for reads in found["NoGuard"]["reads"]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there can an update wait for the device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_no_update_waits_for_the_gpu(precision):
+    train_step = runpy.run_path(str(ROOT / "engine" / "train.py"))["train_step"]
+    ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
+    shape = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=32, vocab_size=257)
+    config = TrainConfig(model=shape, optim=OptimConfig(lr=1e-3), skip_z_score=3.0)
+    torch.manual_seed(0)
+    model = GPT2(shape).to(ranks.device)
+    model.configure("auto", torch.float16 if precision == "fp16" else torch.float32)
+    optimizer, guard = optim.build(model, config), Guard(config, ranks.device)
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=precision == "fp16")  # small: no update is skipped
+    clock, mailbox = Clock(ranks.device), Mailbox()
+    tokens = torch.randint(257, (2, 4, 33))  # micro-batch, B, T + 1
+    micro_batches = [(b[:, :-1].contiguous().pin_memory(), b[:, 1:].contiguous().pin_memory()) for b in tokens]
+
+    def update(step: int) -> list[float] | None:
+        numbers = train_step(
+            model, optimizer, scaler, guard, micro_batches, 1e-3, step, (False, False), config, ranks, clock
+        )
+        return mailbox.exchange(numbers)
+
+    for step in range(3):  # compiles the kernels, allocates and fills the mailbox, all of which may wait
+        update(step)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        known = [update(step) for step in range(3, 8)]
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # it would have been seen
+            guard.state.tolist()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(numbers is not None and numbers[4:] == [0.0, 0.0] for numbers in known)  # nothing was skipped
+    losses = [numbers[0] for numbers in known]
+    assert losses == sorted(losses, reverse=True)  # each is a step's own, in order

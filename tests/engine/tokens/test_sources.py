@@ -1,0 +1,163 @@
+"""Sources: what is text comes through as it is, and what is none is left out and counted."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from corpora import documents, run, texts, write_library
+
+from engine import corpus, prepare, tokenizer
+from engine.errors import BadInput
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_library(tmp_path / "library")
+
+
+def test_parquet_rows_are_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [f"row {i}" for i in range(30)] + [None, ""]
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": rows, "id": list(range(32))}), path)
+    manifest = run(path, tmp_path / "out")
+    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(rows[:30])
+    assert manifest["skipped"] == {"empty": 2}
+    with pytest.raises(BadInput, match=r"x.parquet: must have a column body, got text, id"):
+        run(path, tmp_path / "other", text_field="body")
+
+
+def test_bad_sources_are_sentences(tmp_path):
+    (tmp_path / "x.pdf").write_bytes(b"%PDF")
+    (tmp_path / "empty").mkdir()
+    for name, sentence in (
+        ("nowhere", "must be a file, a directory or the word stdlib, got .*nowhere"),
+        ("x.pdf", "a source must end in .txt, .md, .py, .jsonl, .parquet, got .*x.pdf"),
+        ("empty", "the sources must hold files in .txt, .*, got none"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            run(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_standard_library_is_a_source_without_its_tests():
+    found = corpus.find_files(["stdlib"])
+    parts = {part for path in found for part in path.relative_to(Path(os.__file__).parent).parts[:-1]}
+    assert len(found) > 300
+    assert "json" in parts
+    assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
+    assert found == corpus.find_files(["stdlib"])
+
+
+# ---- Bad text -----------------------------------------------------------------------------------------------------
+
+BAD_FILES = [
+    pytest.param("bad.txt", b"caf\xe9", "not UTF-8", id="latin-1"),
+    pytest.param("bad.txt", b"ab\xed\xa0\x80", "not UTF-8", id="a surrogate as UTF-8"),
+    pytest.param("bad.py", "é".encode("utf-16"), "not UTF-8", id="UTF-16"),
+    pytest.param("bad.txt", b"", "empty", id="an empty file"),
+    pytest.param("bad.md", b" \n\t\r\n", "empty", id="white space only"),
+    pytest.param("bad.txt", b"\xef\xbb\xbf", "empty", id="a byte-order mark only"),
+    pytest.param("bad.jsonl", b'{"text": "half', "not JSON", id="malformed JSON"),
+    pytest.param("bad.jsonl", b"[" * 100_000, "not JSON", id="JSON nested too deep"),
+    pytest.param("bad.jsonl", b'{"text": "caf\xe9"}', "not UTF-8", id="JSON in latin-1"),
+    pytest.param("bad.jsonl", b'{"body": "words"}', 'no text field "text"', id="a missing field"),
+    pytest.param("bad.jsonl", b'{"text": 7}', 'no text field "text"', id="a number for text"),
+    pytest.param("bad.jsonl", b'["text"]', 'no text field "text"', id="a list for a record"),
+    pytest.param("bad.jsonl", rb'{"text": "a\ud800b"}', "not UTF-8", id="a lone surrogate in JSON"),
+    pytest.param("bad.jsonl", b'{"text": ""}', "empty", id="an empty text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES)
+def test_bad_text_is_left_out_and_counted(source, tmp_path, name, content, reason):
+    clean = run(source, tmp_path / "clean")
+    (source / name).write_bytes(content)
+    manifest = run(source, tmp_path / "out")
+    assert manifest["skipped"] == {reason: 1}
+    assert {key: manifest[key] for key in ("documents", "tokens", "text_bytes")} == {
+        key: clean[key] for key in ("documents", "tokens", "text_bytes")
+    }
+    assert f"left out: 1 {reason}" in prepare.describe(manifest, "out")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES[:1] + BAD_FILES[6:7])
+def test_bad_text_fails_when_asked_to_and_leaves_nothing(source, tmp_path, name, content, reason, workers):
+    (source / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"every document must be text, left out: 1 {reason}; see --on-bad-text"):
+        run(source, tmp_path / "out", on_bad_text="fail", workers=workers)
+    assert not (tmp_path / "out").exists()
+
+
+KEPT = [
+    pytest.param(b"\xef\xbb\xbfwith a mark", "with a mark", id="a byte-order mark is stripped"),
+    pytest.param(b"in the \xef\xbb\xbfmiddle", "in the \ufeffmiddle", id="but not inside"),
+    pytest.param(b"a\r\nb\rc\n", "a\r\nb\rc\n", id="line ends stay"),
+    pytest.param(b"a\x00b", "a\x00b", id="NUL stays"),
+    pytest.param(b"x" * 10_000_000, "x" * 10_000_000, id="a line of 10 MB"),
+    pytest.param(b"a<|endoftext|>b", "a<|endoftext|>b", id="a literal end of text is text"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), KEPT)
+def test_odd_but_valid_text_is_kept_as_it_is(source, tmp_path, content, text):
+    (source / "odd.txt").write_bytes(content)
+    manifest = run(source, tmp_path / "out")
+    assert text in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert manifest["skipped"] == {}
+
+
+KEPT_RECORDS = [
+    pytest.param(b'\xef\xbb\xbf{"text": "a first line"}', "a first line", id="a byte-order mark before the line"),
+    pytest.param(b'{"text": "a\xef\xbb\xbfb"}', "a\ufeffb", id="a byte-order mark inside"),
+    pytest.param(b'{"text": "a\\r\\nb"}\r', "a\r\nb", id="line ends of Windows"),
+    pytest.param(rb'{"text": "a\u0000b"}', "a\x00b", id="NUL"),
+    pytest.param(rb'{"text": "\ud83d\ude42"}', "\U0001f642", id="a surrogate pair"),
+    pytest.param(b'{"text": "' + b"y" * 10_000_000 + b'"}', "y" * 10_000_000, id="a line of 10 MB"),
+    pytest.param(b'{"text": "a<|endoftext|>b"}', "a<|endoftext|>b", id="a literal end of text"),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), KEPT_RECORDS)
+def test_odd_but_valid_records_are_kept_as_they_are(source, tmp_path, line, text):
+    (source / "odd.jsonl").write_bytes(line + b"\n\n \n" + b'{"text": "the next line"}')
+    manifest = run(source, tmp_path / "out")
+    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert text in found
+    assert "the next line" in found
+    assert manifest["skipped"] == {}
+
+
+def test_a_line_of_10_mb_comes_back_whole_from_gpt2_s_tokens(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("One line, of many words. " * 400_000)
+    run(path, tmp_path / "out", tokenizer="gpt2")
+    tokens = [t for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256) for t in d[1:]]
+    assert tokenizer.load("gpt2").decode(tokens) == path.read_text()
+
+
+def test_all_that_is_left_out_is_counted_by_its_reason(source, tmp_path):
+    lines = [b'{"text": "half', rb'{"text": "\ud800"}', b'{"body": "x"}', b'{"text": ""}', b'{"text": "good"}', b"\x00"]
+    (source / "mixed.jsonl").write_bytes(b"\n".join(lines))
+    manifest = run(source, tmp_path / "out", workers=2)
+    assert manifest["skipped"] == {"not JSON": 2, "not UTF-8": 1, 'no text field "text"': 1, "empty": 1}
+    assert sum(manifest["documents"].values()) == 30
+
+
+def test_a_literal_end_of_text_starts_no_document(source, tmp_path):
+    (source / "odd.txt").write_text("a<|endoftext|>b")
+    manifest = run(source, tmp_path / "out", tokenizer="gpt2")
+    starts = sum(len(documents(tmp_path / "out", split, 50256)) for split in ("train", "val"))
+    assert starts == sum(manifest["documents"].values()) == 30
+
+
+def test_another_field_is_read_when_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"body": f"words {i}", "text": "no"}) + "\n\n" for i in range(20)))
+    run(path, tmp_path / "out", text_field="body")
+    assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(
+        f"words {i}" for i in range(20)
+    )

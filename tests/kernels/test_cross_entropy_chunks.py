@@ -1,0 +1,97 @@
+"""The LM head's loop over chunks of rows: how large they are, that no size shows, and what evaluation leaves out."""
+
+import pytest
+import torch
+from cross_entropy_cases import compare, inputs
+from tolerances import (
+    DEVICE,
+    DTYPES,
+    poisoned_memory,  # noqa: F401  (a fixture)
+)
+from torch import Tensor
+
+import kernels.cross_entropy
+from kernels.cross_entropy import linear_cross_entropy_torch, linear_cross_entropy_triton
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+IMPLEMENTATIONS = [
+    pytest.param(linear_cross_entropy_torch, id="torch"),
+    pytest.param(linear_cross_entropy_triton, id="triton"),
+]
+
+
+def cut_into(monkeypatch, size):
+    """Makes every chunk at most that many rows, and PyTorch's strips of it half as many."""
+    in_chunks = kernels.cross_entropy._in_chunks
+
+    def in_small_chunks(outputs, hidden, weight, targets, rows, softmax):
+        in_chunks(outputs, hidden, weight, targets, size, softmax)
+
+    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight: (size, -(-size // 2)))
+    monkeypatch.setattr(kernels.cross_entropy, "_in_chunks", in_small_chunks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 2, 5, 36, 37, 1000])
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_chunks_of_any_size_give_the_same(op, size, dtype, monkeypatch):
+    cut_into(monkeypatch, size)
+    compare(op, inputs(37, 33, 257, 384, dtype, torch.float32), vocab_size=257)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_many_chunks_do_not_round_the_weight_gradient_away(op, dtype, monkeypatch):
+    cut_into(monkeypatch, 1)
+    compare(op, inputs(256, 8, 17, 32, dtype), vocab_size=17)
+
+
+def test_chunk_sizes_are_what_the_loop_uses(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight: asked.append(weight.shape[0]) or (7, 2))
+    linear_cross_entropy_torch(*inputs(37, 33, 257, 384), vocab_size=257)
+    assert asked == [384]
+
+
+def test_triton_takes_at_most_8192_rows_at_a_time(monkeypatch):
+    sizes = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            sizes.append(grid[0])  # a program for each row
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(kernels.cross_entropy, "_cross_entropy_kernel", Kernel())
+    hidden, weight = torch.ones(20_000, 1, device=DEVICE), torch.ones(2, 1, device=DEVICE)
+    linear_cross_entropy_triton(hidden, weight, torch.zeros(20_000, dtype=torch.int64, device=DEVICE))
+    assert sizes == [6666, 6667, 6667]  # no small rest, whose products would be slow
+
+
+NO_GRADIENTS = [
+    pytest.param(lambda t: t.requires_grad_(), torch.no_grad, id="under no_grad"),
+    pytest.param(lambda t: t.requires_grad_(), torch.inference_mode, id="in inference mode"),
+    pytest.param(lambda t: t, torch.enable_grad, id="no input asks for one"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "mode"), NO_GRADIENTS)
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_without_gradients_only_the_loss_is_computed(op, prepare, mode, monkeypatch):
+    hidden, weight, targets = inputs(37, 33, 257, 384)
+    expected = op(hidden.requires_grad_(), weight, targets, vocab_size=257).detach()
+    outputs, in_chunks = [], kernels.cross_entropy._in_chunks
+    monkeypatch.setattr(
+        kernels.cross_entropy, "_in_chunks", lambda out, *rest: outputs.extend(out) or in_chunks(out, *rest)
+    )
+    monkeypatch.setattr(kernels.cross_entropy, "_add_product", lambda *_: pytest.fail("a gradient was computed"))
+    with mode():
+        loss = op(prepare(hidden.detach()), prepare(weight.detach()), targets, vocab_size=257)
+    assert torch.equal(loss, expected)
+    assert [tuple(t.shape) for t in outputs] == [(), (0, 33), (0, 33)]
+
+
+def test_pytorch_makes_no_gradient_of_the_logits_in_evaluation(monkeypatch):
+    monkeypatch.setattr(Tensor, "mul_", lambda *_, **__: pytest.fail("made a gradient"))
+    with torch.no_grad():
+        assert linear_cross_entropy_torch(*inputs(7, 5, 11, 16), vocab_size=11).isfinite()

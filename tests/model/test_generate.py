@@ -1,0 +1,122 @@
+"""Sampling: it continues the prompt, draws from the distribution asked for, and refuses a bad request."""
+
+import math
+
+import pytest
+import torch
+from tiny_model import build, some_tokens
+
+from model.generate import filter_logits
+
+
+def test_generate_continues_the_prompt():
+    tokens = some_tokens(3, 5)
+    out = build().generate(tokens, 7, seed=0)
+    assert out.shape == (3, 12)
+    assert out.dtype == torch.int64
+    assert torch.equal(out[:, :5], tokens)
+    assert torch.equal(build().generate(tokens, 0), tokens)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward_pass():
+    model, tokens = build(), some_tokens(2, 4)
+    out = model.generate(tokens, 10, temperature=0.0)
+    for t in range(4, 14):
+        assert torch.equal(out[:, t], model(out[:, :t])[:, -1].argmax(-1))
+
+
+def test_a_context_over_the_positions_is_cropped_to_its_end():
+    model, tokens = build(), some_tokens(2, 30)
+    out = model.generate(tokens, 4, temperature=0.0)
+    for t in range(30, 34):
+        assert torch.equal(out[:, t], model(out[:, t - 16 : t])[:, -1].argmax(-1))
+
+
+def test_a_seed_reproduces_and_the_global_state_is_left_alone():
+    model, tokens = build(), some_tokens(2, 4)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = model.generate(tokens, 20, seed=3)
+    model.generate(tokens, 20)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(8)
+    assert torch.equal(model.generate(tokens, 20, seed=3), first)
+    assert not torch.equal(model.generate(tokens, 20, seed=4), first)
+    assert not torch.equal(model.generate(tokens, 20), model.generate(tokens, 20))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}], ids=str)
+def test_the_narrowest_choice_is_greedy(options):
+    model, tokens = build(), some_tokens(2, 4)
+    assert torch.equal(model.generate(tokens, 12, seed=0, **options), model.generate(tokens, 12, temperature=0.0))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 257}, {"top_k": 10_000}, {"top_p": 1.0}], ids=str)
+def test_the_widest_choice_is_no_filter(options):
+    model, tokens = build(), some_tokens(2, 4)
+    assert torch.equal(model.generate(tokens, 12, seed=0, **options), model.generate(tokens, 12, seed=0))
+
+
+FILTERS = [
+    pytest.param(1.0, None, None, [1, 1, 1, 1], id="no filter"),
+    pytest.param(1.0, 2, None, [1, 1, 0, 0], id="two likeliest"),
+    pytest.param(1.0, None, 0.75, [1, 1, 0, 0], id="fewest that reach p"),
+    pytest.param(1.0, None, 0.85, [1, 1, 1, 0], id="one more for a larger p"),
+    pytest.param(1.0, None, 0.1, [1, 0, 0, 0], id="the first alone passes p"),
+    pytest.param(1.0, 3, 0.6, [1, 1, 0, 0], id="top_p among the top k"),
+]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "kept"), FILTERS)
+def test_filters_keep_exactly_the_tokens_they_say(temperature, top_k, top_p, kept):
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    order = torch.tensor([2, 0, 3, 1])  # unsorted, as they come
+    filtered = filter_logits(probs.log()[:, order], temperature, top_k, top_p)
+    assert torch.equal(filtered[0].isfinite(), torch.tensor(kept).bool()[order])
+    expected = torch.where(torch.tensor(kept).bool(), probs, 0.0)
+    torch.testing.assert_close(filtered.softmax(-1), (expected / expected.sum())[:, order])
+
+
+def test_samples_follow_the_distribution():
+    model, tokens = build(), some_tokens(1, 4)
+    draws = model.generate(tokens.expand(4000, 4), 1, temperature=0.5, seed=0)[:, -1]
+    expected = (model(tokens)[0, -1] / 0.5).softmax(-1)
+    found = torch.bincount(draws, minlength=257) / 4000
+    assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
+
+
+BAD_REQUESTS = [
+    pytest.param(torch.zeros(1, 0, dtype=torch.int64), {}, "T >= 1, got .1, 0.", id="empty prompt"),
+    pytest.param(torch.zeros(4, dtype=torch.int64), {}, "got .4,. ", id="no batch axis"),
+    pytest.param(torch.zeros(1, 4), {}, "int64 .*got .1, 4. torch.float32", id="floating tokens"),
+    pytest.param(torch.tensor([[0, 257]]), {}, "tokens must be 0 to 256, got 0 to 257", id="padding id"),
+    pytest.param(torch.tensor([[-1, 5]]), {}, "tokens must be 0 to 256, got -1 to 5", id="negative id"),
+    pytest.param(
+        some_tokens(1, 4), {"temperature": -0.1}, "temperature must be at least 0, got -0.1", id="temperature"
+    ),
+    pytest.param(some_tokens(1, 4), {"temperature": math.nan}, "temperature must be .*, got nan", id="NaN temperature"),
+    pytest.param(some_tokens(1, 4), {"top_k": 0}, "top_k must be at least 1, got 0", id="top_k"),
+    pytest.param(some_tokens(1, 4), {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0", id="top_p of 0"),
+    pytest.param(some_tokens(1, 4), {"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5", id="top_p over 1"),
+    pytest.param(some_tokens(1, 4), {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1", id="negative"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "options", "sentence"), BAD_REQUESTS)
+def test_a_bad_request_is_a_sentence(tokens, options, sentence):
+    with pytest.raises(ValueError, match=f"generate: .*{sentence}"):
+        build().generate(tokens, **{"max_new_tokens": 1, **options})
+
+
+def test_all_that_is_wrong_with_a_request_is_said_at_once():
+    with pytest.raises(ValueError, match=r"tokens must .*; temperature must .*; top_k must .*; top_p must "):
+        build().generate(torch.tensor([[999]]), 1, temperature=-1.0, top_k=0, top_p=0.0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_sampling_restores_the_mode_and_keeps_no_graph(training):
+    model = build(dropout=0.5).train(training)
+    first = model.generate(some_tokens(1, 4), 8, temperature=0.0)
+    assert all(module.training == training for module in model.modules())
+    assert torch.equal(model.generate(some_tokens(1, 4), 8, temperature=0.0), first)  # dropout is off while sampling
+    assert not first.requires_grad

@@ -1,0 +1,103 @@
+"""Runs that several test files start, read and compare: in this process, under torchrun, or as checkpoints alone.
+
+An exit code is the command's; floats are compared as hex, files by their bytes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from torch import nn
+
+from engine import checkpoint, cli, metrics
+
+TIMINGS = {"step_ms", "data_ms", "compute_ms", "communication_ms", "eval_ms", "checkpoint_ms"}
+TIMINGS |= {"tokens_per_s", "peak_gib"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(*args: str) -> int:
+    """The exit code of a command, in this process."""
+    try:
+        return cli.main(list(args))
+    except SystemExit as done:
+        return done.code
+
+
+def train(out: Path, shards: Path, *flags: str) -> int:
+    """Trains in this process and returns the exit code."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train", *SMALL, "--data", str(shards), "--out", str(out), *flags])
+    return exit_info.value.code
+
+
+def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Trains with torchrun and waits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    command += [str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), "--out", str(out), *flags]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def measured(out: Path) -> list[dict]:
+    """The rows of a run without its timings, floats as hex."""
+    rows = metrics.read_rows(out / "metrics.jsonl")
+    return [
+        {key: value.hex() if isinstance(value, float) else value for key, value in row.items() if key not in TIMINGS}
+        for row in rows
+    ]
+
+
+def newest(out: Path) -> Path:
+    return max((out / "checkpoints").glob("step_*"))
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Same rows, samples, weights and optimizer, to the bit."""
+    assert measured(left) == measured(right)
+    assert (left / "samples.txt").read_bytes() == (right / "samples.txt").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (newest(left) / name).read_bytes() == (newest(right) / name).read_bytes()
+
+
+def workers(launcher: subprocess.Popen) -> dict[int, int]:
+    """The process of each rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        environment = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(child)
+    return found
+
+
+def save_filled(out: Path, step: int, keep_last: int = 10) -> Path:
+    """A checkpoint of a tiny model whose every weight is `step`."""
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.weight, step)
+    nn.init.constant_(model.bias, step)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    nn.init.constant_(model.weight, step)
+    nn.init.constant_(model.bias, step)
+    return checkpoint.save(out, {"step": step}, model, optimizer, keep_last)
+
+
+def load_filled(found: checkpoint.Checkpoint) -> int:
+    """The step of a save_filled, by its state and all its weights."""
+    model = nn.Linear(3, 2)
+    checkpoint.load_weights(found, model)
+    checkpoint.load_optimizer(found, model, torch.optim.AdamW(model.parameters(), fused=True))
+    assert all((p == found.step).all() for p in model.parameters())
+    return found.step
+
+
+def steps(out: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in sorted((out / "checkpoints").glob("step_*"))]
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"nothing to warn of, but: {line}")

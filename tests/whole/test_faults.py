@@ -1,0 +1,301 @@
+"""Faults of a run in real processes: signals, kills, hangs, ranks that differ, numbers that are not numbers.
+
+In-process where one process is enough; under torchrun where ranks must agree. Rows of docs/reliability.md.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from runs import ENVIRONMENT, assert_same_run, measured, newest, train, workers
+from safetensors.torch import load_file
+
+from engine import checkpoint, data, evaluation, metrics, runs
+from engine.prepare import PrepareConfig, prepare
+from model.gpt2 import GPT2
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+KILLS = int(os.environ.get("GPT2_KILLS", "1"))  # how often the worker-kill test is repeated
+
+
+def command(
+    out: Path, shards: Path, *flags: str, faults: str = "slow:9:0", launcher: tuple[str, ...] = ()
+) -> list[str]:
+    """torchrun of two ranks with faults, by default none."""
+    script = [str(Path(__file__).with_name("faulty.py")), faults]
+    return [*LAUNCHER, *launcher, *script, *SMALL, "--data", str(shards), "--out", str(out), *flags]
+
+
+def run_two(out: Path, shards: Path, *flags: str, seconds: float = 90, **options) -> subprocess.CompletedProcess:
+    """Runs it to its end."""
+    words = command(out, shards, *flags, **options)
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+
+
+def wait_for_row(out: Path, step: int, launcher: subprocess.Popen) -> None:
+    """Returns when the run has logged a step; fails if it ends before."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        rows = metrics.read_rows(out / "metrics.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            return
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} within a minute")
+
+
+# ---- Row 1: resume ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few_shards(tmp_path_factory) -> Path:
+    """A corpus whose epochs end inside the sixth step and again inside the eleventh."""
+    root = tmp_path_factory.mktemp("few")
+    (root / "text").mkdir()
+    (root / "text" / "book.txt").write_text(" ".join(str(n * n) for n in range(340)))
+    prepare([str(root / "text")], PrepareConfig(out=str(root / "few"), tokenizer="bytes", workers=1, val_fraction=0.2))
+    return root / "few"
+
+
+@pytest.fixture(scope="module")
+def every_step(few_shards, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Twelve steps with dropout and two micro-batches each, saved at every one."""
+    flags = ["--num-steps", "12", "--eval-every", "4", "--save-every", "1", "--keep-last", "99", "--skip-z-score", "3"]
+    flags += ["--model.dropout", "0.1", "--grace-seconds", "600"]  # a slow machine must not end the tests
+    out = tmp_path_factory.mktemp("every") / "run"
+    assert train(out, few_shards, *flags) == 0
+    windows = data.TokenStream.open(few_shards, "train", 257).num_windows(32)
+    assert windows < 8 * 6 < 8 * 12 < 3 * windows  # it wraps twice
+    return out, flags
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 6, 10, 11])
+def test_resume_is_bitwise_at_on_and_around_an_evaluation_and_the_end_of_an_epoch(
+    every_step, few_shards, tmp_path, step
+):
+    quiet, flags = every_step
+    out = tmp_path / "run"
+    shutil.copytree(quiet, out)
+    for path in (out / "checkpoints").glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    assert train(out, few_shards, *flags) == 0
+    assert_same_run(quiet, out)
+    assert [row["step"] for row in measured(out)] == list(range(13))
+
+
+# ---- Rows 2, 9, 11: two ranks -------------------------------------------------------------------------------------
+
+STEPS = ["--num-steps", "120", "--eval-every", "40", "--save-every", "10", "--check-replicas-every", "30"]
+
+
+@pytest.fixture(scope="module")
+def quiet(shards, tmp_path_factory) -> Path:
+    """Two ranks that nothing disturbs."""
+    out = tmp_path_factory.mktemp("quiet") / "run"
+    done = run_two(out, shards, *STEPS)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_path):
+    """SIGTERM to torchrun, then SIGINT to rank 1 alone, each time of the same command; then the end."""
+    out, last = tmp_path / "run", 0
+    for number, to_rank, after in ((signal.SIGTERM, None, 15), (signal.SIGINT, 1, 40)):
+        launcher = subprocess.Popen(
+            command(out, shards, *STEPS, faults="slow:0:0,slow:1:0"),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_row(out, max(after, last + 1), launcher)
+        os.kill(launcher.pid if to_rank is None else workers(launcher)[to_rank], number)
+        said, wrong = launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+        assert "by a signal and saved" in said, said + wrong
+        beat = json.loads((out / "heartbeat").read_text())
+        assert beat["state"] == "stopped"
+        assert beat["step"] == checkpoint.read(newest(out)).step > last
+        last = beat["step"]
+        assert last % 10, "it stopped at its own time, not at a checkpoint that was due"
+        if to_rank is not None:
+            assert re.search(r"exitcode *: 75 ", wrong)
+    assert run_two(out, shards, *STEPS).returncode == 0
+    assert_same_run(quiet, out)
+
+
+@pytest.mark.parametrize("attempt", range(KILLS))
+def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(quiet, shards, tmp_path, attempt):
+    step = 13 + 7 * attempt
+    done = run_two(tmp_path / "run", shards, *STEPS, faults=f"kill:1:{step}", launcher=("--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {tmp_path / 'run'}" in done.stdout
+    assert_same_run(quiet, tmp_path / "run")
+
+
+# ---- Row 9: one process, at every place ---------------------------------------------------------------------------
+
+
+def signal_once(monkeypatch, owner, name: str) -> None:
+    """SIGTERM to this process in the middle of a function, the second time that it is called."""
+    calls, call = [], getattr(owner, name)
+
+    def interrupted(*args, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+PLACES = {
+    "an update": (torch.optim.AdamW, "step"),
+    "evaluation": (evaluation, "mean_loss"),
+    "sampling": (runs, "sample"),
+    "saving": (checkpoint, "write"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards, tmp_path, place):
+    quiet, flags = every_step
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_once(monkeypatch, *PLACES[place])
+        assert train(out, few_shards, *flags) == 75
+    assert checkpoint.read(newest(out)).step < 12
+    assert json.loads((out / "heartbeat").read_text())["state"] == "stopped"
+    assert train(out, few_shards, *flags) == 0
+    assert_same_run(quiet, out)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_first_compile(few_shards, tmp_path):
+    flags = ["--num-steps", "6", "--eval-every", "None", "--compile", "--grace-seconds", "600"]
+    sent = []
+
+    def interrupt(*_: object) -> None:
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    torch._dynamo.callback.callback_handler.register_start_callback(interrupt)
+    try:
+        assert train(tmp_path / "run", few_shards, *flags) == 75
+    finally:
+        torch._dynamo.callback.callback_handler.remove_start_callback(interrupt)
+    assert sent
+    assert 0 < checkpoint.read(newest(tmp_path / "run")).step < 6
+    assert train(tmp_path / "run", few_shards, *flags) == 0
+    assert train(tmp_path / "quiet", few_shards, *flags) == 0
+    assert_same_run(tmp_path / "quiet", tmp_path / "run")
+
+
+def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_step, few_shards, tmp_path):
+    quiet, flags = every_step
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("engine.stopping.launched_at", lambda: time.time() - 60)  # a minute ago, of two allowed
+        monkeypatch.setattr("engine.stopping.MARGIN", 60.0)
+        assert train(tmp_path / "run", few_shards, *flags, "--max-minutes", "2") == 75
+    beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
+    assert (beat["state"], beat["reason"]) == ("stopped", "--max-minutes")
+    assert 0 < beat["step"] < 12
+    assert train(tmp_path / "run", few_shards, *flags) == 0
+    assert_same_run(quiet, tmp_path / "run")
+
+
+# ---- Rows 10, 12: ranks that hang ---------------------------------------------------------------------------------
+
+
+def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
+    flags = [*STEPS, "--timeout-minutes", "0.1", "--grace-seconds", "1"]
+    done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15")
+    assert done.returncode == 1
+    assert "rank 0 at step 15 (update): rank 1 was at step 15 (data)" in done.stderr
+    assert re.search(r"exitcode *: 4 ", done.stderr)
+    assert checkpoint.read(newest(tmp_path / "run")).step == 10
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path):
+    began = time.monotonic()
+    flags = [*STEPS, "--grace-seconds", "3"]
+    done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15,term:0:15")
+    assert time.monotonic() - began < 60  # and not the ten minutes of --timeout-minutes
+    assert "could not save within the 3 s of --grace-seconds" in done.stderr
+    assert re.search(r"exitcode *: 143 ", done.stderr)
+    assert checkpoint.read(newest(tmp_path / "run")).step == 10
+
+
+# ---- Rows 13, 14, 15: ranks that differ, numbers that are none ------------------------------------------------------
+
+
+def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards, tmp_path):
+    script = f'exec "{sys.executable}" "$@" --seed $RANK --data $([ $RANK = 0 ] && echo {shards} || echo {few_shards})'
+    words = [*LAUNCHER, "--no-python", "sh", "-c", script, "sh", str(ROOT / "engine" / "train.py"), *SMALL]
+    done = subprocess.run([*words, "--out", str(tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "train: every rank must run the same thing, but these differ" in done.stderr
+    assert "--seed: 0 on rank 0; 1 on rank 1" in done.stderr
+    assert re.search(r"\bdata: [0-9a-f]{16} on rank 0; [0-9a-f]{16} on rank 1", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_drifts_is_found_and_nothing_of_it_is_saved(shards, tmp_path):
+    done = run_two(tmp_path / "run", shards, *STEPS, faults="nudge:1:25")
+    assert done.returncode == 1
+    assert "must hold the same weights to the bit" in done.stderr
+    assert re.search(r"exitcode *: 3 ", done.stderr)
+    assert checkpoint.read(newest(tmp_path / "run")).step == 20
+
+
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one(shards, tmp_path):
+    flags = ["--num-steps", "8", "--save-every", "1", "--keep-last", "9", "--eval-every", "None"]
+    flags += ["--check-replicas-every", "1"]
+    done = run_two(tmp_path / "run", shards, *flags, faults="nan:1:3,inf:0:5")
+    assert done.returncode == 0, done.stderr
+    saved = [load_file(path / "model.safetensors") for path in sorted((tmp_path / "run/checkpoints").glob("step_*"))]
+    for step, (before, after) in enumerate(pairwise(saved), start=1):
+        is_same = all(torch.equal(before[name], after[name]) for name in before)
+        assert is_same == (step in (3, 5)), step
+    rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row.get("skipped", 0) for row in rows[:-1]] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert ["loss" in row for row in rows[:-1]] == [True] * 3 + [False] + [True] * 4
+
+
+def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(few_shards, tmp_path, capfd, monkeypatch):
+    forward = GPT2.forward
+    calls = []
+
+    def spoiled(self, tokens, targets=None):
+        calls.append(None)
+        out = forward(self, tokens, targets)
+        return out * float("nan") if self.training and len(calls) > 8 else out
+
+    monkeypatch.setattr(GPT2, "forward", spoiled)
+    flags = ["--num-steps", "30", "--save-every", "1", "--eval-every", "None", "--max-skipped", "5"]
+    assert train(tmp_path / "run", few_shards, *flags) == 3
+    assert "got 5 updates in a row that were not" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "heartbeat").read_text())["state"] == "failed"
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+def test_running_out_of_memory_names_the_flag_and_the_next_smaller_value(few_shards, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(data.Batches, "at", lambda *_: torch.empty(10**15))
+    assert train(tmp_path / "run", few_shards, "--num-steps", "3", "--eval-every", "None") == 2
+    said = capfd.readouterr().err
+    assert "got out of memory at --micro-batch-size 4" in said
+    assert "try --micro-batch-size 2" in said
+    assert "Traceback" not in said

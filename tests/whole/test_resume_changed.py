@@ -1,0 +1,165 @@
+"""`--resume-changed` goes on with a run's weights on other data or another schedule, and never with another model."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+from runs import newest, train
+
+from engine import checkpoint, config, metrics, runs
+from engine.errors import BadInput
+from engine.prepare import PrepareConfig, prepare
+
+FLAGS = ["--eval-every", "None", "--save-every", "None", "--keep-last", "9"]
+
+
+@pytest.fixture(scope="module")
+def three_steps(shards, tmp_path_factory) -> Path:
+    """A run of three steps of 256 tokens."""
+    out = tmp_path_factory.mktemp("three") / "run"
+    assert train(out, shards, *FLAGS, "--num-steps", "3") == 0
+    return out
+
+
+@pytest.fixture
+def out(three_steps, tmp_path) -> Path:
+    """A copy of it, to go on from."""
+    shutil.copytree(three_steps, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> Path:
+    """Token shards of other sources."""
+    directory = tmp_path_factory.mktemp("others") / "own"
+    prepare([str(ROOT / "bench")], PrepareConfig(out=str(directory), tokenizer="bytes", workers=1, val_fraction=0.2))
+    return directory
+
+
+def rows(out: Path) -> list[tuple[int, int]]:
+    return [(row["step"], row["tokens"]) for row in metrics.read_rows(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "tokens"),
+    [
+        pytest.param(["--tokens-per-step", "512"], "tokens_per_step: 256 -> 512", [768, 1280, 1792], id="batch"),
+        pytest.param(
+            ["--context", "16", "--tokens-per-step", "64"],
+            "sequence_length: 32 -> 16\n  tokens_per_step: 256 -> 64",
+            [768, 832, 896],
+            id="context",
+        ),
+        pytest.param(
+            ["--seed", "2", "--model.dropout", "0.1"],
+            "model: dropout 0.0 -> 0.1\n  seed: 1 -> 2",
+            [768, 1024, 1280],
+            id="seed and dropout",
+        ),
+    ],
+)
+def test_it_goes_on_with_another_schedule(out, shards, capfd, flags, said, tokens):
+    path = newest(out)
+    assert train(out, shards, *FLAGS, "--num-steps", "5", *flags) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert "to go on with its weights all the same, add --resume-changed" in error
+
+    assert train(out, shards, *FLAGS, "--num-steps", "5", *flags, "--resume-changed") == 0
+    assert f"going on from {path} although these changed\n  {said}\n" in capfd.readouterr().out
+    assert rows(out) == [(0, 0), (1, 256), (2, 512), *zip((3, 4, 5), tokens, strict=True)]
+    state = checkpoint.read(newest(out)).state
+    assert (state["step"], state["tokens"]) == (5, tokens[-1])
+
+
+def test_tokens_go_on_over_several_changes(out, shards):
+    for num_steps, tokens_per_step in ((4, 512), (5, 128), (6, 128)):
+        flags = ["--num-steps", str(num_steps), "--tokens-per-step", str(tokens_per_step)]
+        assert train(out, shards, *FLAGS, *flags, "--resume-changed") == 0
+    assert rows(out) == [(0, 0), (1, 256), (2, 512), (3, 768), (4, 1280), (5, 1408), (6, 1536)]
+
+
+def test_it_goes_on_with_other_data_from_the_same_weights(out, shards, others, capfd):
+    assert train(out, others, *FLAGS, "--num-steps", "4") == 2
+    error = capfd.readouterr().err
+    assert "data_digest: " in error
+    assert "add --resume-changed" in error
+    assert train(out, others, *FLAGS, "--num-steps", "4", "--resume-changed") == 0
+    assert rows(out)[-1] == (4, 1024)
+    before, after = (checkpoint.read(path).state["identity"] for path in sorted((out / "checkpoints").iterdir()))
+    assert before["data_digest"] != after["data_digest"]
+    last = metrics.read_rows(out / "metrics.jsonl")[3]
+    assert last["loss"] < 5.4  # a fresh model's is above log(257) = 5.55
+
+
+def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
+    assert train(out, shards, *FLAGS, "--num-steps", "4", "--seed", "2", "--resume-changed") == 0
+    assert train(out, shards, *FLAGS, "--num-steps", "5", "--seed", "2") == 0
+    assert rows(out)[-1] == (5, 1280)
+
+
+# ---- What is refused all the same ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.n-embd", "128"], "model: n_embd 64 -> 128"),
+        (["--model.n-layer", "3", "--seed", "2"], "model: n_layer 2 -> 3\n  seed: 1 -> 2"),
+        (["--model.n-head", "1"], "model: n_head 2 -> 1"),
+        (["--model.n-positions", "64", "--context", "32"], "model: n_positions 32 -> 64"),
+        (["--optim.name", "muon"], "optimizer: adamw -> muon"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_another_model_or_optimizer_is_refused_with_the_flag_too(out, shards, capfd, flags, said):
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert train(out, shards, *FLAGS, "--num-steps", "5", *flags, "--resume-changed") == 2
+    error = capfd.readouterr().err
+    assert f"but these changed\n  {said}\n" in error
+    assert "add --resume-changed" not in error
+    assert "--resume never" in error
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == kept
+
+
+def asked(out: Path, **changes) -> checkpoint.Checkpoint:
+    """find_checkpoint with the run's own identity, but for changes."""
+    flags = [*SMALL, "--out", str(out), "--num-steps", "5", "--resume-changed"]
+    past = json.loads((newest(out) / "state.json").read_text())["identity"]
+    return runs.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)
+
+
+@pytest.mark.parametrize("name", runs.FIXED)
+def test_each_fact_of_a_run_is_either_safe_to_change_or_not(three_steps, name):
+    safe = {"sequence_length", "tokens_per_step", "seed", "data_digest"}
+    if name in safe:
+        assert asked(three_steps, **{name: "other"}).step == 3
+    else:
+        changed = "other" if name != "model" else {"n_layer": 9}
+        with pytest.raises(BadInput, match=rf"but these changed\n  {name}: "):
+            asked(three_steps, **{name: changed})
+
+
+def test_each_field_of_the_model_is_either_safe_to_change_or_not(three_steps):
+    model = json.loads((newest(three_steps) / "state.json").read_text())["identity"]["model"]
+    safe = set()
+    for name in model:
+        try:
+            asked(three_steps, model=model | {name: "other"})
+            safe.add(name)
+        except BadInput:
+            pass
+    assert safe == {"dropout", "init"}
+
+
+def test_nothing_changed_is_nothing_said(out):
+    flags = [*SMALL, "--out", str(out), "--num-steps", "5"]
+    past = json.loads((newest(out) / "state.json").read_text())["identity"]
+    said = []
+    for is_changed in (False, True):
+        train_config = dataclasses.replace(config.parse(flags, "test"), resume_changed=is_changed)
+        assert runs.find_checkpoint(train_config, past, said.append).step == 3
+    assert said == []
