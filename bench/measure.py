@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from bench.results import Figure, spread
+
 Name = TypeVar("Name", bound=Hashable)
 Prepare = Callable[[], Callable[[], object]]  # runs untimed and returns what is timed
 
@@ -117,3 +119,39 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+
+
+class Ceiling:
+    """What the machine reaches at most: a large matrix product, in FLOP/s, or a large copy, in B/s.
+
+    A sample is the best of four. The result is checked first; raises ArithmeticError if it is wrong.
+    """
+
+    def __init__(self, kind: str, device: torch.device, dtype: torch.dtype, *, is_small: bool = False):
+        on_gpu = device.type == "cuda"
+        n, elements = (64, 4096) if is_small else (8192, 2**30) if on_gpu else (2048, 2**26)
+        self.watch = Stopwatch(device, is_cold=False)
+        if kind == "matmul":
+            left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+            self.amount, self.unit, out = 2 * n**3, "FLOP/s", torch.empty_like(left)
+            self.call = lambda: torch.mm(left, right, out=out)
+            got, truth = self.call()[:64].double(), left[:64].double() @ right.double()
+            error = ((got - truth).norm() / truth.norm()).item()
+            if not error <= 2e-2:
+                raise ArithmeticError(f"the error of the product must be at most 2e-02, got {error:.1e}")
+            return
+        source = torch.randn(elements, device=device, dtype=dtype)
+        target = torch.empty_like(source)
+        self.amount, self.unit = 2 * source.nbytes, "B/s"  # read and written
+        self.call = lambda: target.copy_(source)
+        if not torch.equal(self.call(), source):
+            raise ArithmeticError("the copy must equal its source, it does not")
+
+    def sample(self) -> float:
+        """FLOPs or bytes per second."""
+        return self.amount / min(self.watch(lambda: self.call, calls=1) for _ in range(4))
+
+    def measure(self, rounds: int = 8) -> Figure:
+        """Several samples, the first of which does not count."""
+        samples = in_turns({"": self.sample}, lambda done: done <= rounds)[""]
+        return spread(samples[1:], self.unit)

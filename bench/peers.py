@@ -1,248 +1,266 @@
-"""A training step here against a plain PyTorch GPT-2 and `transformers`, on a CPU: `python -m bench.peers`.
+"""A training step here against a plain PyTorch GPT-2 and `transformers`: `python -m bench.peers`, on a GPU if there is one.
 
     python -m bench.peers [--case L,C,T,B ...] [--precision fp32] [--rounds 5] [--only NAME ...] [--save]
 
-Each contestant lives in a process of its own, because peak memory belongs to the process, and waits while another
-works. They begin with the same weights; first all make the same 50 updates of a small batch, and whose loss does not
-agree with ours is not timed. Then, round by round, each is timed for one step in turn, between two measurements of the
-machine's ceiling: the rate of a large matrix product. Ratios to our faster mode are taken within a round and reported
-as their median, least and most.
+Each peer lives in a process of its own, because peak memory belongs to the process, and waits while another works. All
+begin with the same weights; first each makes the same updates, and whose losses do not agree with the plain reference's
+in float32 is not timed. Then, round by round, each is timed in turn, beside the machine's ceiling: the rate of a large
+matrix product. Ratios are taken within a round.
 
-"memory kept" is what this engine does on a CPU (engine.distributed.keep_freed_memory): glibc keeps freed memory. All
-are timed both as they come and with it. Memory is that of the step: its peak above weights and optimizer state.
-FLOPs are 6 (N - wpe) + 12 L C T per token (engine.metrics). --save writes peers.json to this machine's directory in
-bench/results. Exit codes: 0 done, 1 a contestant failed or disagreed, 2 bad input.
+"malloc tuned" is what this engine does on a CPU (engine.device.tune_malloc): glibc keeps freed memory. All are timed
+both as they come and with it. "step memory" is a step's peak above weights and optimizer state. FLOPs are
+6 (N - wpe) + 12 L C T per token (model.presets). --save writes peers.json to this machine's directory in bench/results.
+Exit codes: 0 done, 1 a peer failed or disagreed, 2 bad input.
 """
 
 import argparse
 import contextlib
-import json
-import os
+import dataclasses
+import math
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from bench import machine
-from model.presets import GPT2Config
+from bench import goals, machine, results, tables
+from bench.measure import in_turns, within
+from bench.processes import Failed, Worker
+from bench.results import Figure, Row, exact, rate, spread
+from bench.steps import OURS, absence
+from model.presets import PRESETS, GPT2Config, flops_per_token
 
-CASES = ((4, 256, 256, 8), (4, 256, 256, 2), (4, 512, 256, 4), (6, 384, 512, 4))  # L, C, T, B; the first is the goal's
 HEAD_DIM = 64
-MODES = (False, True)  # eager, compiled
-CONTESTANTS = (  # who, is compiled, keeps freed memory
-    *(("ours", is_compiled, True) for is_compiled in MODES),
-    ("ours", False, False),
-    *(("reference", is_compiled, keeps) for keeps in (False, True) for is_compiled in MODES),
-    *(("transformers", is_compiled, keeps) for keeps in (False, True) for is_compiled in MODES),
-)
-GOALS = {"fp32": 1.0, "bf16": 1.2}  # times the speed of the best peer
-CEILING_GOAL, MEMORY_GOAL = 0.85, 0.5
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, after 50 updates
-CEILING_SIZE = 2048  # of the square matrices whose product is the ceiling
+CPU_CASES = ((4, 256, 256, 8), (4, 256, 256, 2), (4, 512, 256, 4), (6, 384, 512, 4))  # L, C, T, B; the goal's is first
+GPU_CASES = ((12, 768, 1024, 64),)  # GPT-2 124M
+LOSS_TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 1e-2, "bf16": 2e-2}  # relative, of every loss
+TRUTH_SEQUENCES = 8  # of the reference in float32 at a time
+DRY_MODEL = GPT2Config(1, 1, 16, n_positions=4, vocab_size=61)
+
+
+class Peer(NamedTuple):
+    """Who trains, and how."""
+
+    who: str  # "ours", "ours on torch" (this model on PyTorch's ops), "reference" or "transformers"
+    mode: str  # "eager" or "compiled"
+    is_tuned: bool = False  # malloc
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.mode}" + (", malloc tuned" if self.is_tuned else "")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this engine."""
+        return self.who.startswith(OURS)
+
+
+def everyone(on_gpu: bool) -> list[Peer]:
+    """All peers, ours first."""
+    if on_gpu:
+        names = (OURS, "ours on torch", "reference", "transformers")
+        return [Peer(who, mode) for mode in ("compiled", "eager") for who in names]
+    ours = [Peer(OURS, "eager", True), Peer(OURS, "compiled", True), Peer(OURS, "eager"), Peer(OURS, "compiled")]
+    others = [Peer(who, mode, t) for who in ("reference", "transformers") for t in (False, True) for mode in MODES]
+    return ours + others
+
+
+MODES = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained: a model, B sequences of T tokens, a precision; what to try next where memory runs out."""
+
+    name: str
+    config: GPT2Config  # its n_positions are T
+    precision: str
+    choices: tuple[tuple[int, str], ...]  # B, and what is recomputed in the backward pass
+    updates: int = 50  # that are checked
+    checked: tuple[int, int] = (2, 32)  # sequences and tokens of each
+    block: tuple[int, int] = (0, 1)  # untimed and timed updates of a sample
+
+    @classmethod
+    def of(cls, case: Sequence[int], precision: str, on_gpu: bool, choices: Sequence | None = None) -> "Trial":
+        """A case L, C, T, B. On a GPU updates of the timed size are checked, since each size compiles for itself."""
+        L, C, T, B = case
+        config = GPT2Config(n_layer=L, n_head=C // HEAD_DIM, n_embd=C, n_positions=T, init="gpt2")
+        known = {(p.n_layer, p.n_embd, p.n_positions): n for n, p in PRESETS.items() if p.vocab_size == 50257}
+        name = f"{known.get((L, C, T), f'L={L} C={C} T={T}')} B={B} {precision}"
+        if not on_gpu:
+            return cls(name, config, precision, ((B, "none"),))
+        choices = tuple(choices or ((B, "none"), (B // 2, "none"), (B // 4, "none")))
+        return cls(name, config, precision, choices, updates=5, checked=(B, T), block=(2, 5))
+
+    def dry(self) -> "Trial":
+        """The same at a tiny size."""
+        return dataclasses.replace(
+            self, config=DRY_MODEL, precision="fp32", choices=((2, "none"),), updates=2, checked=(2, 4), block=(0, 1)
+        )
 
 
 @dataclass
-class Contestant:
-    """A process with one model in it, and what it said so far."""
+class Comparison:
+    """Compares peers on one machine. workers: processes to use again; without them each peer gets a fresh one."""
 
-    who: str
-    is_compiled: bool
-    keeps_memory: bool
+    goes_on: Callable[[], Callable[[int], bool]]  # makes the timing loop's condition
+    say: Callable[[str], None] = print
+    put: Callable[[Row], None] = lambda row: None  # is given every row as soon as something is known of it
+    workers: list[Worker] | None = None
+    setup: dict = field(default_factory=dict)  # of steps.Setup, for ours
+    deadline: float = math.inf  # seconds of time.time
+    limit_s: float = 900.0  # of one request
+    truths: dict[tuple, list[float]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.row = {
-            "contestant": self.who,
-            "mode": "compiled" if self.is_compiled else "eager",
-            "memory": "kept" if self.keeps_memory else "as it comes",
-        }
-        self.seconds: list[float] = []
+    def run(self, trial: Trial, peers: Sequence[Peer]) -> list[Row]:
+        """A row for each peer."""
+        rows = {peer: Row("step", trial.name, str(peer), "failed") for peer in peers}
+        with self._processes(len(peers)) as workers:
+            ready: dict[Peer, Worker] = {}
+            for peer, worker in zip(peers, workers, strict=False):
+                if reason := absence(peer.who):
+                    rows[peer].status, rows[peer].reason = "skipped", reason
+                elif self._tries(rows[peer], lambda peer=peer, worker=worker: self._prepare(trial, peer, worker, rows)):
+                    ready[peer] = worker
+                    rows[peer].status = "checked"
+                self.put(rows[peer])
+            samples = self._time(trial, ready, rows)
+        summarize(trial, rows, samples)
+        for row in rows.values():
+            self.put(row)
+        return list(rows.values())
 
-    def __str__(self) -> str:
-        return f"{self.who} {self.row['mode']}" + (", memory kept" if self.keeps_memory else "")
+    @contextlib.contextmanager
+    def _processes(self, count: int) -> Iterator[list[Worker]]:
+        workers = self.workers if self.workers is not None else [Worker() for _ in range(count)]
+        try:
+            yield workers
+        finally:
+            if self.workers is None:
+                for worker in workers:
+                    worker.stop()
 
-    def command(self, case: tuple[int, ...], precision: str) -> list[str]:
-        """What starts the process."""
-        facts = [self.who, int(self.is_compiled), int(self.keeps_memory), precision, *case]
-        return [sys.executable, "-m", "bench.peer_worker", *map(str, facts)]
+    def _ask(self, worker: Worker, do: str, **what):
+        seconds = min(self.limit_s, self.deadline - time.time())
+        if seconds <= 0:
+            raise Failed("no time was left for this")
+        return worker.ask(do, seconds, **what)
 
-    def start(self, case: tuple[int, ...], precision: str) -> None:
-        """Begins the process; it answers when it is asked."""
-        self.said = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (no pipe: nobody reads it as it fills)
-        self.process = subprocess.Popen(
-            self.command(case, precision),
-            cwd=machine.ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-        )
+    def _tries(self, row: Row, what: Callable[[], object]) -> bool:
+        try:
+            what()
+        except Failed as error:
+            row.status, row.reason = "failed", str(error)
+            self.say(f"{row.case}, {row.peer}: FAILED: {error}")
+            return False
+        return True
 
-    def ask(self, what: str) -> dict:
-        """The answer to a request. Raises RuntimeError with the end of what the process said, if it died."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(what + "\n")
-            self.process.stdin.flush()
-            if answer := self.process.stdout.readline():
-                return json.loads(answer)
-        code = self.process.wait()
-        self.said.seek(0)
-        said = self.said.read().strip().splitlines()
-        raise RuntimeError(f"the process ended with {code}: {said[-1] if said else 'no message'}")
-
-    def stop(self) -> None:
-        """Ends the process."""
-        if hasattr(self, "process"):
-            self.process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                self.process.communicate()
-            self.said.close()
-
-
-def config_of(case: tuple[int, ...]) -> GPT2Config:
-    """The model of a case, with heads 64 wide and GPT-2's vocabulary."""
-    L, C, T, _ = case
-    return GPT2Config(n_layer=L, n_head=C // HEAD_DIM, n_embd=C, n_positions=T, init="gpt2")
-
-
-def step_flops(case: tuple[int, ...]) -> int:
-    """FLOPs of one step."""
-    from engine.metrics import flops_per_token
-
-    _, _, T, B = case
-    return B * T * flops_per_token(config_of(case), T)
-
-
-def measure(case: tuple[int, ...], precision: str, rounds: int, say, only: tuple[str, ...] = ()) -> list[dict]:
-    """The rows of one case, ours first; of `only` these contestants, if any are named."""
-    everyone = [Contestant(*facts) for facts in CONTESTANTS]
-    field = [contestant for contestant in everyone if not only or str(contestant) in only]
-    ready: list[Contestant] = []
-    ceilings: list[float] = []
-    try:
-        ceiling = Contestant("ceiling", False, True)
-        ceiling.start(case, precision)
-        for contestant in field:
-            contestant.start(case, precision)
-            contestant.row |= {"case": name_of(case), "precision": precision, "status": "failed"}
+    def _prepare(self, trial: Trial, peer: Peer, worker: Worker, rows: dict[Peer, Row]) -> None:
+        """Builds a peer, holds its losses against the truth, and takes its memory: the first choice that fits."""
+        row, notes, truth = rows[peer], [], self._truth(trial, worker)
+        for batch, recompute in trial.choices:
             try:
-                contestant.row |= contestant.ask("prepare")
-            except RuntimeError as error:
-                contestant.row["reason"] = str(error)
-                say(f"{contestant}: FAILED: {error}")
-                continue
-            ours = field[0].row.get("loss_50", float("nan"))
-            loss = contestant.row["loss_50"]
-            if not abs(loss / ours - 1.0) <= LOSS_TOLERANCE[precision]:
-                contestant.row["reason"] = f"its loss after 50 updates must be ours, {ours:.5f}, got {loss:.5f}"
-                say(f"{contestant}: FAILED: {contestant.row['reason']}")
-                continue
-            contestant.row["status"] = "measured"
-            ready.append(contestant)
-            say(f"{contestant}: loss {loss:.5f}, {contestant.row['step_bytes'] / 1e6:,.0f} MB")
-        for turn in range(rounds):
-            ceilings.append(ceiling.ask("time")["seconds"])
-            for contestant in ready[turn % 2 :] + ready[: turn % 2]:
-                contestant.seconds.append(contestant.ask("time")["seconds"])
-        ceilings.append(ceiling.ask("time")["seconds"])
-    finally:
-        for contestant in [*field, ceiling]:
-            contestant.stop()
-    return summarize(case, precision, field, ready, ceilings)
+                setup = {"who": peer.who.split()[0], "is_compiled": peer.mode == "compiled"}
+                setup |= {"precision": trial.precision, "recompute": recompute if peer.is_ours else "none"}
+                if peer.is_ours:
+                    setup |= {"backend": "torch"} if "torch" in peer.who else self.setup
+                peak_flops = self._build(worker, trial, setup, batch, peer.is_tuned)
+                losses = self._losses(worker, trial)
+                memory = self._ask(worker, "warm_up")
+                break
+            except Failed as error:
+                if not error.out_of_memory or (batch, recompute) == trial.choices[-1]:
+                    raise Failed("; ".join([*notes, str(error)])) from error
+            notes.append(f"out of memory at B = {batch}" + (f", recompute {recompute}" if recompute != "none" else ""))
+            worker.stop()
+        largest = max((abs(a / b - 1.0) for a, b in zip(losses, truth, strict=True)), key=lambda d: (d != d, d))
+        allowed = LOSS_TOLERANCE[trial.precision]
+        if not largest <= allowed:
+            raise Failed(f"its losses must be the reference's to {allowed:.0e}, they differ by up to {largest:.1e}")
+        row.facts |= {"precision": trial.precision, "batch": batch, "recompute": recompute, "peak_flops": peak_flops}
+        row.note = "; ".join(notes)
+        row.figures |= {name: exact(memory[key], "B") for key, name in (("step", "step memory"), ("peak", "peak memory"))}
+        row.figures |= {"loss": exact(losses[-1], "nats"), "loss difference": exact(largest, "")}
+        self.say(f"{trial.name}, {peer}: loss {losses[-1]:.5f}, {memory['step'] / 1e6:,.0f} MB")
 
+    def _truth(self, trial: Trial, worker: Worker) -> list[float]:
+        """The losses of the plain reference in float32, eager."""
+        key = (trial.config, trial.updates, trial.checked)
+        if key not in self.truths:
+            batch = min(TRUTH_SEQUENCES, trial.checked[0])
+            self._build(worker, trial, {"who": "reference"}, batch, is_tuned=False)
+            self.truths[key] = self._losses(worker, trial)
+            if self.workers is None:
+                worker.stop()  # its memory would be missing from the step's
+        return self.truths[key]
 
-def summarize(case, precision: str, field, ready, ceilings: list[float]) -> list[dict]:
-    """Fills in what the rounds say: medians with quartiles, and ratios to ours within each round."""
-    flops, tokens = step_flops(case), case[2] * case[3]
-    top = 2.0 * CEILING_SIZE**3 / statistics.median(ceilings)  # FLOP/s
-    ours = min((c.seconds for c in ready if c.who == "ours"), key=statistics.median, default=None)
-    fastest = min((c.seconds for c in ready if c.who != "ours"), key=statistics.median, default=None)
-    for contestant in ready:
-        median = statistics.median(contestant.seconds)
-        contestant.row |= {
-            "step_ms": spread([1e3 * seconds for seconds in contestant.seconds]),
-            "tokens_per_s": tokens / median,
-            "gflop_per_s": flops / median / 1e9,
-            "ceiling_gflop_per_s": top / 1e9,
-            "share_of_ceiling": flops / median / top,
+    def _build(self, worker: Worker, trial: Trial, setup: dict, batch: int, is_tuned: bool) -> float | None:
+        model = dataclasses.asdict(trial.config)
+        return self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
+
+    def _losses(self, worker: Worker, trial: Trial) -> list[float]:
+        sequences, context = trial.checked
+        return self._ask(worker, "losses", updates=trial.updates, sequences=sequences, context=context)
+
+    def _time(self, trial: Trial, ready: dict[Peer, Worker], rows: dict[Peer, Row]) -> dict[Peer | str, list[float]]:
+        """Seconds per update of every peer and the ceiling's FLOP/s, in turns; NaN of one that failed meanwhile."""
+        untimed, timed = trial.block
+
+        def sample(row: Row, worker: Worker, do: str, **what) -> float:
+            found = []
+            if not row.reason:
+                self._tries(row, lambda: found.append(self._ask(worker, do, **what)))
+            return found[0] if found else math.nan
+
+        samplers = {
+            peer: lambda row=rows[peer], worker=worker: sample(row, worker, "time_steps", untimed=untimed, timed=timed)
+            for peer, worker in ready.items()
         }
-        if contestant.who == "ours" and fastest:
-            contestant.row["speed"] = spread([f / s for f, s in zip(fastest, contestant.seconds, strict=True)])
+        if not ready:
+            return {}
+        first, ceiling = next(iter(ready.values())), Row("step", trial.name, "ceiling")
+        precision = trial.precision
+        samplers["ceiling"] = lambda: sample(ceiling, first, "ceiling_sample", kind="matmul", precision=precision)
+        return in_turns(samplers, self.goes_on())
+
+
+def summarize(trial: Trial, rows: dict[Peer, Row], samples: dict[Peer | str, list[float]]) -> None:
+    """Adds what the samples say to the rows: times, rates, and ratios within each round."""
+    measured = {peer: times for peer, times in samples.items() if peer in rows and not rows[peer].reason}
+    ours = min((t for p, t in measured.items() if p.is_ours), key=statistics.median, default=None)
+    fastest = min((t for p, t in measured.items() if not p.is_ours), key=statistics.median, default=None)
+    flops = flops_per_token(trial.config, trial.config.n_positions)
+    for peer, times in measured.items():
+        row, step = rows[peer], spread(times, "s")
+        tokens = row.facts["batch"] * trial.config.n_positions
+        row.status = "measured"
+        row.figures |= {"step": step, "tokens": rate(step, tokens, "tokens/s")}
+        row.figures |= {"ceiling": spread(samples["ceiling"], "FLOP/s")}
+        row.figures |= {"of ceiling": share(step, tokens * flops, row.figures["ceiling"].value)}
+        if peak_flops := row.facts.pop("peak_flops"):
+            row.figures["mfu"] = share(step, tokens * flops, peak_flops)
+        if peer.is_ours and fastest:
+            row.figures["speed"] = spread([f / s for f, s in zip(fastest, times, strict=True)], "x")
         elif ours:
-            contestant.row["times_ours"] = spread([s / o for s, o in zip(contestant.seconds, ours, strict=True)])
-    return [contestant.row for contestant in field]
+            row.figures["time / ours"] = spread([s / o for s, o in zip(times, ours, strict=True)], "x")
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def share(step: Figure, flops: float, top: float) -> Figure:
+    """The part of `top` FLOP/s that a step reaches."""
+    return rate(step, flops / top, "%")
 
 
-def name_of(case: tuple[int, ...]) -> str:
-    """A case in words."""
-    L, C, T, B = case
-    return f"L={L} C={C} T={T} B={B}"
-
-
-def table(rows: list[dict]) -> str:
+def table(rows: list[Row]) -> str:
     """The rows of one case in Markdown, and the goals."""
-    lines = [
-        f"{rows[0]['case']}, {rows[0]['precision']}",
-        "",
-        "| contestant | step ms (range) | tokens/s | of ceiling | memory MB | time / ours (range) | loss 50 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    names = ("step", "tokens", "mfu", "of ceiling", "step memory", "peak memory", "time / ours", "loss")
+    spreads = ("step", "time / ours")
+    lines = []
     for row in rows:
-        title = f"{row['contestant']} {row['mode']}"
-        title += ", memory kept" if row["memory"] == "kept" else ""
-        if row["status"] != "measured":
-            lines.append(f"| {title} | failed: {row.get('reason', '')} | | | | | |")
-            continue
-        ms, ratio = row["step_ms"], row.get("times_ours")
-        times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
-        lines.append(
-            f"| {title} | {ms['median']:,.0f} ({ms['min']:,.0f} to {ms['max']:,.0f}) | {row['tokens_per_s']:,.0f} | "
-            f"{row['share_of_ceiling']:.0%} | {row['step_bytes'] / 1e6:,.0f} | {times} | {row['loss_50']:.5f} |"
-        )
-    return "\n".join([*lines, "", *verdicts(rows)])
-
-
-def verdicts(rows: list[dict]) -> list[str]:
-    """Each goal, what was measured, and whether it is met."""
-    measured = [row for row in rows if row["status"] == "measured"]
-    ours = [row for row in measured if row["contestant"] == "ours"]
-    peers = [row for row in measured if row["contestant"] != "ours"]
-    if not ours or not peers:
-        return ["nothing to compare"]
-    precision = rows[0]["precision"]
-    leanest = min(peers, key=lambda row: row["step_bytes"])
-    return [verdict(row, leanest, GOALS[precision]) for row in best_of(ours)]
-
-
-def best_of(ours: list[dict]) -> list[dict]:
-    """Our faster mode with freed memory kept, and without."""
-    found = []
-    for memory in ("kept", "as it comes"):
-        rows = [row for row in ours if row["memory"] == memory]
-        found += [min(rows, key=lambda row: row["step_ms"]["median"])] if rows else []
-    return found
-
-
-def verdict(ours: dict, leanest: dict, goal: float) -> str:
-    """One of our modes against the goals, in a line."""
-    speed, share, memory = ours["speed"], ours["share_of_ceiling"], ours["step_bytes"] / leanest["step_bytes"]
-
-    def said(is_met: bool) -> str:
-        return "met" if is_met else "not met"
-
-    return (
-        f"ours {ours['mode']}, memory {ours['memory']}: {speed['median']:.2f}x the speed of the fastest peer "
-        f"({speed['min']:.2f} to {speed['max']:.2f}), the goal is {goal:.1f}: {said(speed['median'] >= goal)}; "
-        f"{share:.0%} of {ours['ceiling_gflop_per_s']:.0f} GFLOP/s, the goal is {CEILING_GOAL:.0%}: "
-        f"{said(share >= CEILING_GOAL)}; {memory:.2f} of the leanest peer's memory, the goal is {MEMORY_GOAL}: "
-        f"{said(memory <= MEMORY_GOAL)}"
-    )
+        figures = [tables.cell(row, name, is_spread=name in spreads) for name in names]
+        said = "; ".join(filter(None, (row.note, f"{row.status}: {row.reason}" if row.reason else "")))
+        lines.append((row.peer, *figures, said))
+    said = [f"- {goal}" for goal in goals.cpu_goals(rows)] if "mfu" not in rows[0].figures else []
+    return "\n".join([rows[0].case, "", tables.markdown(("peer", *names, "note"), lines), "", *said])
 
 
 def case_of(text: str) -> tuple[int, ...]:
@@ -256,41 +274,33 @@ def case_of(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints a table per case, and with --save writes them; the exit code."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    field_ = {str(peer): peer for peer in everyone(on_gpu)}
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--case", type=case_of, nargs="+", default=CASES, metavar="L,C,T,B", help="what to train")
-    parser.add_argument("--precision", choices=GOALS, default="fp32")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant")
-    names = [str(Contestant(*facts)) for facts in CONTESTANTS]
-    parser.add_argument("--only", choices=names, nargs="+", default=(), metavar="NAME", help="; ".join(names))
-    parser.add_argument("--save", action="store_true", help=f"write {machine.slug()}/peers.json in bench/results")
+    cases = GPU_CASES if on_gpu else CPU_CASES
+    parser.add_argument("--case", type=case_of, nargs="+", default=cases, metavar="L,C,T,B", help="what to train")
+    parser.add_argument("--precision", choices=LOSS_TOLERANCE, default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each peer")
+    parser.add_argument("--only", choices=field_, nargs="+", default=[*field_], metavar="NAME", help="; ".join(field_))
+    parser.add_argument("--save", action="store_true", help="write peers.json to this machine's directory")
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
-
-    facts, rows = machine.facts(), []
+    device, rows = "cuda" if on_gpu else "cpu", []
+    facts = machine.facts(device)
+    comparison = Comparison(
+        lambda: within(math.inf, args.rounds, args.rounds), say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     for case in args.case:
         began = time.monotonic()
-        found = measure(
-            case, args.precision, args.rounds, lambda line: print(line, file=sys.stderr, flush=True), args.only
-        )
+        found = comparison.run(Trial.of(case, args.precision, on_gpu), [field_[name] for name in args.only])
         rows += found
-        print(table(found) + f"\n({time.monotonic() - began:.0f} s)\n", flush=True)
+        print(f"{table(found)}\n\n({time.monotonic() - began:.0f} s)\n", flush=True)
         if args.save:
-            save(facts, rows)
-    return int(any(row["status"] != "measured" for row in rows))
-
-
-def save(facts: dict[str, str], rows: list[dict]) -> None:
-    """Puts these rows in peers.json, in place of those of the same cases and precisions."""
-    path = machine.RESULTS / machine.slug() / "peers.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured = {(row["case"], row["precision"]) for row in rows}
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    kept = [row for row in earlier if (row["case"], row["precision"]) not in measured]
-    rows = kept + [row | {name: facts[name] for name in ("commit", "command")} for row in rows]
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+            results.save("peers", facts, rows, machine.slug(device))
+    return int(any(row.status != "measured" for row in rows))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Run:
         self.config = replace(PRESETS[preset], out=out, keep_last=1, optim=OptimConfig("adamw"))
         torch.manual_seed(0)
         self.model, self.optimizer = self.fresh()
-        self.tensors = checkpoint.tensors(self.model, self.optimizer)
+        self.tensors = checkpoint.named_tensors(self.model, self.optimizer)
         for name, tensor in self.tensors.items():
             if name.endswith(".step"):
                 tensor.fill_(1000.0)
@@ -151,7 +151,7 @@ def test_load(preset: str, run: Run, measure):
         checkpoint.load_optimizer(whole, model, optimizer)
 
     def check(_: None) -> None:
-        loaded = checkpoint.tensors(model, optimizer)
+        loaded = checkpoint.named_tensors(model, optimizer)
         assert loaded.keys() == run.held.keys()
         for name, tensor in run.held.items():
             assert torch.equal(loaded[name], tensor), name

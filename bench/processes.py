@@ -1,0 +1,143 @@
+"""Processes that answer requests, a line of JSON for a line of JSON. One that dies or hangs takes nothing else along.
+
+The asking side is `Worker`, the answering side `serve`, which bench.worker calls.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+
+WORKER = ("-m", "bench.worker")
+
+
+class Failed(RuntimeError):
+    """A request that brought no result, in a sentence. out_of_memory: whether memory ran out, on a device or here."""
+
+    def __init__(self, sentence: str, out_of_memory: bool = False):
+        super().__init__(sentence)
+        self.out_of_memory = out_of_memory
+
+
+class Worker:
+    """A process that is started when it is first asked, and again after it has died or was stopped."""
+
+    def __init__(self, *flags: str, environment: dict[str, str] | None = None, log: Path | None = None):
+        """log: where what it prints is appended; a temporary file by default."""
+        self.command = [sys.executable, *WORKER, *flags]
+        self.environment = os.environ | {"PYTHONPATH": _python_path()} | (environment or {})
+        self.log, self.process = log, None
+
+    def ask(self, do: str, seconds: float = 600.0, **what: Any) -> Any:
+        """The answer to a request. Raises Failed if the process refuses, dies, or has no answer after `seconds`."""
+        if self.process is None:
+            self._start()
+        deadline = time.monotonic() + seconds
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self._read_line(deadline)
+        except BrokenPipeError:
+            line = b""
+        if line is None:
+            self.stop()
+            raise Failed(f"the process hung for {seconds:.0f} s at this")
+        if not line:
+            code, said = self.process.wait(), self._last_words()
+            self.stop()
+            raise Failed(f"the process ended with exit code {code} at this: {said}", "out of memory" in said)
+        answer = json.loads(line)
+        if "failed" in answer:
+            if answer["is_lost"]:
+                self.stop()
+            raise Failed(answer["failed"], answer["out_of_memory"])
+        return answer["answer"]
+
+    def stop(self) -> None:
+        """Ends the process and whatever it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout, self._said):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+            self.process = None
+
+    def _start(self) -> None:
+        self._said = tempfile.TemporaryFile("w+b") if self.log is None else self.log.open("a+b")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=machine.ROOT,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            bufsize=0,
+            process_group=0,
+        )
+
+    def _read_line(self, deadline: float) -> bytes | None:
+        """A whole line, b"" at the end of the process, None after the deadline."""
+        line = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                part = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not part:
+                    return b""
+                line += part
+        return line
+
+    def _last_words(self) -> str:
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - 4096))
+        said = self._said.read().decode(errors="replace").strip().splitlines()
+        return said[-1][:300] if said else "no message"
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def serve(handlers: object) -> None:
+    """Answers requests by the methods of `handlers` until the asking process is gone."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a busy process would not notice
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"answer": getattr(handlers, request.pop("do"))(**request)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"failed": sentence(error), "out_of_memory": is_out_of_memory(error), "is_lost": False}
+            del error
+            answer["is_lost"] = not handlers.clean_up()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def sentence(error: Exception) -> str:
+    """An exception in one line: its kind and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'no message'}"[:300]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, also where a compiler passes the error on as its own."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

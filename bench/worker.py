@@ -1,0 +1,225 @@
+"""The process that does the work of bench.gpu and bench.peers: `python -m bench.worker [--dry-run]`.
+
+It answers requests (bench.processes) and never decides what comes next. With --dry-run everything runs on a CPU at tiny
+sizes in float32, Triton's kernels in the interpreter, each sample once.
+"""
+
+import os
+import sys
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before kernels is imported
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import contextlib
+import gc
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench import machine, steps
+from bench.cases import Op, Sizes, ops, outputs_of, phase_of, relative_error, values, with_gradients
+from bench.measure import Ceiling, Stopwatch, in_turns, peak_memory, release_freed_memory, within
+from bench.processes import serve
+from bench.results import Figure, spread
+from engine.device import COMPUTE_DTYPES, apply_precision, peak_flops, tune_malloc
+from model.presets import PRESETS, GPT2Config
+
+GPT2 = Sizes.of(PRESETS["gpt2"], B=64)
+MODERATE = Sizes.of(PRESETS["gpt2"], B=2)  # the definition in float64 takes milliseconds
+DRY = Sizes(B=2, T=5, H=1, D=16, V=61, Vp=64)
+# Errors that are fine even where PyTorch's own is smaller: 2^-8, 2^-10, 2^-9 for bf16, fp16, tf32.
+FLOORS = {"bf16": 4e-3, "fp16": 1e-3, "fp32": 1e-5, "tf32": 2e-3}
+
+
+class Handlers:
+    """What may be asked. One op, one ceiling and one training step are kept from request to request."""
+
+    def __init__(self, is_dry: bool):
+        self.is_dry = is_dry
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not is_dry else "cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.compiler = "aot_eager" if is_dry else "inductor"
+        self.op: Op | None = None
+        self.kept_ceiling: tuple[tuple[str, str], Ceiling] | None = None
+
+    def clean_up(self) -> bool:
+        """Gives memory back. False if the CUDA context is lost, after which nothing runs in this process."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            release_freed_memory()
+        except RuntimeError:
+            return False
+        return True
+
+    def facts(self) -> dict[str, str]:
+        """Facts of the device."""
+        return machine.facts(self.device.type)
+
+    # ---- Ceilings and ops -------------------------------------------------------------------------------------------
+
+    def ceiling(self, kind: str, precision: str) -> Figure:
+        """A ceiling of this machine."""
+        found = Ceiling(kind, self.device, COMPUTE_DTYPES[precision], is_small=self.is_dry)
+        return found.measure(rounds=1 if self.is_dry else 8)
+
+    def ceiling_sample(self, kind: str, precision: str) -> float:
+        """One sample of a ceiling."""
+        if self.kept_ceiling is None or self.kept_ceiling[0] != (kind, precision):
+            found = Ceiling(kind, self.device, COMPUTE_DTYPES[precision], is_small=self.is_dry)
+            self.kept_ceiling = (kind, precision), found
+        return self.kept_ceiling[1].sample()
+
+    def accuracy(self, op: str, precision: str) -> dict[str, tuple[float, float]]:
+        """{output or gradient: (our relative error, PyTorch's)} of Triton's op, against the definition in float64."""
+        definition = ops(DRY if self.is_dry else MODERATE, self.device.type == "cuda")[op]
+        torch.manual_seed(0)
+        dtype = apply_precision(precision)
+        inputs, douts = definition.fresh(dtype, self.device)
+        for targets in inputs:
+            if not targets.is_floating_point():
+                targets[::8] = -100  # ignored
+        exact = definition.exact(inputs, douts)
+        theirs = values(definition.peers.get("plain", definition.peers["torch"]), inputs, douts)
+        with poisoned():
+            ours = values(definition.peers["triton"], inputs, douts)
+        torch.set_float32_matmul_precision("highest")
+        return judged(definition.tensors, ours, theirs, exact, FLOORS[precision])
+
+    def twice(self, op: str) -> bool:
+        """Whether Triton's op gives the same bits twice. Raises ArithmeticError, naming the tensor, if not."""
+        self._enter(op)
+        one, other = (values(self.op.peers["triton"], self.inputs, self.douts) for _ in range(2))
+        for name, first, second in zip(self.op.tensors, one, other, strict=True):
+            if not torch.equal(first, second):
+                raise ArithmeticError(f"{name} must be the same bits in two runs, it is not")
+        return True
+
+    def check(self, op: str, peer: str) -> dict[str, float]:
+        """Checks one implementation and compiles what the phases will run: largest error, bytes above the inputs."""
+        self._enter(op)
+        if self.exact is None:
+            self.exact = self.op.exact(self.inputs, self.douts)
+        function = self.op.peers[peer]
+        error = self.op.check(values(function, self.inputs, self.douts), self.exact, self.dtype)
+        with torch.no_grad():
+            self.op.check(outputs_of(function, self.inputs), self.exact, self.dtype)
+        with peak_memory(self.device) as peak:
+            values(function, self.inputs, self.douts)
+        return {"error": error, "peak": peak.above}
+
+    def time(self, op: str, peers: list[str], seconds: float) -> dict[str, dict[str, tuple[Figure, float, str]]]:
+        """{peer: {phase: (seconds, amount of work, unit of its rate)}}, all in turns."""
+        self._enter(op)
+        self.exact = None
+        self.clean_up()
+        watch = Stopwatch(self.device)
+        samplers = {
+            (peer, phase): lambda prepare=phase_of(self.op.peers[peer], self.inputs, self.douts, phase): watch(prepare)
+            for peer in peers
+            for phase in self.op.phases
+        }
+        samples = in_turns(samplers, within(0, 1, 1) if self.is_dry else within(seconds, 3, 15))
+        found: dict[str, dict] = {peer: {} for peer in peers}
+        for (peer, phase), times in samples.items():
+            amount, unit = self.op.amount(phase, self.dtype.itemsize)
+            found[peer][phase] = spread(times[1:] or times, "s"), amount, unit
+        return found
+
+    def _enter(self, op: str) -> None:
+        """Makes the op and its inputs, unless they are those of the last request."""
+        if self.op is not None and self.op.name == op:
+            return
+        self.op = self.inputs = self.douts = self.exact = None
+        torch.compiler.reset()  # compiled functions hold on to buffers
+        self.clean_up()
+        torch.manual_seed(0)
+        definition = ops(DRY if self.is_dry else GPT2, self.device.type == "cuda", self.compiler)[op]
+        self.inputs, self.douts = definition.fresh(self.dtype, self.device)
+        self.op = definition
+
+    # ---- Training steps ---------------------------------------------------------------------------------------------
+
+    def build(self, model: dict, batch: int, is_tuned: bool, setup: dict) -> float | None:
+        """Makes a model and its step; the data-sheet peak of this device in FLOP/s, if it is known."""
+        if is_tuned:
+            tune_malloc()
+        self.config, self.batch = GPT2Config(**model), batch
+        with self.device:  # a CPU would take seconds to draw the weights of a large model
+            weights = steps.initial_weights(self.config)
+        setup = steps.Setup(**({"compiler": self.compiler} | setup))
+        self.step = steps.build(setup, self.config, weights, self.device)
+        return peak_flops(self.device, setup.precision)
+
+    def losses(self, updates: int, sequences: int, context: int) -> list[float]:
+        """The losses of updates on the same batches for all, of log-uniform tokens, which a model soon learns."""
+        tokens = self._tokens(1, updates, sequences, context)
+        return [self.step(self._split(rows)).item() for rows in tokens]
+
+    def warm_up(self) -> dict[str, int]:
+        """Makes the timed batch and compiles for it; bytes of a step above weights and moments, and in all."""
+        tokens = self._tokens(2, 1, self.batch, self.config.n_positions)
+        self.micro_batches = self._split(tokens[0])
+        for _ in range(1 if self.is_dry else 2):
+            self.step(self.micro_batches)
+        release_freed_memory()
+        with peak_memory(self.device) as peak:
+            for _ in range(1 if self.is_dry else 2):
+                self.step(self.micro_batches)
+        self.watch = Stopwatch(self.device, is_cold=False)
+        return {"step": peak.above, "peak": peak.most}
+
+    def time_steps(self, untimed: int, timed: int) -> float:
+        """Seconds of an update, the mean of `timed` in a row. Raises ArithmeticError if the loss is not finite."""
+        for _ in range(untimed):
+            self.step(self.micro_batches)
+        losses: list[Tensor] = []
+        seconds = self.watch(lambda: lambda: losses.append(self.step(self.micro_batches)), timed)
+        if not math.isfinite(loss := losses[-1].item()):
+            raise ArithmeticError(f"the loss must stay finite, got {loss}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next peer needs the memory
+        return seconds
+
+    def _tokens(self, seed: int, updates: int, sequences: int, context: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(updates, sequences, context + 1, generator=generator)
+        return ((self.config.vocab_size**uniform).long() - 1).to(self.device)  # 0 to V - 1
+
+    def _split(self, rows: Tensor) -> steps.MicroBatches:
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return list(zip(inputs.split(self.batch), targets.split(self.batch), strict=True))
+
+
+def judged(
+    names: tuple[str, ...], ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], floor: float
+) -> dict[str, tuple[float, float]]:
+    """Relative errors, ours and PyTorch's, by name. Raises ArithmeticError if ours is above the floor and twice theirs."""
+    found = {}
+    for name, one, other, truth in zip(names, ours, theirs, exact, strict=True):
+        found[name] = relative_error(one, truth), relative_error(other, truth)
+        allowed = max(floor, 2.0 * found[name][1])
+        if not found[name][0] <= allowed:
+            raise ArithmeticError(f"the error of {name} must be at most {allowed:.1e}, got {found[name][0]:.1e}")
+    return found
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is filled with NaN, so that what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    gc.collect()
+    serve(Handlers("--dry-run" in sys.argv))
