@@ -1,18 +1,18 @@
 """What a chip can do at most: matrix FLOP/s, bytes/s of its memory, bytes/s of its links.
 
 `CHIPS` holds NVIDIA's data sheets: dense (no sparsity), at boost clock, which no program reaches. `measure` finds what
-the machine at hand reaches with a large matrix product, and with a large copy or scaling in place; `from_rows` takes
-product and copy from a record of bench.gpu. FLOP/s are by precision, as engine.precision names them.
+the machine at hand reaches (bench.measure.Ceiling); `from_rows` takes the same from a record of bench.gpu.
 """
 
-import time
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from engine.metrics import PEAK_TFLOPS
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from bench import machine
+from bench.measure import Ceiling
+from bench.results import Row, find
+from engine.device import PEAK_TFLOPS, apply_precision
 
 
 @dataclass(frozen=True)
@@ -54,61 +54,20 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-def measure(device: "torch.device | str", precision: str) -> Chip:
-    """The machine at hand, now: the fastest of several runs of each. Takes about a second."""
-    import torch
-
-    from bench import machine
-    from engine import precision as arithmetic
-
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    dtype = arithmetic.apply(precision)
-    n, elements = (8192, 2**29) if on_gpu else (1536, 2**26)
-    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.ones(elements, device=device)
-    target = torch.zeros_like(source)
-    product_s = fastest(lambda: left @ right, device)
-    # A CPU reads what a copy overwrites before it does, so that an update in place moves more of what counts.
-    pass_s = min(fastest(lambda: target.copy_(source), device), fastest(lambda: source.mul_(1.0), device))
-    threads = "" if on_gpu else f", {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return Chip(
-        machine.name(device) + threads,
-        f"the fastest of several: a product of {n} x {n} matrices, a copy or a scaling of {source.nbytes // 2**20} MiB",
-        {precision: 2.0 * n**3 / product_s},
-        2.0 * source.nbytes / pass_s,
-        is_measured=True,
-    )
+def measure(device: torch.device, precision: str) -> Chip:
+    """The machine at hand, now. Takes a few seconds."""
+    dtype = apply_precision(precision)
+    found = {kind: Ceiling(kind, device, dtype).measure().high for kind in ("matmul", "copy")}
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    source = "a large matrix product and a large copy, 80th percentile of 8 samples"
+    name = machine.name(device.type) + threads
+    return Chip(name, source, {precision: found["matmul"]}, found["copy"], is_measured=True)
 
 
-def faster(one: Chip, other: Chip) -> Chip:
-    """Of two measurements of the same machine, the higher ceilings: something else may have run during either."""
-    peaks = {name: max(one.flops_per_s[name], other.flops_per_s[name]) for name in one.flops_per_s}
-    return replace(one, flops_per_s=peaks, bytes_per_s=max(one.bytes_per_s, other.bytes_per_s))
-
-
-def fastest(fn, device: "torch.device", runs: int = 7) -> float:
-    """Seconds of the fastest of several runs, the first of which does not count."""
-    import torch
-
-    times = []
-    for _ in range(runs + 1):
-        start = time.perf_counter()
-        fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def from_rows(rows: list[dict], name: str) -> Chip | None:
-    """The ceilings that bench.gpu measured in bf16, or None where a record has none."""
-    rates = {
-        row["contestant"]: row["phases"]["forward"]["rate"]
-        for row in rows
-        if row.get("section") == "ceilings" and "forward" in row.get("phases", {})
-    }
-    if not {"bf16 matmul", "device copy"} <= rates.keys():
+def from_rows(rows: Sequence[Row], name: str) -> Chip | None:
+    """The ceilings that bench.gpu measured in bf16, or None where there are none."""
+    found = [find(rows, "ceilings", "this GPU", kind) for kind in ("matmul", "copy")]
+    if not all(row is not None and "rate" in row.figures for row in found):
         return None
-    product, copy = 1e12 * rates["bf16 matmul"], 1e9 * rates["device copy"]
+    product, copy = (row.value("rate") for row in found)
     return Chip(name, "bench.gpu, ceilings", {"bf16": product}, copy, is_measured=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from model.presets import GPT2Config
+from model.presets import GPT2Config, parameter_shapes
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of an activation, and of a weight cast to match
@@ -52,7 +52,7 @@ def communication(
     reshard: bool = True,
     shard_size: int | None = None,
 ) -> list[Collective]:
-    """The collectives of one step of engine.train; none for one rank, which sends nothing.
+    """The collectives of one engine.step.Step; none for one rank, which sends nothing.
 
     micro_batches: forward and backward passes per step on each rank. reshard: as TrainConfig has it. shard_size: hsdp's
     processes per replica. Raises ValueError if the arguments do not fit together.
@@ -65,7 +65,7 @@ def communication(
         raise ValueError(f"communication: ranks and micro-batches must be at least 1, got {world_size, micro_batches}")
     if world_size == 1:
         return []
-    numbers = Collective("loss and signals", "all_reduce", 1, 3 * 4, world_size)  # train_step's three float32
+    numbers = Collective("loss and signals", "all_reduce", 1, 3 * 4, world_size)  # three float32 of engine.step
     if parallel == "ddp":
         sizes = [4 * math.prod(shape) for shape in reversed(parameter_shapes(config).values())]
         return [Collective("gradients", "all_reduce", num_buckets(sizes), sum(sizes), world_size), numbers]
@@ -99,33 +99,6 @@ def communication(
         found.append(Collective("gradients of replicas", "all_reduce", blocks + 1, elements // shards * 4, replicas))
         found.append(Collective("norm of the gradient of replicas", "broadcast", 1, 8, replicas))
     return [each for each in [*found, numbers] if each.group_size > 1]
-
-
-def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Every parameter of model.gpt2.GPT2 by name, in the model's order."""
-    C = config.n_embd
-    block = {
-        "ln_1": (C,),
-        "attn.c_attn": (3 * C, C),
-        "attn.c_proj": (C, C),
-        "ln_2": (C,),
-        "mlp.c_fc": (4 * C, C),
-        "mlp.c_proj": (C, 4 * C),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.padded_vocab_size, C),
-        "wpe.weight": (config.n_positions, C),
-    }
-    for prefix, shape in [(f"h.{i}.{n}", s) for i in range(config.n_layer) for n, s in block.items()] + [
-        ("ln_f", (C,))
-    ]:
-        shapes |= {f"{prefix}.weight": shape, f"{prefix}.bias": shape[:1]}
-    return shapes
-
-
-def num_parameters(config: GPT2Config) -> int:
-    """Elements of all parameters, the vocabulary's padding included, the tied head once."""
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def padded_elements(shapes: Iterable[tuple[int, ...]], shards: int) -> int:

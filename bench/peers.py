@@ -35,7 +35,7 @@ HEAD_DIM = 64
 CPU_CASES = ((4, 256, 256, 8), (4, 256, 256, 2), (4, 512, 256, 4), (6, 384, 512, 4))  # L, C, T, B; the goal's is first
 GPU_CASES = ((12, 768, 1024, 64),)  # GPT-2 124M
 LOSS_TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 1e-2, "bf16": 2e-2}  # relative, of every loss
-TRUTH_SEQUENCES = 8  # of the reference in float32 at a time
+TRUTH_SEQUENCES = 2  # of the reference in float32 at a time, so that its activations fit whatever the model
 DRY_MODEL = GPT2Config(1, 1, 16, n_positions=4, vocab_size=61)
 
 

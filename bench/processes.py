@@ -39,11 +39,11 @@ class Worker:
         self.environment = os.environ | {"PYTHONPATH": _python_path()} | (environment or {})
         self.log, self.process = log, None
 
-    def ask(self, do: str, seconds: float = 600.0, **what: Any) -> Any:
-        """The answer to a request. Raises Failed if the process refuses, dies, or has no answer after `seconds`."""
+    def ask(self, do: str, limit_s: float = 600.0, **what: Any) -> Any:
+        """The answer to a request. Raises Failed if the process refuses, dies, or has no answer within limit_s."""
         if self.process is None:
             self._start()
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + limit_s
         try:
             self.process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
             self.process.stdin.flush()
@@ -52,7 +52,7 @@ class Worker:
             line = b""
         if line is None:
             self.stop()
-            raise Failed(f"the process hung for {seconds:.0f} s at this")
+            raise Failed(f"the process hung for {limit_s:.0f} s at this")
         if not line:
             code, said = self.process.wait(), self._last_words()
             self.stop()

@@ -6,35 +6,34 @@
 
 An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum, since they run one after the other. It
 is a bound of the ops as this engine runs them: a compiler that fuses two of them, or an input that is still in a
-cache, can go below. Counts are those of bench.roofline_ops, ceilings those of bench.chips. MFU is of the convention of
-engine.metrics, 6 (N - wpe) + 12 L C T FLOPs per token, which counts attention without its causal half. Communication is
-that of bench.communication over the fastest link, on its own and at best hidden behind the rest.
+cache, can go below. Counts are those of bench.roofline_ops, ceilings those of bench.chips. MFU counts
+6 (N - wpe) + 12 L C T FLOPs per token (model.presets), attention without its causal half. Communication is that of
+bench.communication over the fastest link, on its own and at best hidden behind the rest.
 """
 
 import argparse
 import dataclasses
-import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from bench import chips, machine
+from bench import chips, machine, results, roofline_plot, tables
 from bench.chips import CHIPS, Chip
 from bench.communication import ITEMSIZE, communication
-from bench.gpu_tables import significant
-from bench.roofline_measure import Measured, measure_ops, measure_step, per_step, read, take_measured
-from bench.roofline_ops import HEAD, RECOMPUTE, Op, head_rows, step_ops
+from bench.results import Figure, Row, exact
+from bench.roofline_measure import Measured, from_gpu_rows, measure_ops, measure_step, per_step
+from bench.roofline_ops import HEAD, RECOMPUTE, Op, StepShape, head_rows, step_ops
 from engine.config import TrainConfig, batch_shape
 from engine.errors import BAD_INPUT, BadInput, nearest
-from engine.metrics import flops_per_token
-from model.presets import PRESETS, GPT2Config
+from model.presets import PRESETS, GPT2Config, flops_per_token
 
 MODELS = {**PRESETS, "bench": GPT2Config(4, 4, 256, n_positions=256)}  # the last one is timed on a CPU in seconds
 MICRO_BATCH_SIZE = {"bench": 4, "tiny": 4, "mini": 4}  # sequences; 64 for all others
-TOGETHER = "head, all its products"
+GPU_STEP = (PRESETS["gpt2"], 64, 1024, "bf16")  # what bench.gpu's ops are timed at
+WHOLE_HEAD = "head, all its products"
+HEADS = ("op", "where", "calls", "GFLOP", "GB", "bound ms", "bound by", "measured ms", "ratio")
 
 
 @dataclass
@@ -42,210 +41,145 @@ class Roofline:
     """One step of one model on one chip, and what was measured of it."""
 
     model: str
-    config: GPT2Config
+    shape: StepShape
     chip: Chip
-    precision: str
-    B: int  # sequences per micro-batch on one device
-    T: int
-    micro_batches: int
-    world_size: int
-    recompute: str
-    rows_per_chunk: int  # of the head
-    measured: Measured = field(default_factory=dict)
-    step_ms: dict[str, float] = field(default_factory=dict)  # whole steps, by how they were run
-    measured_on: dict | None = None  # facts of the file that the times come from, if they do
+    measured: Measured = field(default_factory=dict)  # seconds per step
+    step: dict[str, Figure] = field(default_factory=dict)  # seconds of whole steps, by how they were run
 
     def __post_init__(self) -> None:
-        self.ops: list[Op] = step_ops(
-            self.config,
-            self.B,
-            self.T,
-            self.precision,
-            self.recompute,
-            self.micro_batches,
-            self.world_size,
-            self.rows_per_chunk,
-        )
+        self.ops: list[Op] = step_ops(self.shape)
 
-    @property
-    def what(self) -> dict:
-        """What measured times must be of to stand beside these bounds."""
-        return {
-            "model": dataclasses.asdict(self.config),
-            "precision": self.precision,
-            "micro_batch_size": self.B,
-            "context": self.T,
-            "micro_batches": self.micro_batches,
-            "world_size": self.world_size,
-            "recompute": self.recompute,
-        }
+    def bound_ms(self, phase: str | None = None) -> float:
+        """The bound of all ops, or of one phase's."""
+        some = [op for op in self.ops if phase in (None, op.phase)]
+        return sum(op.bound_ms(self.chip, self.shape.precision) for op in some)
 
-    def rows(self) -> list[dict]:
-        """The table: one row per op, and one for the head as a whole where that was measured."""
+    def rows(self) -> list[Row]:
+        """One row per op, one for the head as a whole where that was measured, and one for the step."""
         found = []
         for op in self.ops:
-            bound, taken = op.bound_ms(self.chip, self.precision), self.measured.get((op.name, op.phase))
-            counts = {"calls": op.calls, "flops": op.flops, "bytes": op.bytes}
-            bounds = {"bound_ms": bound, "bound_by": op.bound_by(self.chip, self.precision)}
-            found.append({"op": op.name, "where": op.phase, **counts, **bounds, "measured_ms": taken})
+            bound, by = op.bound_ms(self.chip, self.shape.precision), op.bound_by(self.chip, self.shape.precision)
+            found.append(self._row(op.name, op.phase, [op.calls, op.flops, op.bytes, bound], by))
         if (HEAD, "") in self.measured:
             head = [row for op, row in zip(self.ops, found, strict=True) if op.group == HEAD]
-            sums = {name: sum(row[name] for row in head) for name in ("calls", "flops", "bytes", "bound_ms")}
-            bound_by = max(head, key=lambda row: row["bound_ms"])["bound_by"]
-            whole = {"op": TOGETHER, "where": "both", **sums, "bound_by": bound_by}
-            found.append(whole | {"measured_ms": self.measured[HEAD, ""]})
+            sums = [sum(row.value(name) for row in head) for name in ("calls", "FLOPs", "bytes", "bound")]
+            by = max(head, key=lambda row: row.value("bound")).note
+            found.append(self._row(HEAD, "", [*sums[:3], 1e3 * sums[3]], by))
         return found
 
-    def totals(self) -> dict:
+    def _row(self, op: str, phase: str, numbers: list[float], bound_by: str) -> Row:
+        peer = f"{op}, {phase}" if phase else f"{WHOLE_HEAD}, both"
+        calls, flops, num_bytes, bound_ms = numbers
+        row = Row("roofline", self.model, peer, "checked", note=bound_by)
+        row.figures = {"calls": exact(calls, ""), "FLOPs": exact(flops, "FLOP"), "bytes": exact(num_bytes, "B")}
+        row.figures["bound"] = exact(bound_ms / 1e3, "s")
+        if (op, phase) in self.measured:
+            row.status, row.figures["measured"] = "measured", self.measured[op, phase]
+        return row
+
+    def step_row(self) -> Row:
         """Bounds of the whole step, and what they allow."""
-        compute_ms = sum(op.bound_ms(self.chip, self.precision) for op in self.ops)
-        sent = communication(self.config, self.world_size, "ddp", self.precision, micro_batches=self.micro_batches)
-        wire_bytes = sum(each.wire_bytes for each in sent)
-        link = max(self.chip.links, key=self.chip.links.get, default=None)
-        wire_ms = 1e3 * wire_bytes / self.chip.links[link] if link else None
-        bound_ms = max(compute_ms, wire_ms or 0.0)
-        tokens = self.B * self.T * self.micro_batches  # of one device
-        flops = flops_per_token(self.config, self.T)
-        return {
-            "flops": sum(op.flops for op in self.ops),
-            "bytes": sum(op.bytes for op in self.ops),
-            **{
-                f"{phase}_ms": sum(op.bound_ms(self.chip, self.precision) for op in self.ops if op.phase == phase)
-                for phase in ("forward", "backward", "optimizer")
-            },
-            "ops_ms": compute_ms,
-            "wire_bytes": wire_bytes,
-            "link": link,
-            "wire_ms": wire_ms,
-            "bound_ms": bound_ms,
-            "tokens_per_s": 1e3 * tokens * self.world_size / bound_ms,
-            "flops_per_token": flops,
-            "mfu": 1e3 * flops * tokens / bound_ms / self.chip.flops_per_s[self.precision],
+        shape, chip = self.shape, self.chip
+        sent = communication(
+            shape.config, shape.world_size, "ddp", shape.precision, micro_batches=shape.micro_batches
+        )
+        wire_bytes, link = sum(each.wire_bytes for each in sent), max(chip.links.values(), default=None)
+        wire_s = wire_bytes / link if link else 0.0
+        bound_s = max(self.bound_ms() / 1e3, wire_s)
+        tokens = shape.B * shape.T * shape.micro_batches  # of one device
+        flops = flops_per_token(shape.config, shape.T)
+        facts = {name: getattr(shape, name) for name in ("B", "T", "precision", "recompute", "micro_batches")}
+        row = Row("roofline", self.model, "the step", "measured" if self.step else "checked")
+        row.facts = facts | {"devices": shape.world_size, "chip": dataclasses.asdict(chip)}
+        row.figures = {
+            "FLOPs": exact(sum(op.flops for op in self.ops), "FLOP"),
+            "bytes": exact(sum(op.bytes for op in self.ops), "B"),
+            **{f"{p} bound": exact(self.bound_ms(p) / 1e3, "s") for p in ("forward", "backward", "optimizer")},
+            "wire bytes": exact(wire_bytes, "B"),
+            "wire bound": exact(wire_s, "s"),
+            "bound": exact(bound_s, "s"),
+            "tokens": exact(tokens * shape.world_size / bound_s, "tokens/s"),
+            "mfu": exact(flops * tokens / bound_s / chip.flops_per_s[shape.precision], "%"),
+            **{f"step, {how}": figure for how, figure in self.step.items()},
         }
+        return row
 
     def verdict(self) -> str:
         """The sentence that names the op to work on."""
         rows = self.rows()
-        timed = [row for row in rows if row["measured_ms"] is not None]
+        timed = [row for row in rows if "measured" in row.figures]
         if not timed:
-            row = max(rows, key=lambda row: row["bound_ms"])
-            return (
-                f"Nothing is measured here. The op with the largest bound is {row['op']} ({row['where']}): "
-                f"{significant(row['bound_ms'])} ms a step, by {row['bound_by']}."
-            )
-        row = max(timed, key=lambda row: row["measured_ms"] - row["bound_ms"])
-        over = row["measured_ms"] - row["bound_ms"]
-        if over <= 0:
+            row = max(rows, key=lambda row: row.value("bound"))
+            bound = tables.amount(row.value("bound"), "s")
+            return f"Nothing is measured here. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
+        row = max(timed, key=lambda row: row.value("measured") - row.value("bound"))
+        measured, bound = row.value("measured"), row.value("bound")
+        if measured <= bound:
             return "No measured op takes longer than its bound."
+        words = [tables.amount(value, "s") for value in (measured, measured - bound, bound)]
         return (
-            f"{row['op']} ({row['where']}) costs the most above its bound: {significant(row['measured_ms'])} ms a "
-            f"step, {significant(over)} ms more than the {significant(row['bound_ms'])} ms that {row['bound_by']} "
-            f"allows ({row['measured_ms'] / row['bound_ms']:.2f} times)."
+            f"{row.peer} costs the most above its bound: {words[0]} a step, {words[1]} more than the {words[2]} that "
+            f"{row.note} allows ({measured / bound:.2f} times)."
         )
 
     def table(self) -> str:
         """All of it as text."""
-        chip, totals = self.chip, self.totals()
-        peak = chip.flops_per_s[self.precision]
-        tokens = self.B * self.T * self.micro_batches * self.world_size
-        lines = [
-            f"{self.model}, {self.precision}, recompute {self.recompute}; a step is {tokens:,} tokens = {self.B} "
-            f"sequences x {self.T:,} x {self.micro_batches} micro-batches x {self.world_size} devices",
-            f"{chip.name} ({chip.kind}: {chip.source}): {peak / 1e12:.4g} TFLOP/s, {chip.bytes_per_s / 1e9:.4g} GB/s",
-            "",
-            *aligned([HEADS, *(cells(row) for row in self.rows())]),
-            "",
-            f"lower bound of a step's ops: {totals['ops_ms']:.4g} ms, of which forward {totals['forward_ms']:.4g}, "
-            f"backward {totals['backward_ms']:.4g}, optimizer {totals['optimizer_ms']:.4g}; "
-            f"{totals['flops'] / 1e12:.4g} TFLOP, {totals['bytes'] / 1e9:.4g} GB",
-        ]
-        if self.world_size > 1:
-            link = "no link is known for this chip"
-            if totals["link"]:
-                rate = chip.links[totals["link"]] / 1e9
-                link = f"{totals['wire_ms']:.4g} ms over {totals['link']} at {rate:.4g} GB/s, at best behind the rest"
-            lines.append(f"communication: {totals['wire_bytes'] / 1e9:.4g} GB sent by each device; {link}")
-        lines.append(
-            f"at that bound: {totals['tokens_per_s']:,.0f} tokens/s, MFU {100 * totals['mfu']:.1f}% "
-            f"(6 (N - wpe) + 12 L C T = {totals['flops_per_token'] / 1e9:.4g} GFLOP per token)"
-        )
-        timed = [row for row in self.rows() if row["measured_ms"] is not None]
-        if timed:
-            taken, bound = (sum(row[name] for row in timed) for name in ("measured_ms", "bound_ms"))
-            lines.append(f"measured ops: {taken:.4g} ms together, their bounds {bound:.4g} ms")
-            if below := [f"{row['op']} ({row['where']})" for row in timed if row["measured_ms"] < row["bound_ms"]]:
-                lines.append(
-                    f"below their bounds, from a cache or since the ceilings were measured too low: {', '.join(below)}"
-                )
-        for how, ms in self.step_ms.items():
-            lines.append(f"measured step, {how}: {ms:.4g} ms, {ms / totals['bound_ms']:.2f} times its bound")
-        return "\n".join([*lines, "", self.verdict()])
+        shape, chip, step = self.shape, self.chip, self.step_row()
+        tokens = shape.B * shape.T * shape.micro_batches * shape.world_size
 
-    def record(self, facts: dict[str, str]) -> dict:
-        """All of it for JSON, with the facts about the machine that it ran on."""
-        sent = communication(self.config, self.world_size, "ddp", self.precision, micro_batches=self.micro_batches)
-        return {
-            "roofline": self.model,
-            "facts": facts,
-            "what": self.what,
-            "chip": dataclasses.asdict(self.chip),
-            "note": "bounds are computed, not measured",
-            "rows_per_chunk": self.rows_per_chunk,
-            "ops": self.rows(),
-            "measured": [[*key, ms] for key, ms in self.measured.items()],
-            "measured_on": self.measured_on,
-            "step_ms": self.step_ms,
-            "communication": [{**dataclasses.asdict(each), "wire_bytes": each.wire_bytes} for each in sent],
-            "totals": self.totals(),
-            "verdict": self.verdict(),
-        }
+        def said(name: str) -> str:
+            return tables.cell(step, name)
+
+        lines = [
+            f"{self.model}, {shape.precision}, recompute {shape.recompute}; a step is {tokens:,} tokens = {shape.B} "
+            f"sequences x {shape.T:,} x {shape.micro_batches} micro-batches x {shape.world_size} devices",
+            f"{chip.name} ({chip.kind}: {chip.source}): {chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, "
+            f"{chip.bytes_per_s / 1e9:.4g} GB/s",
+            "",
+            tables.aligned([HEADS, *(cells(row) for row in self.rows())], left=(0, 1, 6)),
+            "",
+            f"lower bound of a step's ops: {self.bound_ms():.4g} ms, of which forward {said('forward bound')}, backward "
+            f"{said('backward bound')}, optimizer {said('optimizer bound')}; {said('FLOPs')}, {said('bytes')}",
+        ]
+        if shape.world_size > 1:
+            link = max(chip.links, key=chip.links.get, default=None)
+            at = f"{said('wire bound')} over {link}, at best behind the rest" if link else "no link is known"
+            lines.append(f"communication: {said('wire bytes')} sent by each device; {at}")
+        lines.append(f"at that bound: {said('tokens')}, MFU {said('mfu')}")
+        timed = [row for row in self.rows() if "measured" in row.figures]
+        if below := [row.peer for row in timed if row.value("measured") < row.value("bound")]:
+            lines.append(f"below their bounds, from a cache or since the ceilings are too low: {'; '.join(below)}")
+        for how, figure in self.step.items():
+            ratio = figure.value / step.value("bound")
+            lines.append(f"measured step, {how}: {tables.amount(figure.value, 's')}, {ratio:.2f} times its bound")
+        return "\n".join([*lines, "", self.verdict()])
 
     def draw(self, path: Path) -> Path:
         """The picture."""
-        from bench import roofline_plot
-
-        totals = self.totals()
-        title = f"Lower bounds of a {self.model} training step in {self.precision} on {self.chip.name}"
-        computed = "measured ceilings of this machine" if self.chip.is_measured else "the data sheet"
+        shape, chip, step = self.shape, self.chip, self.step_row()
+        computed = "measured ceilings of this machine" if chip.is_measured else "the data sheet"
         subtitle = (
-            f"Bounds are computed from {computed}: {self.chip.flops_per_s[self.precision] / 1e12:.4g} TFLOP/s, "
-            f"{self.chip.bytes_per_s / 1e9:.4g} GB/s\n{self.B * self.T * self.micro_batches:,} tokens per device, "
-            f"{self.micro_batches} x {self.B} sequences of {self.T:,}: at least {totals['bound_ms']:.4g} ms, "
-            f"MFU at most {100 * totals['mfu']:.0f}%"
+            f"Bounds are computed from {computed}: {chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, "
+            f"{chip.bytes_per_s / 1e9:.4g} GB/s\n{shape.B * shape.T * shape.micro_batches:,} tokens per device, "
+            f"{shape.micro_batches} x {shape.B} sequences of {shape.T:,}: at least {tables.cell(step, 'bound')}, MFU at "
+            f"most {tables.cell(step, 'mfu')}"
         )
-        return roofline_plot.draw(path, self.ops, self.measured, self.chip, self.precision, title, subtitle)
+        title = f"Lower bounds of a {self.model} training step in {shape.precision} on {chip.name}"
+        bars = roofline_plot.bars(self.ops, self.measured, chip, shape.precision)
+        return roofline_plot.draw(path, bars, title, subtitle)
 
 
-HEADS = ("op", "where", "calls", "GFLOP", "GB", "bound ms", "bound by", "measured ms", "ratio")
-
-
-def cells(row: dict) -> tuple[str, ...]:
+def cells(row: Row) -> tuple[str, ...]:
     """A row of the table as text."""
-    taken = row["measured_ms"]
-    return (
-        row["op"],
-        row["where"],
-        f"{row['calls']:,}",
-        f"{row['flops'] / 1e9:,.1f}" if row["flops"] else "-",
-        f"{row['bytes'] / 1e9:,.3f}",
-        f"{row['bound_ms']:.3f}",
-        row["bound_by"],
-        "-" if taken is None else f"{taken:.3f}",
-        "-" if taken is None else f"{taken / row['bound_ms']:.2f}",
-    )
+    op, where = row.peer.rsplit(", ", 1)
+    bound, measured = row.value("bound"), row.value("measured")
+    taken = ("-", "-") if measured is None else (f"{1e3 * measured:.3f}", f"{measured / bound:.2f}")
+    flops = f"{row.value('FLOPs') / 1e9:,.1f}" if row.value("FLOPs") else "-"
+    counts = f"{row.value('calls'):,}", flops, f"{row.value('bytes') / 1e9:,.3f}"
+    return op, where, *counts, f"{1e3 * bound:.3f}", row.note, *taken
 
 
-def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of columns of equal width; numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
-    left = {HEADS.index(name) for name in ("op", "where", "bound by")}
-    return [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(columns))
-        for columns in ([*zip(row, widths, strict=True)] for row in rows)
-    ]
-
-
-def chip_of(name: str, found: dict | None, precision: str, device: str) -> Chip:
+def chip_of(name: str, found: tuple[dict, list[Row]] | None, precision: str, device: torch.device) -> Chip:
     """The chip of this name; "this" is what the results were measured on, or else this machine, now."""
     if name in CHIPS:
         return CHIPS[name]
@@ -253,29 +187,19 @@ def chip_of(name: str, found: dict | None, precision: str, device: str) -> Chip:
         raise BadInput(f"roofline: --chip must be one that is known, got {name!r}{nearest(name, [*CHIPS, 'this'])}")
     if found is None:
         return chips.measure(device, precision)
-    if "roofline" in found:
-        return Chip(**found["chip"])
-    chip = chips.from_rows(found["rows"], found.get("machine", {}).get("gpu", "the GPU of bench.gpu"))
+    chip = chips.from_rows(found[1], found[0].get("gpu", "the GPU of bench.gpu"))
     if chip is None:
         raise BadInput("roofline: --chip this must find ceilings among the measured rows, got none; name the chip")
     return chip
 
 
-def build(args: argparse.Namespace) -> Roofline:
-    """What the command line asks for, measured if it says so. Raises BadInput."""
+def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShape:
+    """The step that the command line asks for. Raises BadInput."""
     if args.model not in MODELS:
         raise BadInput(f"roofline: the model must be one that exists, got {args.model!r}{nearest(args.model, MODELS)}")
-    found = None if args.measured is None else read(args.measured)
-    device = "cpu"
-    if args.measure or (args.chip == "this" and found is None):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_cpu = args.chip == "this" and device == "cpu" and (found is None or "rows_per_chunk" in found)
-    usual = found["what"]["precision"] if found and "roofline" in found else "fp32" if on_cpu else "bf16"
-    precision = args.precision or usual
-    config = MODELS[args.model]
     changed = {name: getattr(args, name) for name in ("n_layer", "n_embd", "n_head") if getattr(args, name) is not None}
     try:
-        config = dataclasses.replace(config, **changed)
+        config = dataclasses.replace(MODELS[args.model], **changed)
     except ValueError as error:
         raise BadInput(f"roofline: {error}") from error
     T = min(1024, config.n_positions) if args.context is None else args.context
@@ -286,30 +210,76 @@ def build(args: argparse.Namespace) -> Roofline:
     wrong = step.problems() + ([f"--gpus must be at least 1, got {args.gpus}"] if args.gpus < 1 else [])
     if args.measure and args.chip != "this":
         wrong.append(f"--chip must be this with --measure, which times this machine, got {args.chip}")
-    if args.measure and found is not None:
+    if args.measure and args.measured is not None:
         wrong.append("--measure and --measured must not both be given")
     if wrong:
         raise BadInput("roofline: " + "\n  ".join(wrong))
     micro_batches = batch_shape(step, args.gpus)[1]
+    rows = head_rows(config, not on_cpu)
+    return StepShape(config, B, T, precision, args.recompute, micro_batches, args.gpus, rows)
+
+
+def build(args: argparse.Namespace) -> Roofline:
+    """What the command line asks for, measured if it says so. Raises BadInput."""
+    found = None
+    if args.measured is not None:
+        try:
+            found = results.read(args.measured)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = args.chip == "this" and device.type == "cpu" and found is None
+    precision = args.precision or ("fp32" if on_cpu else "bf16")
+    shape = shape_of(args, precision, on_cpu)
     chip = chip_of(args.chip, found, precision, device)
     if precision not in chip.flops_per_s:
         known = ", ".join(chip.flops_per_s)
         raise BadInput(f"roofline: --precision must be one that {chip.name} was measured in, {known}, got {precision}")
-    rows = found["rows_per_chunk"] if found and "roofline" in found else head_rows(config, not on_cpu)
-    name = args.model + ("".join(f", {key} {value}" for key, value in changed.items()))
-    roofline = Roofline(name, config, chip, precision, B, T, micro_batches, args.gpus, args.recompute, rows)
+    roofline = Roofline(args.model, shape, chip)
     if found is not None:
-        take_measured(roofline, found, args.measured)
+        take_measured(roofline, *found, args.measured)
     if args.measure:
-        per_call = measure_ops(config, B, T, precision, device)
-        roofline.measured = per_step(roofline.ops, per_call, args.recompute)
-        shape = (config, B, T, precision, args.recompute, micro_batches)
-        roofline.step_ms = measure_step(*shape, device)
-        roofline.chip = chips.faster(chip, chips.measure(device, precision))
+        roofline.measured = per_step(roofline.ops, measure_ops(shape, device), args.recompute)
+        roofline.step = {"eager": measure_step(shape, device)}
     return roofline
 
 
-def main(argv: list[str]) -> int:
+def take_measured(roofline: Roofline, facts: dict[str, str], rows: list[Row], path: Path) -> None:
+    """Fills in the times of bench.gpu. Raises BadInput if they are of other sizes, or of another chip."""
+    timed_on = facts.get("gpu", "")
+    if timed_on and roofline.chip.name not in timed_on:
+        raise BadInput(f"roofline: --chip must be what {path} was measured on, {timed_on}, got {roofline.chip.name}")
+    shape, (_, B, T, precision) = roofline.shape, GPU_STEP
+    if (shape.config, shape.B, shape.T, shape.precision) != GPU_STEP:
+        raise BadInput(
+            f"roofline: {path} holds kernels at the sizes of gpt2, {B} sequences of {T:,} in {precision}, and the step "
+            f"must have them too, got {roofline.model}, {shape.B} of {shape.T:,} in {shape.precision}"
+        )
+    roofline.measured = per_step(roofline.ops, from_gpu_rows(rows, roofline.ops), shape.recompute)
+    if not roofline.measured:
+        raise BadInput(f"roofline: {path} must hold measured times of this project's kernels, got none")
+    if shape.micro_batches == 1:
+        timed = [row for row in rows if row.section == "step" and row.case == f"gpt2 B={B} {precision}"]
+        roofline.step = {row.peer: row.figures["step"] for row in timed if "step" in row.figures}
+
+
+def write(roofline: Roofline, args: argparse.Namespace) -> list[Path]:
+    """The files that were asked for. Raises BadInput where they cannot be written."""
+    try:
+        written = [] if args.out is None else [roofline.draw(args.out)]
+        if args.save:
+            device = "cuda" if args.chip == "this" and torch.cuda.is_available() else "cpu"
+            place = machine.slug(device) if args.chip == "this" else f"nvidia-{args.chip.lower().replace(' ', '-')}"
+            rows = [*roofline.rows(), roofline.step_row()]
+            rows[-1].note = roofline.verdict()
+            path = results.save("roofline", machine.facts(device), rows, place)
+            written += [path, roofline.draw(path.with_suffix(".png"))]
+    except OSError as error:
+        raise BadInput(f"roofline: the results must go where files can be written, got {error}") from error
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default="gpt2", metavar="PRESET", help=f"one of {', '.join(MODELS)}")
@@ -318,24 +288,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, help="tokens per sequence; 1,024 or what the model has")
     parser.add_argument("--precision", choices=list(ITEMSIZE), help="bf16; fp32 on a CPU")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="activations made again")
-    parser.add_argument(
-        "--tokens-per-step", type=int, help="over all GPUs: 524,288, or one micro-batch of small models"
-    )
+    parser.add_argument("--tokens-per-step", type=int, help="of all GPUs: 524,288, or a micro-batch of small models")
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel replicas (DDP)")
     for name in ("n-layer", "n-embd", "n-head"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--measured", type=Path, metavar="FILE.json", help="gpu.json of bench.gpu, or a roofline.json")
+    parser.add_argument("--measured", type=Path, metavar="FILE.json", help="gpu.json of bench.gpu")
     parser.add_argument("--measure", action="store_true", help="time every op here and now, with --chip this")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
     parser.add_argument("--save", action="store_true", help="roofline.json and .png in bench/results, by chip")
-    args = parser.parse_args(argv)
     try:
-        try:
-            roofline = build(args)
-        except (KeyError, TypeError) as error:
-            if args.measured is None:
-                raise
-            raise BadInput(f"roofline: {args.measured} must be a whole file of results, got {error!r}") from error
+        roofline = build(args := parser.parse_args(arguments))
         print(roofline.table())
         for path in write(roofline, args):
             print(f"wrote {path}")
@@ -345,26 +307,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write(roofline: Roofline, args: argparse.Namespace) -> list[Path]:
-    """The files that were asked for. Raises BadInput where they cannot be written."""
-    written = []
-    try:
-        if args.out is not None:
-            written.append(roofline.draw(args.out))
-        if args.save:
-            device = "cuda" if args.chip == "this" and torch.cuda.is_available() else "cpu"
-            place = machine.slug(device) if args.chip == "this" else f"nvidia-{args.chip.lower().replace(' ', '-')}"
-            directory = machine.RESULTS / place
-            directory.mkdir(parents=True, exist_ok=True)
-            path, text = directory / "roofline.json", json.dumps(roofline.record(machine.facts(device)), indent=1)
-            temporary = path.with_name(".roofline.json.writing")
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-            written += [path, roofline.draw(path.with_suffix(".png"))]
-    except OSError as error:
-        raise BadInput(f"roofline: the results must go where files can be written, got {error}") from error
-    return written
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,20 +1,21 @@
 """The ops of one training step as this engine runs them: how often, how many FLOPs, how many bytes.
 
 A multiply and an add are two FLOPs; only matrix products count, and the causal half of attention once. Bytes count each
-input of an op read once and each output written once, as bench.gpu_cases does: no version of that op moves less, except
+input of an op read once and each output written once, as bench.cases does: no version of that op moves less, except
 through a cache that still holds the input. What a kernel keeps for itself (a row's mean, logsumexp) does not count.
 An op ends where its result is a tensor in memory: a compiler that fuses two of them moves less than the sum.
 
 B sequences of T positions, N = B T rows, width C, L layers, Vp padded vocabulary. Attention, LayerNorm, GELU and
-the head are those of kernels/ on a GPU; dropout is off. Verified in tests/test_roofline.py against counted calls.
+the head are those of kernels/ on a GPU; dropout is off. Verified in tests/bench/test_roofline_ops.py against counted calls.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from bench.cases import Sizes, work
 from bench.chips import Chip
-from bench.communication import ITEMSIZE, num_parameters
-from model.presets import GPT2Config
+from bench.communication import ITEMSIZE
+from model.presets import GPT2Config, num_parameters
 
 HEAD = "head"  # the group that is measured as one op
 RECOMPUTE = ("none", "attention", "block")
@@ -49,39 +50,37 @@ def head_rows(config: GPT2Config, on_gpu: bool) -> int:
     return GPU_HEAD_ROWS if on_gpu else max(1, CPU_HEAD_ELEMENTS // config.padded_vocab_size)
 
 
-def step_ops(
-    config: GPT2Config,
-    B: int,
-    T: int,
-    precision: str = "bf16",
-    recompute: str = "none",
-    micro_batches: int = 1,
-    world_size: int = 1,
-    rows_per_chunk: int = GPU_HEAD_ROWS,
-) -> list[Op]:
+@dataclass(frozen=True)
+class StepShape:
+    """One step on one of `world_size` devices: micro-batches of B sequences of T tokens."""
+
+    config: GPT2Config
+    B: int
+    T: int
+    precision: str = "bf16"
+    recompute: str = "none"
+    micro_batches: int = 1
+    world_size: int = 1
+    rows_per_chunk: int = GPU_HEAD_ROWS  # of the head
+
+
+def step_ops(shape: StepShape) -> list[Op]:
     """Every op of a step: forward, backward, optimizer. Those that have nothing to do here are left out."""
+    config, B, T, precision, recompute = shape.config, shape.B, shape.T, shape.precision, shape.recompute
     if recompute not in RECOMPUTE:
         raise ValueError(f"roofline: recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
-    L = config.n_layer
-    forward, backward = [], []
-    for op in _block_forward(config, B, T, precision):
-        forward.append(replace(op, calls=L, flops=L * op.flops, bytes=L * op.bytes))
-    for op in _block_backward(config, B, T, precision):
-        backward.append(replace(op, calls=L, flops=L * op.flops, bytes=L * op.bytes))
+    size = config, B, T, precision
     found = [
-        *_embedding(config, B, T, precision),
-        *_norms(config, B * T, precision),
-        *forward,
-        *_head(config, B * T, precision, rows_per_chunk),
-        *_again(config, B, T, precision, recompute),
-        *backward,
+        *_embedding(*size),
+        *_norms(*size),
+        *(times(op, config.n_layer) for op in _block_forward(*size)),
+        *_head(config, B * T, precision, shape.rows_per_chunk),
+        *_again(*size, recompute),
+        *(times(op, config.n_layer) for op in _block_backward(*size)),
         *_casts(config, precision),
     ]
-    found = [
-        replace(op, calls=micro_batches * op.calls, flops=micro_batches * op.flops, bytes=micro_batches * op.bytes)
-        for op in found
-    ]
-    found += _update(config, precision, micro_batches, world_size)
+    found = [times(op, shape.micro_batches) for op in found]
+    found += _update(config, precision, shape.micro_batches, shape.world_size)
     order = {"forward": 0, "backward": 1, "optimizer": 2}
     return sorted((op for op in found if op.calls and op.bytes), key=lambda op: order[op.phase])
 
@@ -109,38 +108,49 @@ def _linear_backward(name: str, N: int, size: tuple[int, int, bool], e: int) -> 
     return found + [Op(f"{name} dbias", name, "backward", 1, 0, e * (N * M + M))] * has_bias
 
 
+def _of_kernels(op: str, phase: Phase, config: GPT2Config, B: int, T: int, e: int) -> Op:
+    """A kernel's op by the table of bench.cases; weights and biases are float32."""
+    done = work(op, Sizes.of(config, B, T), e, 4)[phase]
+    return Op(op, "layer_norm" if op.endswith("layer_norm") else op, phase, 1, done.flops, done.bytes)
+
+
 def _block_forward(config: GPT2Config, B: int, T: int, precision: str) -> list[Op]:
     """One block without its LayerNorms."""
-    N, C, e = B * T, config.n_embd, ITEMSIZE[precision]
+    N, e = B * T, ITEMSIZE[precision]
     linear = {name: _linear_forward(name, N, size, e) for name, size in linear_layers(config).items()}
-    # Two products of T x T x D for each of H heads, halved: 2 * 2 * B * H * T * T * D / 2.
-    attention = Op("attention", "attention", "forward", 1, 2 * B * T * T * C, e * 4 * N * C)
-    gelu = Op("bias_gelu", "bias_gelu", "forward", 1, 0, e * 8 * N * C + 4 * 4 * C)
+    attention, gelu = (_of_kernels(op, "forward", config, B, T, e) for op in ("attention", "bias_gelu"))
     return [linear["c_attn"], attention, linear["attn.c_proj"], linear["c_fc"], gelu, linear["mlp.c_proj"]]
 
 
 def _block_backward(config: GPT2Config, B: int, T: int, precision: str) -> list[Op]:
-    """The same, in the order of the backward pass. Attention: five products; dout, qkv, out -> dqkv."""
-    N, C, e = B * T, config.n_embd, ITEMSIZE[precision]
+    """The same, in the order of the backward pass."""
+    N, e = B * T, ITEMSIZE[precision]
     linear = {name: _linear_backward(name, N, size, e) for name, size in linear_layers(config).items()}
-    attention = Op("attention", "attention", "backward", 1, 5 * B * T * T * C, e * 8 * N * C)
-    gelu = Op("bias_gelu", "bias_gelu", "backward", 1, 0, e * 12 * N * C + 4 * 8 * C)
+    attention, gelu = (_of_kernels(op, "backward", config, B, T, e) for op in ("attention", "bias_gelu"))
     return [*linear["mlp.c_proj"], gelu, *linear["c_fc"], *linear["attn.c_proj"], attention, *linear["c_attn"]]
 
 
-def _norms(config: GPT2Config, N: int, precision: str) -> list[Op]:
+def _norms(config: GPT2Config, B: int, T: int, precision: str) -> list[Op]:
     """The first block's ln_1, all others with the residual add in front, and ln_f, whose sum nobody differentiates."""
-    C, e, inner = config.n_embd, ITEMSIZE[precision], 2 * config.n_layer - 1
-    rows, parameters = e * N * C, 4 * C
+    e, inner = ITEMSIZE[precision], 2 * config.n_layer - 1
+    kernels = ("layer_norm", "add_layer_norm")
+    (first, add), (first_back, add_back) = (
+        [_of_kernels(op, phase, config, B, T, e) for op in kernels] for phase in ("forward", "backward")
+    )
     return [
-        Op("layer_norm", "layer_norm", "forward", 1, 0, 2 * rows + 2 * parameters),
-        Op("add_layer_norm", "layer_norm", "forward", inner, 0, inner * (4 * rows + 2 * parameters)),
-        Op("add_layer_norm, ln_f", "layer_norm", "forward", 1, 0, 4 * rows + 2 * parameters),
-        Op("add_layer_norm, ln_f", "layer_norm", "backward", 1, 0, 3 * rows + 3 * parameters),
-        Op("add_layer_norm", "layer_norm", "backward", inner, 0, inner * (4 * rows + 3 * parameters)),
-        Op("layer_norm", "layer_norm", "backward", 1, 0, 3 * rows + 3 * parameters),
-        Op("gradient of the first sum", "layer_norm", "backward", 1, 0, 3 * rows),
+        first,
+        times(add, inner),
+        replace(add, name="add_layer_norm, ln_f"),
+        replace(first_back, name="add_layer_norm, ln_f"),
+        times(add_back, inner),
+        first_back,
+        Op("gradient of the first sum", "layer_norm", "backward", 1, 0, 3 * e * B * T * config.n_embd),
     ]
+
+
+def times(op: Op, calls: int) -> Op:
+    """The op so many times as often."""
+    return replace(op, calls=calls * op.calls, flops=calls * op.flops, bytes=calls * op.bytes)
 
 
 def _embedding(config: GPT2Config, B: int, T: int, precision: str) -> list[Op]:
@@ -177,19 +187,14 @@ def _head(config: GPT2Config, N: int, precision: str, rows: int) -> list[Op]:
 
 def _again(config: GPT2Config, B: int, T: int, precision: str, recompute: str) -> list[Op]:
     """What the backward pass computes a second time: all but the last product, whose inputs are what was missing."""
-    L, inner = config.n_layer, _block_forward(config, B, T, precision)
-    first, add, _, *_ = _norms(config, B * T, precision)
-    per_norm = add.bytes // add.calls
+    inner = _block_forward(config, B, T, precision)
+    first, add, *_ = _norms(config, B, T, precision)
     names = {"none": (), "attention": ("c_attn", "attention")}.get(recompute, tuple(op.name for op in inner[:-1]))
-    found = [replace(op, calls=L, flops=L * op.flops, bytes=L * op.bytes) for op in inner if op.name in names]
-    if recompute == "block":
-        norms = 2 * L - 1
-        found += [first, Op("add_layer_norm", "layer_norm", "backward", norms, 0, norms * per_norm)]
-    if found and ITEMSIZE[precision] < 4:
+    found = [times(op, config.n_layer) for op in inner if op.name in names]
+    found += [first, add] if recompute == "block" else []
+    if found and (e := ITEMSIZE[precision]) < 4:
         layers = tuple(linear_layers(config)) if recompute == "block" else ("c_attn", "attn.c_proj")
-        found.append(
-            Op("weight casts", "casts", "backward", 1, 0, (4 + ITEMSIZE[precision]) * cast_elements(config, layers))
-        )
+        found.append(Op("weight casts", "casts", "backward", 1, 0, (4 + e) * cast_elements(config, layers)))
     return [replace(op, name=f"{op.name} again", phase="backward") for op in found]
 
 

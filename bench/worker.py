@@ -99,6 +99,11 @@ class Handlers:
                 raise ArithmeticError(f"{name} must be the same bits in two runs, it is not")
         return True
 
+    def peers(self, op: str) -> list[str]:
+        """Names of the op's implementations."""
+        self._enter(op)
+        return [*self.op.peers]
+
     def check(self, op: str, peer: str) -> dict[str, float]:
         """Checks one implementation and compiles what the phases will run: largest error, bytes above the inputs."""
         self._enter(op)
@@ -148,6 +153,9 @@ class Handlers:
         """Makes a model and its step; the data-sheet peak of this device in FLOP/s, if it is known."""
         if is_tuned:
             tune_malloc()
+        self.step = self.micro_batches = self.watch = None  # the last one's memory is needed
+        torch.compiler.reset()
+        self.clean_up()
         self.config, self.batch = GPT2Config(**model), batch
         with self.device:  # a CPU would take seconds to draw the weights of a large model
             weights = steps.initial_weights(self.config)
