@@ -8,7 +8,7 @@ ifneq ($(filter $(PRESET),tiny mini),)
 DATA ?= data/stdlib
 endif
 
-.PHONY: setup train test test-all lint bench bench-full clean
+.PHONY: setup train test test-all lint bench bench-full bench-compare clean
 
 setup: .venv/installed
 
@@ -35,14 +35,14 @@ lint: setup
 
 # Both write pytest-benchmark's JSON: make bench OUT=bench/results/MACHINE/bench.json
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-json=$(or $(OUT),.benchmarks/bench.json) $(ARGS)
+	$(BIN)/python -m pytest bench/suites --benchmark-json=$(or $(OUT),.benchmarks/bench.json) $(ARGS)
 
 bench-full: setup
-	$(BIN)/python -m pytest bench -m "" --benchmark-json=$(or $(OUT),.benchmarks/bench-full.json) $(ARGS)
+	$(BIN)/python -m pytest bench/suites -m "" --benchmark-json=$(or $(OUT),.benchmarks/bench-full.json) $(ARGS)
+
+# make bench-compare A=old.json B=new.json
+bench-compare: setup
+	$(BIN)/pytest-benchmark compare $(A) $(B) --columns=median,iqr,rounds --group-by=fullname --sort=name $(ARGS)
 
 clean:
 	rm -rf .venv *.egg-info
-
-# make bench-compare A=old.json B=new.json; without files, a commit against its parent: COMMITS="BASE HEAD", ARGS="-k ..."
-bench-compare: setup
-	$(BIN)/python -m bench.compare $(if $(A)$(B),$(A) $(B),--commits $(COMMITS)) $(ARGS)

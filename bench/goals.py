@@ -67,7 +67,11 @@ def cpu_goals(rows: Sequence[Row]) -> list[Goal]:
         leanest = min(peer.value("step memory") for peer in peers)
         memory = row.value("step memory") / leanest if leanest else None
         found += [
-            Goal(f"{row.peer}, speed against the fastest peer", row.value("speed"), SPEED.get(row.facts["precision"], 1.0)),
+            Goal(
+                f"{row.peer}, speed against the fastest peer",
+                row.value("speed"),
+                SPEED.get(row.facts["precision"], 1.0),
+            ),
             Goal(f"{row.peer}, of the matmul ceiling", row.value("of ceiling"), CEILING, "%"),
             Goal(f"{row.peer}, step memory against the leanest peer", memory, MEMORY, at_most=True),
         ]
@@ -106,7 +110,9 @@ def _op_goals(rows: Sequence[Row]) -> list[Goal]:
         return min(theirs) / ours if ours is not None and theirs else None
 
     sdpa = [row.peer for row in rows if row.key[:2] == ("ops", "attention") and row.peer != "triton"]
-    found = [Goal("attention, forward + backward, against the best of PyTorch's", speed("attention", sdpa, "both"), 1.0)]
+    found = [
+        Goal("attention, forward + backward, against the best of PyTorch's", speed("attention", sdpa, "both"), 1.0)
+    ]
     for op in MEMORY_BOUND:
         for phase, wanted in SHARES.items():
             ratio = value(op, "triton", f"{phase} of ceiling")

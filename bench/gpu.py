@@ -224,7 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             return refuse("a CUDA device must be here, there is none; add --dry-run to check on a CPU")
     facts = machine.facts("cpu" if args.dry_run else "cuda")
-    facts |= {"command": shlex.join(["python", "-m", "bench.gpu", *arguments]), "commit": args.commit or facts["commit"]}
+    facts |= {
+        "command": shlex.join(["python", "-m", "bench.gpu", *arguments]),
+        "commit": args.commit or facts["commit"],
+    }
     try:
         record = open_record(args, facts)
     except ValueError as error:

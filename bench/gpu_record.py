@@ -146,7 +146,10 @@ def op_cells(row: Row) -> tuple[str, ...]:
     """An implementation of an op as a table row."""
 
     def phase(name: str) -> str:
-        parts = (tables.cell(row, name, is_spread=True), *(tables.cell(row, f"{name} {w}") for w in ("rate", "of ceiling")))
+        parts = (
+            tables.cell(row, name, is_spread=True),
+            *(tables.cell(row, f"{name} {w}") for w in ("rate", "of ceiling")),
+        )
         return ", ".join(filter(None, parts))
 
     forward = phase("forward") or phase("forward_no_grad")

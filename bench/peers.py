@@ -179,7 +179,9 @@ class Comparison:
             raise Failed(f"its losses must be the reference's to {allowed:.0e}, they differ by up to {largest:.1e}")
         row.facts |= {"precision": trial.precision, "batch": batch, "recompute": recompute, "peak_flops": peak_flops}
         row.note = "; ".join(notes)
-        row.figures |= {name: exact(memory[key], "B") for key, name in (("step", "step memory"), ("peak", "peak memory"))}
+        row.figures |= {
+            name: exact(memory[key], "B") for key, name in (("step", "step memory"), ("peak", "peak memory"))
+        }
         row.figures |= {"loss": exact(losses[-1], "nats"), "loss difference": exact(largest, "")}
         self.say(f"{trial.name}, {peer}: loss {losses[-1]:.5f}, {memory['step'] / 1e6:,.0f} MB")
 

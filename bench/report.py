@@ -1,149 +1,185 @@
-"""README's tables, made from what bench/results holds: `python -m bench.report [--check]`.
+"""The tables of README.md and docs/*.md, made from what bench/results holds: `python -m bench.report [--check]`.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` the README holds the table NAME; this program writes them all again.
-What was not measured is said to be so. --check changes nothing and ends with 1 if a table is not what it would be.
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` such a file holds the table NAME; this program writes them all again.
+What was not measured is said to be so. --check changes nothing. Exit codes: 0 done, 1 a table is out of date or has no
+place in any file, 2 a marker names no table or a result file is not in the form of bench.results.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import machine
+from bench import goals, machine, results, tables
+from bench.results import Row
 
-README = machine.ROOT / "README.md"
 REGION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
 HEADLINE = "H200"  # the GPU of the goals
-PEERS = {"reference": "plain PyTorch", "transformers": "`transformers`"}
-# Others' figures for GPT-2 124M at T = 1,024, per GPU; none measured here.
+GOAL_CASE = "L=4 C=256 T=256 B=8 fp32"  # the CPU's
+TITLES = {"ours": "this engine", "reference": "plain PyTorch", "transformers": "`transformers`"}
+TRACK_3 = "modded-nanogpt, track 3 log, 2026-05, torch 2.11"
+OTHER_MODEL = "plain PyTorch trainer, another model with GPT-2's FLOPs per token"
+# Others' figures per GPU at T = 1,024, of GPT-2 124M unless said otherwise; none measured here.
 PUBLISHED = (
-    ("starting recipe, fp16", "RTX A6000", "61,700", "34%", "its TensorBoard log"),
-    ("nanoGPT", "A100", "91,000", "25%", "its README"),
-    ("llm.c", "A100", "218,000", "60%", "`scripts/run_gpt2_124M.sh`"),
-    ("PyTorch trainer of modded-nanogpt's track 3, another architecture", "H100", "443,000", "", "its logs"),
-    ("llm.c", "H100", "468,000", "40.5%", "modded-nanogpt's records, 2024-10-13"),
+    (OTHER_MODEL, "1 x H200", "489,700", "42.4%", TRACK_3),
+    (OTHER_MODEL, "8 x H200", "455,700", "39.4%", TRACK_3),
+    (OTHER_MODEL, "8 x H100", "448,400", "38.8%", TRACK_3),
+    ("llm.c", "8 x H100", "468,000", "40.5%", "modded-nanogpt records, 2024-10-13"),
+    ("GPT-2 124M in PyTorch: bf16, SDPA, compile, fused AdamW", "8 x H100", "380,800", "33%", "a write-up of 2025-07"),
+    ("llm.c", "8 x A100-80", "218,000", "60%", "`scripts/run_gpt2_124M.sh`"),
+    ("nanoGPT, compile", "A100-40", "91,000", "25%", "its README"),
+    ("the recipe this project starts from, fp16", "2 x RTX A6000", "61,700", "34%", "its TensorBoard log"),
 )
 
 
-def results(name: str) -> list[tuple[str, dict]]:
-    """(directory, content) of every result file of that name."""
-    paths = sorted(machine.RESULTS.glob(f"*/{name}"))
-    return [(path.parent.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+def found(name: str) -> Iterator[tuple[Path, dict[str, str], list[Row]]]:
+    """(path, facts, rows) of every result file of that name."""
+    for path in sorted(machine.RESULTS.glob(f"*/{name}")):
+        yield path, *results.read(path)
 
 
-def markdown(heads: list[str], rows: list[tuple]) -> str:
-    """A table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def note(facts: dict[str, str], command: str, *more: str) -> str:
+    """The line under a table: where its figures come from."""
+    versions = [f"{package} {facts[package]}" for package in ("torch", "transformers") if package in facts]
+    return f"\n\n({', '.join([facts['machine'], *versions, *more])}; `python -m {command}`)"
 
 
 def gpu() -> str:
     """GPT-2 124M on GPUs: what was measured here, or that nothing was, and what others published."""
     rows = []
-    for directory, found in results("gpu.json"):
-        device = found["machine"].get("gpu", directory)
-        for row in found["rows"]:
-            if row["section"] == "step" and row["status"] == "measured":
-                who, mode = row["contestant"].split()
-                title = PEERS.get(who, f"**this engine** on {who.capitalize()}")
-                mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
-                what = f"{title}, {row['precision']}, {mode}, B = {row['batch']}"
-                rows.append((what, device, f"{row['tokens_per_s']:,.0f}", mfu, "measured: `python -m bench.gpu`"))
+    for _, facts, measured in found("gpu.json"):
+        for row in measured:
+            if row.section == "step" and row.case.startswith("gpt2 ") and row.status == "measured":
+                who, *how = row.peer.split(" ", 1)
+                title = "**this engine**" if who == "ours" else TITLES[who]
+                what = f"{title}, {row.facts['precision']}, {' '.join(how)}, B = {row.facts['batch']}"
+                tokens = f"{row.value('tokens'):,.0f}"
+                rows.append((what, facts["gpu"], tokens, tables.cell(row, "mfu"), "measured: `python -m bench.gpu`"))
     if not rows:
         rows = [("**this engine**, bf16", HEADLINE, NOT_MEASURED, NOT_MEASURED, "`python -m bench.gpu --out DIR`")]
-    return markdown(["GPT-2 124M, T = 1,024", "GPU", "tokens/s per GPU", "MFU", "source"], [*rows, *PUBLISHED])
+    return tables.markdown(["T = 1,024", "GPU", "tokens/s per GPU", "MFU", "source"], [*rows, *PUBLISHED])
 
 
-def cpu() -> str:
-    """Each case of bench.peers in a line: ours, the fastest peer, and how they compare."""
-    from bench.peers import CEILING_GOAL, MEMORY_GOAL, best_of  # one definition of the goals
-
-    rows, notes = [], []
-    for _, found in results("peers.json"):
-        cases: dict[tuple[str, str], list[dict]] = {}
-        for row in found["rows"]:
-            if row["status"] == "measured":
-                cases.setdefault((row["case"], row["precision"]), []).append(row)
-        for (case, precision), measured in cases.items():
-            peers = [r for r in measured if r["contestant"] != "ours"]
-            fastest, leanest = min(peers, key=milliseconds), min(peers, key=lambda r: r["step_bytes"])
-            for ours in best_of([r for r in measured if r["contestant"] == "ours"]):
-                is_kept, speed = ours["memory"] == "kept", ours["speed"]
-                like = fastest if is_kept else min((r for r in peers if r["memory"] != "kept"), key=milliseconds)
-                ratio = f"**{speed['median']:.2f}x** ({speed['min']:.2f} to {speed['max']:.2f})"
-                rows.append(
-                    (
-                        f"{case}, {precision}" if is_kept else "all without memory kept",
-                        f"{milliseconds(ours):,.0f}",
-                        f"{milliseconds(like):,.0f} ({title(like)})",
-                        ratio if is_kept else f"{milliseconds(like) / milliseconds(ours):.2f}x",
-                        f"{ours['share_of_ceiling']:.0%}",
-                        f"{ours['step_bytes'] / 1e6:,.0f} / {leanest['step_bytes'] / 1e6:,.0f}",
-                    )
-                )
-        facts = found["facts"]
-        notes.append(f"{facts['machine']}, torch {facts['torch']}, transformers {facts['transformers']}")
-    if not rows:
+def cpu(*, only_goal: bool = True) -> str:
+    """Each case of bench.peers in two lines, malloc tuned and not; only the goal's case, or all."""
+    lines, notes = [], []
+    for _, facts, rows in found("peers.json"):
+        cases = [case for case in dict.fromkeys(row.case for row in rows) if case == GOAL_CASE or not only_goal]
+        for case in cases:
+            measured = [row for row in rows if row.case == case]
+            lines += [cpu_line(ours, goals.peers_of(measured)) for ours in goals.best_of(measured)]
+        notes.append(note(facts, "bench.peers"))
+    if not lines:
         return NOT_MEASURED
-    heads = ["step of", "ours, ms", "fastest peer, ms", "speed", "of matmul ceiling", "memory, MB: ours / leanest peer"]
-    goals = f"the goals are 1.0x, {CEILING_GOAL:.0%} and {MEMORY_GOAL}"
-    return markdown(heads, rows) + f"\n\n({'; '.join(notes)}; `python -m bench.peers`; {goals})"
+    heads = ["step of", "ours", "fastest peer", "speed", "of matmul ceiling", "step memory: ours / leanest peer"]
+    goal = f"\n\nGoals: {goals.SPEED['fp32']}x the speed, {goals.CEILING:.0%} of the ceiling, {goals.MEMORY} of the memory."
+    return tables.markdown(heads, lines) + "".join(notes) + (goal if only_goal else "")
+
+
+def cpu_line(ours: Row, peers: list[Row]) -> tuple[str, ...]:
+    """One of our rows against the fastest and the leanest peer; where malloc is as it comes, it is so for all."""
+    is_tuned = ours.peer.endswith("malloc tuned")
+    like = [row for row in peers if is_tuned or not row.peer.endswith("malloc tuned")]
+    fastest, leanest = (min(some, key=lambda r: r.value(n)) for some, n in ((like, "step"), (peers, "step memory")))
+    speed = tables.cell(ours, "speed", is_spread=True)
+    who, how = fastest.peer.split(" ", 1)
+    return (
+        f"{ours.case}, {'malloc tuned' if is_tuned else 'malloc as it comes'}",
+        tables.cell(ours, "step"),
+        f"{tables.cell(fastest, 'step')} ({TITLES[who]} {how})",
+        f"**{speed}**" if is_tuned else tables.amount(fastest.value("step") / ours.value("step"), "x"),
+        tables.cell(ours, "of ceiling"),
+        f"{tables.cell(ours, 'step memory')} / {tables.cell(leanest, 'step memory')}",
+    )
+
+
+def peers() -> str:
+    """All cases of bench.peers."""
+    return cpu(only_goal=False)
 
 
 def scaling() -> str:
     """Each way and number of processes of bench.scaling in a line."""
-    rows, notes = [], []
-    for _, found in results("scaling.json"):
-        for row in found["rows"]:
-            if row["processes"] == 1:
-                continue
-            counted, predicted = row["bytes_counted"], row["bytes_predicted"]
-            ratio = [row[f"predicted_over_measured{end}"] for end in ("", "_p20", "_p80")]
-            rows.append(
-                (
-                    row["processes"],
-                    row["parallel"],
-                    f"{row['step_ms']:,.0f}",
-                    f"{row['compute_ms']:,.0f}",
-                    f"{counted / 1e6:,.3f} {'=' if row['is_equal'] else '!='} {predicted / 1e6:,.3f}",
-                    f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
-                )
+    lines, notes = [], []
+    for _, facts, rows in found("scaling.json"):
+        for row in (row for row in rows if row.peer != "none"):
+            sizes = [f"{row.value(name) / 1e6:,.3f}" for name in ("bytes counted", "bytes computed")]
+            equal = f" {'=' if row.status == 'measured' else '!='} ".join(sizes)
+            times = [tables.cell(row, name) for name in ("step", "without sync")]
+            ratio = tables.cell(row, "computed / measured", is_spread=True)
+            lines.append((row.case, row.peer, *times, equal, ratio))
+        shape = f"gloo, `{facts['model']}` with {facts['tokens']} tokens on each process, one thread each"
+        notes.append(note(facts, "bench.scaling", shape))
+    heads = [
+        "processes",
+        "parallel",
+        "step",
+        "without sync",
+        "MB per step, counted and computed",
+        "computed / measured",
+    ]
+    return tables.markdown(heads, lines) + "".join(notes) if lines else NOT_MEASURED
+
+
+def suites() -> str:
+    """Each case of the pytest-benchmark suites in a line."""
+    lines, notes = [], []
+    for path in sorted(machine.RESULTS.glob("*/bench.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for each in content["benchmarks"]:
+            stats, info = each["stats"], each["extra_info"]
+            cells = [
+                tables.amount(info[n]["value"], info[n]["unit"]) if n in info else "" for n in ("throughput", "peak")
+            ]
+            name = f"{Path(each['fullname'].partition('::')[0]).stem.removeprefix('bench_')}: "
+            around = f"{tables.amount(stats['q1'], 's')} to {tables.amount(stats['q3'], 's')}"
+            median = f"{tables.amount(stats['median'], 's')} ({around})"
+            lines.append((name + each["name"].removeprefix("test_"), median, *cells, info.get("note", "")))
+        facts = content["machine_info"]
+        notes.append(note(facts, facts["command"].removeprefix("python -m ")))
+    heads = ["case", "median (quartiles)", "throughput", "peak memory of a call", ""]
+    return tables.markdown(heads, lines) + "".join(notes) if lines else NOT_MEASURED
+
+
+def roofline() -> str:
+    """The step's bound and its slowest ops, for every model that was measured."""
+    parts = []
+    for _, facts, rows in found("roofline.json"):
+        for step in (row for row in rows if row.peer == "the step"):
+            timed = [row for row in rows if row.case == step.case and row is not step and "measured" in row.figures]
+            timed.sort(key=lambda row: row.value("bound") - row.value("measured"))
+            lines = [
+                (r.peer, tables.cell(r, "bound"), r.note, tables.cell(r, "measured", is_spread=True)) for r in timed[:8]
+            ]
+            whole = [
+                tables.cell(step, f"step, {how}") for how in ("eager", "ours compiled") if step.value(f"step, {how}")
+            ]
+            lines.append(("the step", tables.cell(step, "bound"), "", ", ".join(whole)))
+            words = f"the eight ops of `{step.case}` furthest above their bounds"
+            parts.append(
+                tables.markdown(["op", "bound", "by", "measured"], lines) + note(facts, "bench.roofline", words)
             )
-        facts, model = found["facts"], found["model"]
-        tokens = model["sequences"] * model["n_positions"]
-        notes.append(
-            f"{facts['machine']}, torch {facts['torch']}, gloo, `{model['name']}` with {tokens} tokens on each "
-            "process, one thread each, so that four share the cores of two"
-        )
-    if not rows:
-        return NOT_MEASURED
-    heads = ["processes", "parallel", "step, ms", "without sync, ms", "MB per step, counted and computed"]
-    return (
-        markdown([*heads, "step, predicted / measured"], rows) + f"\n\n({'; '.join(notes)}; `python -m bench.scaling`)"
-    )
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
-def milliseconds(row: dict) -> float:
-    """A row's median step."""
-    return row["step_ms"]["median"]
-
-
-def title(row: dict) -> str:
-    """A peer and its mode in words."""
-    return f"{PEERS[row['contestant']]} {row['mode']}" + (", memory kept" if row["memory"] == "kept" else "")
-
-
-TABLES: dict[str, Callable[[], str]] = {"gpu": gpu, "cpu": cpu, "scaling": scaling}
+TABLES: dict[str, Callable[[], str]] = {
+    "gpu": gpu,
+    "cpu": cpu,
+    "peers": peers,
+    "scaling": scaling,
+    "suites": suites,
+    "roofline": roofline,
+}
 
 
 def rewritten(text: str) -> str:
     """The text with every table made again. Raises ValueError if a marker names no table."""
 
-    def region(found: re.Match) -> str:
-        begin, name, end = found.groups()
+    def region(match: re.Match) -> str:
+        begin, name, end = match.groups()
         if name not in TABLES:
             raise ValueError(f"report: a table must be one of {', '.join(TABLES)}, got {name!r}; mend the marker")
         return f"{begin}{TABLES[name]()}\n{end}"
@@ -151,25 +187,31 @@ def rewritten(text: str) -> str:
     return REGION.sub(region, text)
 
 
-def main(arguments: list[str] | None = None, readme: Path = README) -> int:
+def main(arguments: list[str] | None = None, root: Path = machine.ROOT) -> int:
     """Writes the tables, or checks them; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if a table is out of date")
     args = parser.parse_args(arguments)
-    before = readme.read_text(encoding="utf-8")
+    before = {path: path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted(root.glob("docs/*.md")))}
     try:
-        after = rewritten(before)
+        after = {path: rewritten(text) for path, text in before.items()}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if args.check:
-        if after != before:
+    homeless = TABLES.keys() - {match[2] for text in before.values() for match in REGION.finditer(text)}
+    if homeless:
+        print(
+            f"report: every table must stand in README.md or docs/*.md, {', '.join(homeless)} in none", file=sys.stderr
+        )
+    stale = [path for path in before if after[path] != before[path]]
+    for path in stale:
+        if args.check:
             print(
-                "report: README's tables must be what bench/results gives; run python -m bench.report", file=sys.stderr
+                f"report: {path.name} must hold what bench/results gives; run python -m bench.report", file=sys.stderr
             )
-        return int(after != before)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+        else:
+            results.write(path, after[path])
+    return int(bool(homeless or (args.check and stale)))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ class Roofline:
     def step_row(self) -> Row:
         """Bounds of the whole step, and what they allow."""
         shape, chip = self.shape, self.chip
-        sent = communication(
-            shape.config, shape.world_size, "ddp", shape.precision, micro_batches=shape.micro_batches
-        )
+        sent = communication(shape.config, shape.world_size, "ddp", shape.precision, micro_batches=shape.micro_batches)
         wire_bytes, link = sum(each.wire_bytes for each in sent), max(chip.links.values(), default=None)
         wire_s = wire_bytes / link if link else 0.0
         bound_s = max(self.bound_ms() / 1e3, wire_s)
@@ -111,7 +109,9 @@ class Roofline:
         if not timed:
             row = max(rows, key=lambda row: row.value("bound"))
             bound = tables.amount(row.value("bound"), "s")
-            return f"Nothing is measured here. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
+            return (
+                f"Nothing is measured here. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
+            )
         row = max(timed, key=lambda row: row.value("measured") - row.value("bound"))
         measured, bound = row.value("measured"), row.value("bound")
         if measured <= bound:
@@ -226,7 +226,9 @@ def build(args: argparse.Namespace) -> Roofline:
         try:
             found = results.read(args.measured)
         except (OSError, ValueError) as error:
-            raise BadInput(f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}") from error
+            raise BadInput(
+                f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}"
+            ) from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = args.chip == "this" and device.type == "cpu" and found is None
     precision = args.precision or ("fp32" if on_cpu else "bf16")

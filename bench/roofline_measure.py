@@ -31,9 +31,7 @@ def measure_ops(shape: StepShape, device: torch.device) -> Measured:
         tune_malloc()  # as the engine does
     torch.manual_seed(0)
     watch = Stopwatch(device)
-    samplers = {
-        key: lambda prepare=prepare: watch(prepare, calls=1) for key, prepare in prepared(shape, device)
-    }
+    samplers = {key: lambda prepare=prepare: watch(prepare, calls=1) for key, prepare in prepared(shape, device)}
     return {key: spread(taken[1:], "s") for key, taken in in_turns(samplers, lambda done: done < ROUNDS).items()}
 
 

@@ -84,7 +84,9 @@ def check_ids(name: str, encoder: tokenizer.Tokenizer, text: str, ids: np.ndarra
 def test_encode(name: str, size: str, measure):
     encoder, text = tokenizer.load(name), text_of(size)
     measure.info["text_sha256"] = sha256(text)
-    measure(lambda: encoder.encode(text), lambda ids: check_ids(name, encoder, text, ids), work=(len(text.encode()), "B/s"))
+    measure(
+        lambda: encoder.encode(text), lambda ids: check_ids(name, encoder, text, ids), work=(len(text.encode()), "B/s")
+    )
 
 
 @pytest.mark.parametrize("size", TEXTS)

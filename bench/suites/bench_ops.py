@@ -54,6 +54,4 @@ def test_op(op: str, preset: str, precision: str, how: str, measure):
         definition.check(got, definition.exact(inputs, douts), dtype)
 
     measure.benchmark.group = op
-    measure(
-        lambda: cases.values(function, inputs, douts), check, work=definition.amount("both", dtype.itemsize)
-    )
+    measure(lambda: cases.values(function, inputs, douts), check, work=definition.amount("both", dtype.itemsize))
