@@ -64,10 +64,10 @@ def measure(device: torch.device, precision: str) -> Chip:
     return Chip(name, source, {precision: found["matmul"]}, found["copy"], is_measured=True)
 
 
-def from_rows(rows: Sequence[Row], name: str) -> Chip | None:
+def from_rows(facts: dict[str, str], rows: Sequence[Row]) -> Chip | None:
     """The ceilings that bench.gpu measured in bf16, or None where there are none."""
     found = [find(rows, "ceilings", "this GPU", kind) for kind in ("matmul", "copy")]
     if not all(row is not None and "rate" in row.figures for row in found):
         return None
     product, copy = (row.value("rate") for row in found)
-    return Chip(name, "bench.gpu, ceilings", {"bf16": product}, copy, is_measured=True)
+    return Chip(facts.get("gpu", "a GPU"), "bench.gpu, ceilings", {"bf16": product}, copy, is_measured=True)

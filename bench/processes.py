@@ -36,7 +36,8 @@ class Worker:
     def __init__(self, *flags: str, environment: dict[str, str] | None = None, log: Path | None = None):
         """log: where what it prints is appended; a temporary file by default."""
         self.command = [sys.executable, *WORKER, *flags]
-        self.environment = os.environ | {"PYTHONPATH": _python_path()} | (environment or {})
+        path = os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
+        self.environment = os.environ | {"PYTHONPATH": path} | (environment or {})
         self.log, self.process = log, None
 
     def ask(self, do: str, limit_s: float = 600.0, **what: Any) -> Any:
@@ -108,14 +109,9 @@ class Worker:
         return said[-1][:300] if said else "no message"
 
 
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
-
-
 def serve(handlers: object) -> None:
     """Answers requests by the methods of `handlers` until the asking process is gone."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a busy process would not notice
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
@@ -129,6 +125,12 @@ def serve(handlers: object) -> None:
             answer["is_lost"] = not handlers.clean_up()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def end_with_parent() -> None:
+    """Lets Linux end this process with the one that started it."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def sentence(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
     python -m bench.roofline gpt2 --chip H200 --out roofline.png        bounds from the data sheet
     python -m bench.roofline gpt2 --chip H200 --measured gpu.json       with the kernel times of a record of bench.gpu
-    python -m bench.roofline bench --chip this --measure --save         measures every op on this machine
+    python -m bench.roofline bench --chip this --measure --save         with times that are measured on this machine
 
 An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum, since they run one after the other. It
 is a bound of the ops as this engine runs them: a compiler that fuses two of them, or an input that is still in a
@@ -23,8 +23,8 @@ from bench import chips, machine, results, roofline_plot, tables
 from bench.chips import CHIPS, Chip
 from bench.communication import ITEMSIZE, communication
 from bench.results import Figure, Row, exact
-from bench.roofline_measure import Measured, from_gpu_rows, measure_ops, measure_step, per_step
-from bench.roofline_ops import HEAD, RECOMPUTE, Op, StepShape, head_rows, step_ops
+from bench.roofline_measure import Measured, from_gpu_rows, measure, per_step
+from bench.roofline_ops import HEAD, RECOMPUTE, StepShape, head_rows, step_ops
 from engine.config import TrainConfig, batch_shape
 from engine.errors import BAD_INPUT, BadInput, nearest
 from model.presets import PRESETS, GPT2Config, flops_per_token
@@ -47,126 +47,124 @@ class Roofline:
     step: dict[str, Figure] = field(default_factory=dict)  # seconds of whole steps, by how they were run
 
     def __post_init__(self) -> None:
-        self.ops: list[Op] = step_ops(self.shape)
+        limits, self.ops = (self.chip, self.shape.precision), step_ops(self.shape)
+        self.rows = [
+            Row("roofline", self.model, f"{op.name}, {op.phase}", note=op.bound_by(*limits)) for op in self.ops
+        ]
+        for op, row in zip(self.ops, self.rows, strict=True):
+            row.figures = {
+                "calls": exact(op.calls, ""),
+                "FLOPs": exact(op.flops, "FLOP"),
+                "bytes": exact(op.bytes, "B"),
+            }
+            row.figures["bound"] = exact(op.bound_ms(*limits) / 1e3, "s")
+        self.bound_s = sum(row.value("bound") for row in self.rows)
 
-    def bound_ms(self, phase: str | None = None) -> float:
-        """The bound of all ops, or of one phase's."""
-        some = [op for op in self.ops if phase in (None, op.phase)]
-        return sum(op.bound_ms(self.chip, self.shape.precision) for op in some)
+    def take(self, measured: Measured) -> None:
+        """Puts measured seconds of a step into the rows; the head, measured as one, gets a row of its own."""
+        self.measured = measured
+        for op, row in zip(self.ops, self.rows, strict=True):
+            if (op.name, op.phase) in measured:
+                row.figures["measured"] = measured[op.name, op.phase]
+        if (HEAD, "") in measured:
+            head = [row for op, row in zip(self.ops, self.rows, strict=True) if op.group == HEAD]
+            whole = Row("roofline", self.model, f"{WHOLE_HEAD}, both")
+            whole.note = max(head, key=lambda row: row.value("bound")).note
+            for name in head[0].figures:
+                whole.figures[name] = exact(sum(row.value(name) for row in head), head[0].figures[name].unit)
+            whole.figures["measured"] = measured[HEAD, ""]
+            self.rows.append(whole)
 
-    def rows(self) -> list[Row]:
-        """One row per op, one for the head as a whole where that was measured, and one for the step."""
-        found = []
-        for op in self.ops:
-            bound, by = op.bound_ms(self.chip, self.shape.precision), op.bound_by(self.chip, self.shape.precision)
-            found.append(self._row(op.name, op.phase, [op.calls, op.flops, op.bytes, bound], by))
-        if (HEAD, "") in self.measured:
-            head = [row for op, row in zip(self.ops, found, strict=True) if op.group == HEAD]
-            sums = [sum(row.value(name) for row in head) for name in ("calls", "FLOPs", "bytes", "bound")]
-            by = max(head, key=lambda row: row.value("bound")).note
-            found.append(self._row(HEAD, "", [*sums[:3], 1e3 * sums[3]], by))
-        return found
-
-    def _row(self, op: str, phase: str, numbers: list[float], bound_by: str) -> Row:
-        peer = f"{op}, {phase}" if phase else f"{WHOLE_HEAD}, both"
-        calls, flops, num_bytes, bound_ms = numbers
-        row = Row("roofline", self.model, peer, "checked", note=bound_by)
-        row.figures = {"calls": exact(calls, ""), "FLOPs": exact(flops, "FLOP"), "bytes": exact(num_bytes, "B")}
-        row.figures["bound"] = exact(bound_ms / 1e3, "s")
-        if (op, phase) in self.measured:
-            row.status, row.figures["measured"] = "measured", self.measured[op, phase]
-        return row
-
-    def step_row(self) -> Row:
+    def whole(self) -> Row:
         """Bounds of the whole step, and what they allow."""
-        shape, chip = self.shape, self.chip
-        sent = communication(shape.config, shape.world_size, "ddp", shape.precision, micro_batches=shape.micro_batches)
+        shape, chip, parts = self.shape, self.chip, self.rows[: len(self.ops)]
+        sent = communication(
+            shape.config, shape.world_size, precision=shape.precision, micro_batches=shape.micro_batches
+        )
         wire_bytes, link = sum(each.wire_bytes for each in sent), max(chip.links.values(), default=None)
-        wire_s = wire_bytes / link if link else 0.0
-        bound_s = max(self.bound_ms() / 1e3, wire_s)
+        bound_s = max(self.bound_s, wire_bytes / link if link else 0.0)
         tokens = shape.B * shape.T * shape.micro_batches  # of one device
-        flops = flops_per_token(shape.config, shape.T)
-        facts = {name: getattr(shape, name) for name in ("B", "T", "precision", "recompute", "micro_batches")}
-        row = Row("roofline", self.model, "the step", "measured" if self.step else "checked")
-        row.facts = facts | {"devices": shape.world_size, "chip": dataclasses.asdict(chip)}
-        row.figures = {
-            "FLOPs": exact(sum(op.flops for op in self.ops), "FLOP"),
-            "bytes": exact(sum(op.bytes for op in self.ops), "B"),
-            **{f"{p} bound": exact(self.bound_ms(p) / 1e3, "s") for p in ("forward", "backward", "optimizer")},
+        flops = flops_per_token(shape.config, shape.T) * tokens
+        row = Row("roofline", self.model, "the step", note=self.verdict(), facts={"chip": dataclasses.asdict(chip)})
+        for phase in ("forward", "backward", "optimizer"):
+            seconds = sum(part.value("bound") for op, part in zip(self.ops, parts, strict=True) if op.phase == phase)
+            row.figures[f"{phase} bound"] = exact(seconds, "s")
+        row.figures |= {
+            "FLOPs": exact(sum(part.value("FLOPs") for part in parts), "FLOP"),
+            "bytes": exact(sum(part.value("bytes") for part in parts), "B"),
             "wire bytes": exact(wire_bytes, "B"),
-            "wire bound": exact(wire_s, "s"),
+            "wire bound": exact(wire_bytes / link if link else 0.0, "s"),
             "bound": exact(bound_s, "s"),
             "tokens": exact(tokens * shape.world_size / bound_s, "tokens/s"),
-            "mfu": exact(flops * tokens / bound_s / chip.flops_per_s[shape.precision], "%"),
+            "mfu": exact(flops / bound_s / chip.flops_per_s[shape.precision], "%"),
             **{f"step, {how}": figure for how, figure in self.step.items()},
         }
         return row
 
     def verdict(self) -> str:
         """The sentence that names the op to work on."""
-        rows = self.rows()
-        timed = [row for row in rows if "measured" in row.figures]
+        timed = [row for row in self.rows if "measured" in row.figures]
+        row = max(
+            timed or self.rows,
+            key=lambda row: row.value("measured" if timed else "bound") - bool(timed) * row.value("bound"),
+        )
+        bound, measured = tables.cell(row, "bound"), tables.cell(row, "measured")
         if not timed:
-            row = max(rows, key=lambda row: row.value("bound"))
-            bound = tables.amount(row.value("bound"), "s")
             return (
                 f"Nothing is measured here. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
             )
-        row = max(timed, key=lambda row: row.value("measured") - row.value("bound"))
-        measured, bound = row.value("measured"), row.value("bound")
-        if measured <= bound:
-            return "No measured op takes longer than its bound."
-        words = [tables.amount(value, "s") for value in (measured, measured - bound, bound)]
-        return (
-            f"{row.peer} costs the most above its bound: {words[0]} a step, {words[1]} more than the {words[2]} that "
-            f"{row.note} allows ({measured / bound:.2f} times)."
-        )
+        ratio = row.value("measured") / row.value("bound")
+        return f"{row.peer} costs the most above its bound: {measured} a step, {ratio:.2f} times the {bound} by {row.note}."
+
+    def title(self) -> tuple[str, str]:
+        """What is bounded, and by what."""
+        shape, chip = self.shape, self.chip
+        step = f"{shape.B} sequences x {shape.T:,} x {shape.micro_batches} micro-batches x {shape.world_size} devices"
+        tokens = shape.B * shape.T * shape.micro_batches * shape.world_size
+        top = f"{chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, {chip.bytes_per_s / 1e9:.4g} GB/s"
+        what = f"{self.model}, {shape.precision}, recompute {shape.recompute}; a step is {tokens:,} tokens = {step}"
+        return what, f"{chip.name} ({chip.kind}: {chip.source}): {top}"
 
     def table(self) -> str:
         """All of it as text."""
-        shape, chip, step = self.shape, self.chip, self.step_row()
-        tokens = shape.B * shape.T * shape.micro_batches * shape.world_size
-
-        def said(name: str) -> str:
-            return tables.cell(step, name)
-
-        lines = [
-            f"{self.model}, {shape.precision}, recompute {shape.recompute}; a step is {tokens:,} tokens = {shape.B} "
-            f"sequences x {shape.T:,} x {shape.micro_batches} micro-batches x {shape.world_size} devices",
-            f"{chip.name} ({chip.kind}: {chip.source}): {chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, "
-            f"{chip.bytes_per_s / 1e9:.4g} GB/s",
-            "",
-            tables.aligned([HEADS, *(cells(row) for row in self.rows())], left=(0, 1, 6)),
-            "",
-            f"lower bound of a step's ops: {self.bound_ms():.4g} ms, of which forward {said('forward bound')}, backward "
-            f"{said('backward bound')}, optimizer {said('optimizer bound')}; {said('FLOPs')}, {said('bytes')}",
-        ]
-        if shape.world_size > 1:
-            link = max(chip.links, key=chip.links.get, default=None)
-            at = f"{said('wire bound')} over {link}, at best behind the rest" if link else "no link is known"
-            lines.append(f"communication: {said('wire bytes')} sent by each device; {at}")
-        lines.append(f"at that bound: {said('tokens')}, MFU {said('mfu')}")
-        timed = [row for row in self.rows() if "measured" in row.figures]
-        if below := [row.peer for row in timed if row.value("measured") < row.value("bound")]:
-            lines.append(f"below their bounds, from a cache or since the ceilings are too low: {'; '.join(below)}")
+        row = self.whole()
+        said = {name: tables.cell(row, name) for name in row.figures}
+        lines = [*self.title(), "", tables.aligned([HEADS, *map(cells, self.rows)], left=(0, 1, 6)), ""]
+        parts = ", ".join(f"{phase} {said[f'{phase} bound']}" for phase in ("forward", "backward", "optimizer"))
+        lines.append(f"bound of a step's ops: {1e3 * self.bound_s:.4g} ms: {parts}; {said['FLOPs']}, {said['bytes']}")
+        if self.shape.world_size > 1:
+            link = max(self.chip.links, key=self.chip.links.get, default="an unknown link")
+            lines.append(f"communication: {said['wire bytes']} sent by each device; {said['wire bound']} over {link}")
+        lines.append(f"at that bound: {said['tokens']}, MFU {said['mfu']}")
         for how, figure in self.step.items():
-            ratio = figure.value / step.value("bound")
-            lines.append(f"measured step, {how}: {tables.amount(figure.value, 's')}, {ratio:.2f} times its bound")
-        return "\n".join([*lines, "", self.verdict()])
+            lines.append(
+                f"measured step, {how}: {said[f'step, {how}']}, {figure.value / row.value('bound'):.2f} times it"
+            )
+        return "\n".join([*lines, "", row.note])
+
+    def bars(self) -> dict[str, dict[str, float]]:
+        """Milliseconds by group and phase: bounds by what limits them, and measured; the rest stands apart."""
+        found: dict[str, dict[str, float]] = {}
+        for op, row in zip(self.ops, self.rows, strict=False):
+            is_head = op.group == HEAD
+            has_phase = not is_head and op.phase != "optimizer" and op.group != "accumulation"
+            name = op.group + (f", {op.phase}" if has_phase else "")
+            if self.measured and not is_head and "measured" not in row.figures:
+                name += ", the rest"
+            bar = found.setdefault(name, {"compute": 0.0, "memory": 0.0})
+            bar[row.note] += 1e3 * row.value("bound")
+            if "measured" in row.figures:
+                bar["measured"] = bar.get("measured", 0.0) + 1e3 * row.value("measured")
+        if (HEAD, "") in self.measured:
+            found[HEAD]["measured"] = 1e3 * self.measured[HEAD, ""].value
+        return found
 
     def draw(self, path: Path) -> Path:
         """The picture."""
-        shape, chip, step = self.shape, self.chip, self.step_row()
-        computed = "measured ceilings of this machine" if chip.is_measured else "the data sheet"
-        subtitle = (
-            f"Bounds are computed from {computed}: {chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, "
-            f"{chip.bytes_per_s / 1e9:.4g} GB/s\n{shape.B * shape.T * shape.micro_batches:,} tokens per device, "
-            f"{shape.micro_batches} x {shape.B} sequences of {shape.T:,}: at least {tables.cell(step, 'bound')}, MFU at "
-            f"most {tables.cell(step, 'mfu')}"
-        )
-        title = f"Lower bounds of a {self.model} training step in {shape.precision} on {chip.name}"
-        bars = roofline_plot.bars(self.ops, self.measured, chip, shape.precision)
-        return roofline_plot.draw(path, bars, title, subtitle)
+        row, (_, source) = self.whole(), self.title()
+        title = f"Lower bounds of a {self.model} training step in {self.shape.precision} on {self.chip.name}"
+        most = f"at least {tables.cell(row, 'bound')}, MFU at most {tables.cell(row, 'mfu')}; bounds are computed"
+        return roofline_plot.draw(path, self.bars(), title, f"{source}\n{most}")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -177,20 +175,6 @@ def cells(row: Row) -> tuple[str, ...]:
     flops = f"{row.value('FLOPs') / 1e9:,.1f}" if row.value("FLOPs") else "-"
     counts = f"{row.value('calls'):,}", flops, f"{row.value('bytes') / 1e9:,.3f}"
     return op, where, *counts, f"{1e3 * bound:.3f}", row.note, *taken
-
-
-def chip_of(name: str, found: tuple[dict, list[Row]] | None, precision: str, device: torch.device) -> Chip:
-    """The chip of this name; "this" is what the results were measured on, or else this machine, now."""
-    if name in CHIPS:
-        return CHIPS[name]
-    if name != "this":
-        raise BadInput(f"roofline: --chip must be one that is known, got {name!r}{nearest(name, [*CHIPS, 'this'])}")
-    if found is None:
-        return chips.measure(device, precision)
-    chip = chips.from_rows(found[1], found[0].get("gpu", "the GPU of bench.gpu"))
-    if chip is None:
-        raise BadInput("roofline: --chip this must find ceilings among the measured rows, got none; name the chip")
-    return chip
 
 
 def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShape:
@@ -208,77 +192,56 @@ def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShap
     asked = asked if args.tokens_per_step is None else args.tokens_per_step
     step = TrainConfig(context=T, micro_batch_size=B, tokens_per_step=asked, model=config)
     wrong = step.problems() + ([f"--gpus must be at least 1, got {args.gpus}"] if args.gpus < 1 else [])
-    if args.measure and args.chip != "this":
-        wrong.append(f"--chip must be this with --measure, which times this machine, got {args.chip}")
-    if args.measure and args.measured is not None:
-        wrong.append("--measure and --measured must not both be given")
+    if args.measure and (args.chip != "this" or args.measured is not None):
+        wrong.append("--measure must come with --chip this, which is this machine, and without --measured")
     if wrong:
         raise BadInput("roofline: " + "\n  ".join(wrong))
-    micro_batches = batch_shape(step, args.gpus)[1]
-    rows = head_rows(config, not on_cpu)
+    rows, micro_batches = head_rows(config, not on_cpu), batch_shape(step, args.gpus)[1]
     return StepShape(config, B, T, precision, args.recompute, micro_batches, args.gpus, rows)
 
 
 def build(args: argparse.Namespace) -> Roofline:
     """What the command line asks for, measured if it says so. Raises BadInput."""
     found = None
-    if args.measured is not None:
-        try:
-            found = results.read(args.measured)
-        except (OSError, ValueError) as error:
-            raise BadInput(
-                f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}"
-            ) from error
+    try:
+        found = None if args.measured is None else results.read(args.measured)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = args.chip == "this" and device.type == "cpu" and found is None
     precision = args.precision or ("fp32" if on_cpu else "bf16")
     shape = shape_of(args, precision, on_cpu)
-    chip = chip_of(args.chip, found, precision, device)
-    if precision not in chip.flops_per_s:
-        known = ", ".join(chip.flops_per_s)
-        raise BadInput(f"roofline: --precision must be one that {chip.name} was measured in, {known}, got {precision}")
+    if args.chip not in (*CHIPS, "this"):
+        known = nearest(args.chip, [*CHIPS, "this"])
+        raise BadInput(f"roofline: --chip must be one that is known, got {args.chip!r}{known}")
+    chip = CHIPS.get(args.chip) or (chips.from_rows(*found) if found else chips.measure(device, precision))
+    if chip is None or precision not in chip.flops_per_s:
+        raise BadInput(f"roofline: {args.measured or '--chip this'} must have ceilings in {precision}, got none")
     roofline = Roofline(args.model, shape, chip)
     if found is not None:
         take_measured(roofline, *found, args.measured)
     if args.measure:
-        roofline.measured = per_step(roofline.ops, measure_ops(shape, device), args.recompute)
-        roofline.step = {"eager": measure_step(shape, device)}
+        per_call, roofline.step["eager"] = measure(shape, device)
+        roofline.take(per_step(roofline.ops, per_call))
     return roofline
 
 
 def take_measured(roofline: Roofline, facts: dict[str, str], rows: list[Row], path: Path) -> None:
     """Fills in the times of bench.gpu. Raises BadInput if they are of other sizes, or of another chip."""
-    timed_on = facts.get("gpu", "")
+    timed_on, shape = facts.get("gpu", ""), roofline.shape
     if timed_on and roofline.chip.name not in timed_on:
         raise BadInput(f"roofline: --chip must be what {path} was measured on, {timed_on}, got {roofline.chip.name}")
-    shape, (_, B, T, precision) = roofline.shape, GPU_STEP
     if (shape.config, shape.B, shape.T, shape.precision) != GPU_STEP:
+        got = f"{roofline.model}, {shape.B} of {shape.T:,} in {shape.precision}"
         raise BadInput(
-            f"roofline: {path} holds kernels at the sizes of gpt2, {B} sequences of {T:,} in {precision}, and the step "
-            f"must have them too, got {roofline.model}, {shape.B} of {shape.T:,} in {shape.precision}"
+            f"roofline: {path} is of gpt2, 64 sequences of 1,024 in bf16, and the step must be too, got {got}"
         )
-    roofline.measured = per_step(roofline.ops, from_gpu_rows(rows, roofline.ops), shape.recompute)
+    roofline.take(per_step(roofline.ops, from_gpu_rows(rows)))
     if not roofline.measured:
         raise BadInput(f"roofline: {path} must hold measured times of this project's kernels, got none")
     if shape.micro_batches == 1:
-        timed = [row for row in rows if row.section == "step" and row.case == f"gpt2 B={B} {precision}"]
+        timed = [row for row in rows if row.section == "step" and row.case == "gpt2 B=64 bf16"]
         roofline.step = {row.peer: row.figures["step"] for row in timed if "step" in row.figures}
-
-
-def write(roofline: Roofline, args: argparse.Namespace) -> list[Path]:
-    """The files that were asked for. Raises BadInput where they cannot be written."""
-    try:
-        written = [] if args.out is None else [roofline.draw(args.out)]
-        if args.save:
-            device = "cuda" if args.chip == "this" and torch.cuda.is_available() else "cpu"
-            place = machine.slug(device) if args.chip == "this" else f"nvidia-{args.chip.lower().replace(' ', '-')}"
-            rows = [*roofline.rows(), roofline.step_row()]
-            rows[-1].note = roofline.verdict()
-            path = results.save("roofline", machine.facts(device), rows, place)
-            written += [path, roofline.draw(path.with_suffix(".png"))]
-    except OSError as error:
-        raise BadInput(f"roofline: the results must go where files can be written, got {error}") from error
-    return written
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,15 +258,21 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("n-layer", "n-embd", "n-head"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="gpu.json of bench.gpu")
-    parser.add_argument("--measure", action="store_true", help="time every op here and now, with --chip this")
+    parser.add_argument("--measure", action="store_true", help="time ops and a step here and now, with --chip this")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
     parser.add_argument("--save", action="store_true", help="roofline.json and .png in bench/results, by chip")
+    args = parser.parse_args(arguments)
     try:
-        roofline = build(args := parser.parse_args(arguments))
+        roofline = build(args)
         print(roofline.table())
-        for path in write(roofline, args):
-            print(f"wrote {path}")
-    except BadInput as error:
+        if args.out is not None:
+            print(f"wrote {roofline.draw(args.out)}")
+        if args.save:
+            device = "cuda" if args.chip == "this" and torch.cuda.is_available() else "cpu"
+            place = machine.slug(device) if args.chip == "this" else f"nvidia-{args.chip.lower().replace(' ', '-')}"
+            path = results.save("roofline", machine.facts(device), [*roofline.rows, roofline.whole()], place)
+            print(f"wrote {path}, {roofline.draw(path.with_suffix('.png'))}")
+    except (BadInput, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
     return 0

@@ -1,16 +1,14 @@
-"""What synchronization costs a training step on this machine's CPU, counted and timed against what is predicted.
+"""What synchronization costs a training step on this machine's CPU, counted, computed and timed.
 
 `python -m bench.scaling [--processes 1,2,4] [--model mini] [--seconds 45] [--save]`
 
 - Bytes: those of every collective that engine.step's update calls, as PyTorch's profiler saw them, must equal
   bench.communication's, by kind, on every rank; if not, the exit code is 1.
-- Time: predicted = the step without synchronization, by as many processes at once, + communication's calls and bytes
-  at the latency and rate of bare collectives. It assumes that nothing is hidden: here communication is work of the
-  same cores. Goal for DDP: within 25 % of measured. For fsdp the step without is a whole replica's, whose optimizer
-  does more work, and FSDP's copies into and out of its buffers are not predicted.
+- Time: the step, and the same step without any collective, by as many processes at once. With DDP the difference is what
+  synchronization costs; for fsdp the step without is a whole replica's.
 
 Each process has one thread and its own batch of the same size, so that as many processes as cores should be that many
-times as fast; more share them, and can at best hold the rate. All steps and bare collectives run in turn, in rounds.
+times as fast; more share them, and can at best hold the rate. All steps run in turn, in rounds.
 --save writes bench/results/<machine>/scaling.json.
 """
 
@@ -20,7 +18,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,14 +26,12 @@ from pathlib import Path
 
 from bench import machine, results, tables
 from bench.communication import Collective, communication
-from bench.goals import Goal
 from bench.results import Row, exact, find, rate, spread
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput
 from model.presets import PRESETS, GPT2Config
 
 FAILED = 1
 MOST_PROCESSES, LEAST_ROUNDS = 16, 5
-OFF = 0.25  # of the measured DDP step, that the predicted one may be off
 WAYS = {
     "ddp": {"parallel": "ddp"},
     "fsdp": {"parallel": "fsdp"},
@@ -96,7 +91,6 @@ def read(args: argparse.Namespace) -> tuple[list[int], GPT2Config]:
 
 def launch(world_size: int, request: dict, limit_s: float) -> dict:
     """What scaling_worker reports of these processes. None of them is left when this returns or raises."""
-    request = request | {"parent": os.getpid(), "limit_s": limit_s}
     with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
         asked, found = Path(directory, "request.json"), Path(directory, "report.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
@@ -174,34 +168,11 @@ def by_kind(collectives: list[Collective]) -> dict[str, list[int]]:
     return found
 
 
-def fit(seconds: dict[int, float]) -> tuple[float, float]:
-    """(latency, seconds per byte) of collectives by their bytes: least squares of relative errors."""
-    weights = {size: 1.0 / s**2 for size, s in seconds.items()}
-    total = sum(weights.values())
-    x = sum(w * size for size, w in weights.items()) / total
-    y = sum(w * seconds[size] for size, w in weights.items()) / total
-    covariance = sum(w * (size - x) * (seconds[size] - y) for size, w in weights.items())
-    per_byte = covariance / sum(w * (size - x) ** 2 for size, w in weights.items())
-    return y - per_byte * x, per_byte
-
-
-def predict(collectives: list[Collective], times: dict[str, list[float]]) -> float:
-    """Seconds of these collectives one after the other, each as if nothing else ran."""
-    total = 0.0
-    for each in collectives:
-        bare = {int(n.split()[1]): statistics.median(t) for n, t in times.items() if n.startswith(f"{each.kind} ")}
-        latency, per_byte = fit(bare)
-        total += each.calls * latency + each.payload_bytes * per_byte
-    return total
-
-
 def row_of(world_size: int, way: str, report: dict, collectives: list[Collective], tokens: int) -> Row:
     """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not predicted."""
     counted, expected, times = report["counted"][way], by_kind(collectives), report["times"]
     steps, alone = times[way], times["alone"]
-    seconds = predict(collectives, times)
     row = Row("scaling", case_of(world_size), way if world_size > 1 else "none", facts={"processes": world_size})
-    pairs = [*zip(steps, alone, strict=True)]
     row.figures = {
         "step": spread(steps, "s"),
         "without sync": spread(alone, "s"),
@@ -209,31 +180,21 @@ def row_of(world_size: int, way: str, report: dict, collectives: list[Collective
         "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
         "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
         "bytes computed": exact(sum(size for _, size in expected.values()), "B"),
-        "sync computed": exact(seconds, "s"),
-        "sync measured": spread([step - without for step, without in pairs], "s"),
-        "computed / measured": spread([(without + seconds) / step for step, without in pairs], "x"),
+        "sync": spread([step - without for step, without in zip(steps, alone, strict=True)], "s"),
     }
     if any(each != expected for each in counted):
         row.status, row.reason = "failed", f"the collectives must be {expected}, got {counted}"
     return row
 
 
-HEADS = ("step", "without sync", "tokens", "efficiency", "per core", "bytes counted", "bytes computed", "sync computed")
-SPREAD = ("step", "sync measured", "computed / measured")
-
-
 def table(rows: list[Row]) -> str:
-    """Markdown, and the goal of each DDP row."""
-    names = (*HEADS, *SPREAD[1:])
+    """Markdown."""
+    names = ("step", "without sync", "sync", "tokens", "efficiency", "per core", "bytes counted", "bytes computed")
     lines = [
-        (row.case, row.peer, *(tables.cell(row, n, is_spread=n in SPREAD) for n in names), row.reason or "equal bytes")
+        (row.case, row.peer, *(tables.cell(row, n, is_spread=n in names[:3]) for n in names), row.reason or "equal")
         for row in rows
     ]
-    said = [tables.markdown(("processes", "parallel", *names, ""), lines), ""]
-    for row in (row for row in rows if row.peer == "ddp"):
-        off = abs(row.value("computed / measured") - 1.0)
-        said.append(f"- {Goal(f'{row.case}, ddp, computed step off by', off, OFF, '%', at_most=True)}")
-    return "\n".join(said)
+    return tables.markdown(("processes", "parallel", *names, "bytes"), lines)
 
 
 if __name__ == "__main__":

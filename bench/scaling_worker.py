@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import in_turns
+from bench.processes import end_with_parent
 from engine import distributed, optim
 from engine.config import OptimConfig
 from engine.distributed import Ranks
@@ -33,7 +33,6 @@ from engine.step import Guard, Step
 from model.gpt2 import GPT2
 from model.presets import GPT2Config
 
-BARE_BYTES = (2**12, 2**20, 2**23, 24 * 2**20)  # payloads of the bare collectives, up to one of DDP's buckets
 WARM_UP = 3  # steps; DDP sorts its buckets after the first
 ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
 # Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
@@ -135,22 +134,8 @@ def elapsed(run: Callable[[], object], ranks: Ranks) -> float:
     return times.sum().item()
 
 
-def bare_collectives(world_size: int) -> dict[str, Callable[[], object]]:
-    """By "kind bytes" of the whole tensor."""
-    runs: dict[str, Callable[[], object]] = {}
-    for size in BARE_BYTES if world_size > 1 else ():
-        whole, part = torch.ones(size // 4), torch.ones(size // 4 // world_size)
-        runs[f"all_reduce {size}"] = lambda whole=whole: dist.all_reduce(whole, dist.ReduceOp.MAX)  # ones for ever
-        runs[f"all_gather {size}"] = lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part)
-        runs[f"reduce_scatter {size}"] = lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole)
-    return runs
-
-
 def measure(request: dict, ranks: Ranks) -> dict:
-    """Counts, and then seconds of all steps and bare collectives in turn until the time is over.
-
-    "times" has the ways' names, "alone" for the step without synchronization, and "kind bytes".
-    """
+    """Counts, and then seconds of all steps in turn until the time is over; "alone" is the one without collectives."""
     trainers = {name: Trainer.build(request, fields, ranks) for name, fields in request["ways"].items()}
     report: dict = {"counted": {}, "times": {}}
     for name, trainer in trainers.items():
@@ -159,7 +144,7 @@ def measure(request: dict, ranks: Ranks) -> dict:
         report["counted"][name] = ranks.gather(count(trainer.update))
     if request["rounds"]:
         runs = {"alone": trainers["ddp"].alone().update}
-        runs |= {name: trainer.update for name, trainer in trainers.items()} | bare_collectives(ranks.world_size)
+        runs |= {name: trainer.update for name, trainer in trainers.items()}
         deadline = time.monotonic() + request["seconds"]
         report["times"] = in_turns(
             {name: lambda run=run: elapsed(run, ranks) for name, run in runs.items()},
@@ -170,7 +155,7 @@ def measure(request: dict, ranks: Ranks) -> dict:
 
 def rank_main(rank: int, world_size: int, port: int, request: dict, out: Path) -> None:
     """One process."""
-    end_with(os.getppid(), request["parent"], request["limit_s"])
+    end_with_parent()  # this one forked from main, which ends with who asked
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     with distributed.process_group(timeout_minutes=2.0) as ranks:
@@ -180,20 +165,9 @@ def rank_main(rank: int, world_size: int, port: int, request: dict, out: Path) -
         ranks.barrier()  # none leaves before it is written
 
 
-def end_with(launcher: int, asker: int, seconds: float) -> None:
-    """Ends this process when the one that forked it or the one that asked for it is gone, or after so many seconds."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and os.getppid() == launcher and Path(f"/proc/{asker}").exists():
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main() -> None:
     """Forks the processes and waits for them."""
+    end_with_parent()
     world_size, request_path, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     request = json.loads(request_path.read_text(encoding="utf-8"))
     with socket.socket() as free:
