@@ -72,10 +72,9 @@ def slug(device: str = "cpu") -> str:
 
 def facts(device: str = "cpu") -> dict[str, str]:
     """Machine, versions, commit, command and date."""
-    found = {"machine": name(device), "cpu": cpu(), "cores": str(cores())}
-    if device.startswith("cuda"):
-        found |= _gpu_facts()
-    return found | {
+    return {
+        **{"machine": name(device), "cpu": cpu(), "cores": str(cores())},
+        **(_gpu_facts() if device.startswith("cuda") else {}),
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
         **{package: version(package) for package in PACKAGES},

@@ -254,15 +254,8 @@ def share(step: Figure, flops: float, top: float) -> Figure:
 
 def table(rows: list[Row]) -> str:
     """The rows of one case in Markdown, and the goals."""
-    names = ("step", "tokens", "mfu", "of ceiling", "step memory", "peak memory", "time / ours", "loss")
-    spreads = ("step", "time / ours")
-    lines = []
-    for row in rows:
-        figures = [tables.cell(row, name, is_spread=name in spreads) for name in names]
-        said = "; ".join(filter(None, (row.note, f"{row.status}: {row.reason}" if row.reason else "")))
-        lines.append((row.peer, *figures, said))
     said = [f"- {goal}" for goal in goals.cpu_goals(rows)] if "mfu" not in rows[0].figures else []
-    return "\n".join([rows[0].case, "", tables.markdown(("peer", *names, "note"), lines), "", *said])
+    return "\n".join([tables.of(rows), "", *said])
 
 
 def case_of(text: str) -> tuple[int, ...]:

@@ -1,7 +1,4 @@
-"""Processes that answer requests, a line of JSON for a line of JSON. One that dies or hangs takes nothing else along.
-
-The asking side is `Worker`, the answering side `serve`, which bench.worker calls.
-"""
+"""Processes that answer requests, a line of JSON each (`serve`, in bench.worker), and who asks them (`Worker`)."""
 
 import contextlib
 import ctypes
@@ -23,7 +20,7 @@ WORKER = ("-m", "bench.worker")
 
 
 class Failed(RuntimeError):
-    """A request that brought no result, in a sentence. out_of_memory: whether memory ran out, on a device or here."""
+    """A request that brought no result, in a sentence. out_of_memory: whether memory ran out."""
 
     def __init__(self, sentence: str, out_of_memory: bool = False):
         super().__init__(sentence)
@@ -31,7 +28,7 @@ class Failed(RuntimeError):
 
 
 class Worker:
-    """A process that is started when it is first asked, and again after it has died or was stopped."""
+    """A process that starts when it is first asked, and anew after it died, hung or was stopped."""
 
     def __init__(self, *flags: str, environment: dict[str, str] | None = None, log: Path | None = None):
         """log: where what it prints is appended; a temporary file by default."""
@@ -44,13 +41,10 @@ class Worker:
         """The answer to a request. Raises Failed if the process refuses, dies, or has no answer within limit_s."""
         if self.process is None:
             self._start()
-        deadline = time.monotonic() + limit_s
-        try:
+        deadline, line = time.monotonic() + limit_s, b""
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
-            self.process.stdin.flush()
             line = self._read_line(deadline)
-        except BrokenPipeError:
-            line = b""
         if line is None:
             self.stop()
             raise Failed(f"the process hung for {limit_s:.0f} s at this")
@@ -72,22 +66,14 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout, self._said):
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+                pipe.close()
             self.process = None
 
     def _start(self) -> None:
         self._said = tempfile.TemporaryFile("w+b") if self.log is None else self.log.open("a+b")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=machine.ROOT,
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            bufsize=0,
-            process_group=0,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said, "bufsize": 0}
+        where = {"cwd": machine.ROOT, "env": self.environment, "process_group": 0}
+        self.process = subprocess.Popen(self.command, **pipes, **where)
 
     def _read_line(self, deadline: float) -> bytes | None:
         """A whole line, b"" at the end of the process, None after the deadline."""
@@ -97,8 +83,7 @@ class Worker:
             while not line.endswith(b"\n"):
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     return None
-                part = os.read(self.process.stdout.fileno(), 1 << 16)
-                if not part:
+                if not (part := os.read(self.process.stdout.fileno(), 1 << 16)):
                     return b""
                 line += part
         return line
@@ -120,26 +105,17 @@ def serve(handlers: object) -> None:
             answer = {"answer": getattr(handlers, request.pop("do"))(**request)}
         except Exception as error:
             traceback.print_exc()
-            answer = {"failed": sentence(error), "out_of_memory": is_out_of_memory(error), "is_lost": False}
-            del error
+            said = str(error).strip().splitlines() or ["no message"]
+            words = ("out of memory", "can't allocate memory")  # also where a compiler passes the error on as its own
+            out_of_memory = isinstance(error, MemoryError) or any(word in str(error) for word in words)
+            answer = {"failed": f"{type(error).__name__}: {said[0]}"[:300], "out_of_memory": out_of_memory}
+        if "failed" in answer:  # out here the error is gone, and with it the frames that hold memory
             answer["is_lost"] = not handlers.clean_up()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
 def end_with_parent() -> None:
-    """Lets Linux end this process with the one that started it."""
+    """Lets Linux end this process with the one that started it, which a busy process would not notice."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def sentence(error: Exception) -> str:
-    """An exception in one line: its kind and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0] if said else 'no message'}"[:300]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, also where a compiler passes the error on as its own."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -1,8 +1,7 @@
 """GPT-2 in plain PyTorch, as most people write it: what every figure in bench/ is held against.
 
-Separate views of q, k and v, scaled_dot_product_attention, whole logits, autocast, AdamW in two groups. It shares no
-code with model/gpt2.py but has its parameter names and shapes, so that both start from the same weights, except that
-the vocabulary is not padded. Dropout is left out: the presets train without.
+Separate views of q, k and v, whole logits, no dropout. It shares no code with model/gpt2.py but has its parameter names
+and shapes, except that the vocabulary is not padded.
 """
 
 import torch

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import goals, machine, results, tables
-from bench.results import Row
+from bench.results import Figure, Row, exact
 
 REGION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
@@ -84,7 +84,7 @@ def cpu_line(ours: Row, peers: list[Row]) -> tuple[str, ...]:
     is_tuned = ours.peer.endswith("malloc tuned")
     like = [row for row in peers if is_tuned or not row.peer.endswith("malloc tuned")]
     fastest, leanest = (min(some, key=lambda r: r.value(n)) for some, n in ((like, "step"), (peers, "step memory")))
-    speed = tables.cell(ours, "speed", is_spread=True)
+    speed = tables.cell(ours, "speed")
     who, how = fastest.peer.split(" ", 1)
     return (
         f"{ours.case}, {'malloc tuned' if is_tuned else 'malloc as it comes'}",
@@ -103,65 +103,42 @@ def peers() -> str:
 
 def scaling() -> str:
     """Each way and number of processes of bench.scaling in a line."""
-    lines, notes = [], []
+    parts = []
     for _, facts, rows in found("scaling.json"):
-        for row in (row for row in rows if row.peer != "none"):
+        for row in rows:
             sizes = [f"{row.value(name) / 1e6:,.3f}" for name in ("bytes counted", "bytes computed")]
-            equal = f" {'=' if row.status == 'measured' else '!='} ".join(sizes)
-            times = [tables.cell(row, name) for name in ("step", "without sync")]
-            ratio = tables.cell(row, "computed / measured", is_spread=True)
-            lines.append((row.case, row.peer, *times, equal, ratio))
+            row.note = f"{sizes[0]} MB {'=' if row.status == 'measured' else '!='} {sizes[1]} MB"
         shape = f"gloo, `{facts['model']}` with {facts['tokens']} tokens on each process, one thread each"
-        notes.append(note(facts, "bench.scaling", shape))
-    heads = [
-        "processes",
-        "parallel",
-        "step",
-        "without sync",
-        "MB per step, counted and computed",
-        "computed / measured",
-    ]
-    return tables.markdown(heads, lines) + "".join(notes) if lines else NOT_MEASURED
+        table = tables.of(rows, ("step", "without sync", "tokens", "efficiency", "per core", "calls counted"))
+        parts.append(table + note(facts, "bench.scaling", shape, "note: bytes per step counted = computed"))
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def suites() -> str:
     """Each case of the pytest-benchmark suites in a line."""
-    lines, notes = [], []
+    parts = []
     for path in sorted(machine.RESULTS.glob("*/bench.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content, rows = json.loads(path.read_text(encoding="utf-8")), []
         for each in content["benchmarks"]:
+            name = Path(each["fullname"].partition("::")[0]).stem.removeprefix("bench_")
+            row = Row(
+                name, f"{name}: {each['name'].removeprefix('test_')}", "", note=each["extra_info"].get("note", "")
+            )
             stats, info = each["stats"], each["extra_info"]
-            cells = [
-                tables.amount(info[n]["value"], info[n]["unit"]) if n in info else "" for n in ("throughput", "peak")
-            ]
-            name = f"{Path(each['fullname'].partition('::')[0]).stem.removeprefix('bench_')}: "
-            around = f"{tables.amount(stats['q1'], 's')} to {tables.amount(stats['q3'], 's')}"
-            median = f"{tables.amount(stats['median'], 's')} ({around})"
-            lines.append((name + each["name"].removeprefix("test_"), median, *cells, info.get("note", "")))
+            row.figures["median (quartiles)"] = Figure(stats["median"], "s", stats["q1"], stats["q3"], stats["rounds"])
+            row.figures |= {key: exact(*[*info[key].values()][:2]) for key in ("throughput", "peak") if key in info}
+            rows.append(row)
         facts = content["machine_info"]
-        notes.append(note(facts, facts["command"].removeprefix("python -m ")))
-    heads = ["case", "median (quartiles)", "throughput", "peak memory of a call", ""]
-    return tables.markdown(heads, lines) + "".join(notes) if lines else NOT_MEASURED
+        parts.append(tables.of(rows) + note(facts, facts["command"].removeprefix("python -m ")))
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def roofline() -> str:
-    """The step's bound and its slowest ops, for every model that was measured."""
-    parts = []
-    for _, facts, rows in found("roofline.json"):
-        for step in (row for row in rows if row.peer == "the step"):
-            timed = [row for row in rows if row.case == step.case and row is not step and "measured" in row.figures]
-            timed.sort(key=lambda row: row.value("bound") - row.value("measured"))
-            lines = [
-                (r.peer, tables.cell(r, "bound"), r.note, tables.cell(r, "measured", is_spread=True)) for r in timed[:8]
-            ]
-            whole = [
-                tables.cell(step, f"step, {how}") for how in ("eager", "ours compiled") if step.value(f"step, {how}")
-            ]
-            lines.append(("the step", tables.cell(step, "bound"), "", ", ".join(whole)))
-            words = f"the eight ops of `{step.case}` furthest above their bounds"
-            parts.append(
-                tables.markdown(["op", "bound", "by", "measured"], lines) + note(facts, "bench.roofline", words)
-            )
+    """Bounds beside what was measured, for every model that was."""
+    parts = [
+        tables.of(rows, ("calls", "bound", "measured", "step, eager")) + note(facts, "bench.roofline")
+        for _, facts, rows in found("roofline.json")
+    ]
     return "\n\n".join(parts) or NOT_MEASURED
 
 

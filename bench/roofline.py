@@ -33,7 +33,6 @@ MODELS = {**PRESETS, "bench": GPT2Config(4, 4, 256, n_positions=256)}  # the las
 MICRO_BATCH_SIZE = {"bench": 4, "tiny": 4, "mini": 4}  # sequences; 64 for all others
 GPU_STEP = (PRESETS["gpt2"], 64, 1024, "bf16")  # what bench.gpu's ops are timed at
 WHOLE_HEAD = "head, all its products"
-HEADS = ("op", "where", "calls", "GFLOP", "GB", "bound ms", "bound by", "measured ms", "ratio")
 
 
 @dataclass
@@ -129,7 +128,7 @@ class Roofline:
         """All of it as text."""
         row = self.whole()
         said = {name: tables.cell(row, name) for name in row.figures}
-        lines = [*self.title(), "", tables.aligned([HEADS, *map(cells, self.rows)], left=(0, 1, 6)), ""]
+        lines = [*self.title(), "", tables.of(self.rows), ""]
         parts = ", ".join(f"{phase} {said[f'{phase} bound']}" for phase in ("forward", "backward", "optimizer"))
         lines.append(f"bound of a step's ops: {1e3 * self.bound_s:.4g} ms: {parts}; {said['FLOPs']}, {said['bytes']}")
         if self.shape.world_size > 1:
@@ -165,16 +164,6 @@ class Roofline:
         title = f"Lower bounds of a {self.model} training step in {self.shape.precision} on {self.chip.name}"
         most = f"at least {tables.cell(row, 'bound')}, MFU at most {tables.cell(row, 'mfu')}; bounds are computed"
         return roofline_plot.draw(path, self.bars(), title, f"{source}\n{most}")
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table as text."""
-    op, where = row.peer.rsplit(", ", 1)
-    bound, measured = row.value("bound"), row.value("measured")
-    taken = ("-", "-") if measured is None else (f"{1e3 * measured:.3f}", f"{measured / bound:.2f}")
-    flops = f"{row.value('FLOPs') / 1e9:,.1f}" if row.value("FLOPs") else "-"
-    counts = f"{row.value('calls'):,}", flops, f"{row.value('bytes') / 1e9:,.3f}"
-    return op, where, *counts, f"{1e3 * bound:.3f}", row.note, *taken
 
 
 def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShape:

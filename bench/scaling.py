@@ -4,77 +4,257 @@
 
 - Bytes: those of every collective that engine.step's update calls, as PyTorch's profiler saw them, must equal
   bench.communication's, by kind, on every rank; if not, the exit code is 1.
-- Time: the step, and the same step without any collective, by as many processes at once. With DDP the difference is what
-  synchronization costs; for fsdp the step without is a whole replica's.
+- Time: the step, and the same step without any collective, by as many processes at once. With DDP the difference is
+  what synchronization costs; for fsdp the step without is a whole replica's. A time is that of all ranks together.
 
 Each process has one thread and its own batch of the same size, so that as many processes as cores should be that many
-times as fast; more share them, and can at best hold the rate. All steps run in turn, in rounds.
---save writes bench/results/<machine>/scaling.json.
+times as fast; more share them, and can at best hold the rate. --save writes bench/results/<machine>/scaling.json.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from bench import machine, results, tables
 from bench.communication import Collective, communication
+from bench.counts import silenced
+from bench.measure import in_turns
+from bench.processes import end_with_parent
 from bench.results import Row, exact, find, rate, spread
+from engine import distributed, optim
+from engine.config import OptimConfig
+from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput
+from engine.health.timing import Clock
+from engine.step import Guard, Step
+from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
 
 FAILED = 1
-MOST_PROCESSES, LEAST_ROUNDS = 16, 5
-WAYS = {
-    "ddp": {"parallel": "ddp"},
-    "fsdp": {"parallel": "fsdp"},
-    "fsdp no reshard": {"parallel": "fsdp", "reshard": False},
+MOST_PROCESSES, LEAST_ROUNDS, WARM_UP = 16, 5, 3  # DDP sorts its buckets after the first step
+WAYS = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}}
+WAYS["fsdp no reshard"] = {"parallel": "fsdp", "reshard": False}
+ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
+# Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
+# which argument.
+WHOLE = {
+    "c10d::_allgather_base_": ("all_gather", 0, "all_gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, "all_reduce", 1),
 }
 
 
-class LaunchFailed(Exception):
-    """The processes did not end well; the message holds what they said."""
+@dataclass(frozen=True)
+class Request:
+    """What every process does: one step of each way on random tokens, counted, and timed if there are seconds."""
+
+    config: GPT2Config
+    ways: tuple[str, ...] = (*WAYS,)
+    sequences: int = 1
+    micro_batches: int = 1
+    seconds: float = 0.0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 0 if all bytes were predicted, 1 if not or if a launch failed, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", default="1,2,4", help="numbers of processes, such as 1,2,4")
-    parser.add_argument("--model", default="mini", help="a preset of model.presets")
-    parser.add_argument("--sequences", type=int, default=1, help="sequences of a step on each process")
-    parser.add_argument("--seconds", type=float, default=45.0, help="of timing for each number of processes")
-    parser.add_argument("--save", action="store_true", help="also write bench/results/<machine>/scaling.json")
-    args = parser.parse_args(arguments)
-    try:
-        processes, model = read(args)
-        rows = measure(processes, model, args)
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
-    except LaunchFailed as error:
-        print(error, file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("bench.scaling: interrupted; nothing is saved", file=sys.stderr)
-        return INTERRUPTED
-    print(table(rows))
-    if args.save:
-        facts = machine.facts() | {"model": args.model, "tokens": str(args.sequences * model.n_positions)}
-        print(f"\nsaved {results.save('scaling', facts, rows)}")
-    return DONE if all(row.status == "measured" for row in rows) else FAILED
+# ---- In each process ------------------------------------------------------------------------------------------------
+
+
+class Unsynchronized(nn.Module):
+    """DDP with gradient all-reduce always off."""
+
+    def __init__(self, model: DistributedDataParallel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with self.model.no_sync():  # DDP decides in the forward
+            return self.model(tokens, targets)
+
+
+def build(request: Request, way: str, ranks: Ranks) -> Step:
+    """engine.step's update under one way of `--parallel`."""
+    torch.manual_seed(0)
+    raw_model = GPT2(request.config)
+    model = distributed.wrap(raw_model, ranks, **WAYS[way])
+    raw_model.configure("torch", torch.float32)
+    optimizer, scaler = optim.build(raw_model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
+    return Step(model, optimizer, scaler, Guard(ranks.device), 1, 1.0, ranks, Clock(ranks.device))
+
+
+def alone(step: Step) -> Step:
+    """The same model and optimizer without any collective."""
+    model = Unsynchronized(step.model) if isinstance(step.model, DistributedDataParallel) else step.model
+    return replace(step, model=model, ranks=replace(step.ranks, world_size=1))
+
+
+def count(step: Callable[[], object]) -> dict[str, list[int]]:
+    """The collectives that one step of this rank calls: for each kind, the calls and the bytes of whole tensors.
+
+    Those that take a list of tensors, as DDP's sums, are seen where gloo runs them. It reduces and scatters by an
+    all-reduce: that is one reduce_scatter here, as the step called it.
+    """
+    with silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    called: Counter[tuple[str, int]] = Counter()  # kind, bytes of the whole tensor
+    run: Counter[tuple[str, int]] = Counter()
+    for event in profiler.profiler.kineto_results.events():
+        sizes = [math.prod(s) * ITEMSIZE.get(d, 0) for s, d in zip(event.shapes(), event.dtypes(), strict=False)]
+        backend, _, kind = event.name().partition(":")
+        if event.name() in WHOLE:
+            kind, whole, run_kind, argument = WHOLE[event.name()]
+            called[kind, sizes[whole]] += 1
+            run[run_kind, sizes[argument]] -= 1
+        elif backend == "gloo":
+            run[kind, sum(sizes)] += 1
+    found: dict[str, list[int]] = {}
+    for (kind, size), calls in (called + run).items():  # a sum of counters leaves out what is not above 0
+        total = found.setdefault(kind, [0, 0])
+        total[0] += calls
+        total[1] += calls * size
+    return found
+
+
+def elapsed(run: Callable[[], object], ranks: Ranks) -> float:
+    """Seconds from the first rank that begins to the last that ends, on the clock that all of them share."""
+    ranks.barrier()
+    began = time.perf_counter()
+    run()
+    times = torch.tensor([-began, time.perf_counter()], dtype=torch.float64)
+    if ranks.world_size > 1:
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.sum().item()
+
+
+def measure(request: Request, ranks: Ranks) -> dict:
+    """{"counted": {way: each rank's counts}, "times": {way, or "alone": seconds in turn}}."""
+    shape = request.micro_batches, request.sequences, request.config.n_positions + 1
+    tokens = torch.randint(request.config.vocab_size, shape, generator=torch.Generator().manual_seed(ranks.rank))
+    batch = [(each[:, :-1], each[:, 1:]) for each in tokens]
+    steps = {way: build(request, way, ranks) for way in request.ways}
+    runs = {way: lambda step=step: step(0, batch, 0.0) for way, step in steps.items()}  # no weight changes at lr 0
+    counted = {}
+    for way, run in runs.items():
+        for _ in range(WARM_UP):
+            run()
+        counted[way] = ranks.gather(count(run))
+    if not request.seconds:
+        return {"counted": counted}
+    without = alone(steps["ddp"])
+    runs["alone"] = lambda: without(0, batch, 0.0)
+    deadline = time.monotonic() + request.seconds
+    samplers = {name: lambda run=run: elapsed(run, ranks) for name, run in runs.items()}
+    goes_on = lambda done: ranks.broadcast_object(done < LEAST_ROUNDS or time.monotonic() < deadline)  # noqa: E731
+    return {"counted": counted, "times": in_turns(samplers, goes_on)}
+
+
+def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path) -> None:
+    """One process."""
+    end_with_parent()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    with distributed.process_group(timeout_minutes=2.0) as ranks:
+        report = measure(request, ranks)
+        if ranks.is_first:
+            out.write_text(json.dumps(report), encoding="utf-8")
+        ranks.barrier()  # none leaves before it is written
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+
+def launch(world_size: int, request: Request) -> dict:
+    """What these processes measure. None of them is left when this returns or raises."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
+        out = Path(directory, "report.json")
+        torch.multiprocessing.start_processes(
+            rank_main, (world_size, port, request, out), nprocs=world_size, start_method="spawn"
+        )
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def predicted(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[Collective]:
+    """bench.communication's collectives of a step."""
+    return communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way])
+
+
+def by_kind(collectives: list[Collective]) -> dict[str, list[int]]:
+    """Calls and bytes of each kind, as `count` has them."""
+    found: dict[str, list[int]] = {}
+    for each in collectives:
+        calls = found.setdefault(each.kind, [0, 0])
+        calls[0] += each.calls
+        calls[1] += each.payload_bytes
+    return found
+
+
+def case_of(world_size: int) -> str:
+    """A number of processes in words."""
+    return f"{world_size} process{'es' if world_size > 1 else ''}"
+
+
+def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int]], tokens: int) -> Row:
+    """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not expected."""
+    counted, steps, without = report["counted"][way], report["times"][way], report["times"]["alone"]
+    row = Row("scaling", case_of(world_size), way if world_size > 1 else "none", facts={"processes": world_size})
+    row.figures = {
+        "step": spread(steps, "s"),
+        "without sync": spread(without, "s"),
+        "sync": spread([a - b for a, b in zip(steps, without, strict=True)], "s"),
+        "tokens": rate(spread(steps, "s"), tokens, "tokens/s"),
+        "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
+        "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
+        "bytes computed": exact(sum(size for _, size in expected.values()), "B"),
+    }
+    if any(each != expected for each in counted):
+        row.status, row.reason = "failed", f"the collectives must be {expected}, got {counted}"
+    return row
+
+
+def compare(processes: list[int], model: GPT2Config, args: argparse.Namespace) -> list[Row]:
+    """The rows of every number of processes and every way."""
+    rows: list[Row] = []
+    for world_size in processes:
+        ways, began = [*WAYS] if world_size > 1 else ["ddp"], time.monotonic()
+        seconds = args.seconds if world_size > 1 else args.seconds / 3  # one step alone
+        report = launch(world_size, Request(model, tuple(ways), args.sequences, seconds=seconds))
+        print(f"{case_of(world_size)} took {time.monotonic() - began:.0f} s", file=sys.stderr)
+        for way in ways:
+            expected, tokens = (
+                by_kind(predicted(model, world_size, way)),
+                world_size * args.sequences * model.n_positions,
+            )
+            rows.append(row_of(world_size, way, report, expected, tokens))
+    one = find(rows, "scaling", case_of(1), "none")
+    for row in rows if one is not None else []:
+        speedup, world_size = row.value("tokens") / one.value("tokens"), row.facts["processes"]
+        row.figures["efficiency"] = exact(speedup / world_size, "%")
+        row.figures["per core"] = exact(speedup / min(world_size, machine.cores()), "%")
+    return rows
 
 
 def read(args: argparse.Namespace) -> tuple[list[int], GPT2Config]:
     """The numbers of processes and the model. Raises BadInput."""
-    wrong = []
-    words = args.processes.split(",")
+    wrong, words = [], args.processes.split(",")
     if not all(word.strip().isdecimal() and 1 <= int(word) <= MOST_PROCESSES for word in words):
         known = f"numbers from 1 to {MOST_PROCESSES} with commas between"
         wrong.append(f"--processes must be {known}, got {args.processes!r}")
@@ -89,114 +269,31 @@ def read(args: argparse.Namespace) -> tuple[list[int], GPT2Config]:
     return sorted({int(word) for word in words}), PRESETS[args.model]
 
 
-def launch(world_size: int, request: dict, limit_s: float) -> dict:
-    """What scaling_worker reports of these processes. None of them is left when this returns or raises."""
-    with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
-        asked, found = Path(directory, "request.json"), Path(directory, "report.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        child = subprocess.Popen(
-            [sys.executable, "-m", "bench.scaling_worker", str(world_size), str(asked), str(found)],
-            cwd=machine.ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-        )
-        try:
-            said, _ = child.communicate(timeout=limit_s + 10)
-        except subprocess.TimeoutExpired as error:
-            raise LaunchFailed(f"bench.scaling: {world_size} processes must end within {limit_s:.0f} s") from error
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-        if child.returncode != 0 or not found.exists():
-            raise LaunchFailed(f"bench.scaling: {world_size} processes failed\n" + said[-4000:])
-        return json.loads(found.read_text(encoding="utf-8"))
-
-
-def request_of(model: GPT2Config, ways: list[str], *, sequences: int = 1, micro_batches: int = 1, **timing) -> dict:
-    """What scaling_worker is asked for. timing: rounds, at least, and seconds; without rounds it only counts."""
-    return {
-        "model": dataclasses.asdict(model),
-        "ways": {name: WAYS[name] for name in ways},
-        "sequences": sequences,
-        "micro_batches": micro_batches,
-        **({"rounds": 0, "seconds": 0.0} | timing),
-    }
-
-
-def measure(processes: list[int], model: GPT2Config, args: argparse.Namespace) -> list[Row]:
-    """The rows of every number of processes and every way."""
-    rows: list[Row] = []
-    for world_size in processes:
-        ways = [*WAYS] if world_size > 1 else ["ddp"]
-        began, seconds = time.monotonic(), args.seconds if world_size > 1 else args.seconds / 3  # one step alone
-        request = request_of(model, ways, sequences=args.sequences, rounds=LEAST_ROUNDS, seconds=seconds)
-        report = launch(world_size, request, limit_s=10 * args.seconds + 300)
-        print(f"{world_size} processes took {time.monotonic() - began:.0f} s", file=sys.stderr)
-        tokens = world_size * args.sequences * model.n_positions
-        rows += [row_of(world_size, way, report, predicted(model, world_size, way), tokens) for way in ways]
-    if (one := find(rows, "scaling", case_of(1), "none")) is not None:
-        for row in rows:
-            speedup = row.value("tokens") / one.value("tokens")
-            world_size = row.facts["processes"]
-            row.figures["efficiency"] = exact(speedup / world_size, "%")
-            row.figures["per core"] = exact(speedup / min(world_size, machine.cores()), "%")
-    return rows
-
-
-def case_of(world_size: int) -> str:
-    """A number of processes in words."""
-    return f"{world_size} process{'es' if world_size > 1 else ''}"
-
-
-def predicted(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[Collective]:
-    """bench.communication's collectives of a step."""
-    parallel, reshard = WAYS[way]["parallel"], WAYS[way].get("reshard", True)
-    return communication(model, world_size, parallel, "fp32", micro_batches=micro_batches, reshard=reshard)
-
-
-def by_kind(collectives: list[Collective]) -> dict[str, list[int]]:
-    """Calls and bytes of each kind, as scaling_worker counts them."""
-    found: dict[str, list[int]] = {}
-    for each in collectives:
-        calls = found.setdefault(each.kind, [0, 0])
-        calls[0] += each.calls
-        calls[1] += each.payload_bytes
-    return found
-
-
-def row_of(world_size: int, way: str, report: dict, collectives: list[Collective], tokens: int) -> Row:
-    """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not predicted."""
-    counted, expected, times = report["counted"][way], by_kind(collectives), report["times"]
-    steps, alone = times[way], times["alone"]
-    row = Row("scaling", case_of(world_size), way if world_size > 1 else "none", facts={"processes": world_size})
-    row.figures = {
-        "step": spread(steps, "s"),
-        "without sync": spread(alone, "s"),
-        "tokens": rate(spread(steps, "s"), tokens, "tokens/s"),
-        "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
-        "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
-        "bytes computed": exact(sum(size for _, size in expected.values()), "B"),
-        "sync": spread([step - without for step, without in zip(steps, alone, strict=True)], "s"),
-    }
-    if any(each != expected for each in counted):
-        row.status, row.reason = "failed", f"the collectives must be {expected}, got {counted}"
-    return row
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    names = ("step", "without sync", "sync", "tokens", "efficiency", "per core", "bytes counted", "bytes computed")
-    lines = [
-        (row.case, row.peer, *(tables.cell(row, n, is_spread=n in names[:3]) for n in names), row.reason or "equal")
-        for row in rows
-    ]
-    return tables.markdown(("processes", "parallel", *names, "bytes"), lines)
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 0 if all bytes were predicted, 1 if not or if a process failed, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", default="1,2,4", help="numbers of processes, such as 1,2,4")
+    parser.add_argument("--model", default="mini", help="a preset of model.presets")
+    parser.add_argument("--sequences", type=int, default=1, help="sequences of a step on each process")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of timing for each number of processes")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/<machine>/scaling.json")
+    args = parser.parse_args(arguments)
+    try:
+        processes, model = read(args)
+        rows = compare(processes, model, args)
+    except (BadInput, torch.multiprocessing.ProcessException) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT if isinstance(error, BadInput) else FAILED
+    except KeyboardInterrupt:
+        print("bench.scaling: interrupted; nothing is saved", file=sys.stderr)
+        return INTERRUPTED
+    print(tables.of(rows))
+    if args.save:
+        facts = machine.facts() | {"model": args.model, "tokens": str(args.sequences * model.n_positions)}
+        print(f"\nsaved {results.save('scaling', facts, rows)}")
+    return DONE if all(row.status == "measured" for row in rows) else FAILED
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that launch() ends what it started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its processes end too
     sys.exit(main())

@@ -12,7 +12,6 @@ if "--dry-run" in sys.argv:
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import contextlib
-import gc
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, steps
-from bench.cases import Op, Sizes, ops, outputs_of, phase_of, relative_error, values, with_gradients
+from bench.cases import Op, Sizes, ops, outputs_of, phase_of, relative_error, values
 from bench.measure import Ceiling, Stopwatch, in_turns, peak_memory, release_freed_memory, within
 from bench.processes import serve
 from bench.results import Figure, spread
@@ -123,11 +122,9 @@ class Handlers:
         self.exact = None
         self.clean_up()
         watch = Stopwatch(self.device)
-        samplers = {
-            (peer, phase): lambda prepare=phase_of(self.op.peers[peer], self.inputs, self.douts, phase): watch(prepare)
-            for peer in peers
-            for phase in self.op.phases
-        }
+        keys = [(peer, phase) for peer in peers for phase in self.op.phases]
+        calls = {(peer, phase): phase_of(self.op.peers[peer], self.inputs, self.douts, phase) for peer, phase in keys}
+        samplers = {key: lambda prepare=prepare: watch(prepare) for key, prepare in calls.items()}
         samples = in_turns(samplers, within(0, 1, 1) if self.is_dry else within(seconds, 3, 15))
         found: dict[str, dict] = {peer: {} for peer in peers}
         for (peer, phase), times in samples.items():
@@ -206,7 +203,7 @@ class Handlers:
 def judged(
     names: tuple[str, ...], ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], floor: float
 ) -> dict[str, tuple[float, float]]:
-    """Relative errors, ours and PyTorch's, by name. Raises ArithmeticError if ours is above the floor and twice theirs."""
+    """Relative errors, ours and PyTorch's, by name. Raises ArithmeticError if ours exceeds the floor and twice theirs."""
     found = {}
     for name, one, other, truth in zip(names, ours, theirs, exact, strict=True):
         found[name] = relative_error(one, truth), relative_error(other, truth)
@@ -229,5 +226,4 @@ def poisoned() -> Iterator[None]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    gc.collect()
     serve(Handlers("--dry-run" in sys.argv))

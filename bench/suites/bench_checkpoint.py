@@ -1,9 +1,8 @@
 """Checkpoints: a save that training waits for, one that a thread writes while training goes on, and loading one.
 
 `mini` is quick; the full suite has GPT-2 124M and AdamW's moments, 1.5 GB. Files go to the disk of /var/tmp. The stall
-is the call of Saver.save with nothing to wait for: the copy in memory. The other writes, flushes and digests as well.
-First each checkpoint must verify and hold the numbers of its call, although after the call of the thread's all of them
-change. `pytest bench/suites/bench_checkpoint.py`
+is the call of Saver.save with nothing to wait for: the copy in memory. Each checkpoint must verify and hold the numbers
+of its call, although after the thread's call all of them change.
 """
 
 import shutil
@@ -18,27 +17,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from bench.results import spread
 from bench.suites.conftest import case
 from engine import optim
-from engine.config import PRESETS, OptimConfig, TrainConfig
+from engine.config import PRESETS, OptimConfig
 from engine.distributed import Ranks
 from engine.run import checkpoint
 from engine.run.saver import Saver
 from model.gpt2 import GPT2
 
-ONE = Ranks(0, 0, 1, torch.device("cpu"))
-DIRECTORY = "/var/tmp"  # /tmp may be memory
-NEEDED = 4  # checkpoints: two at a time, and as much again
+DIRECTORY, NEEDED = "/var/tmp", 4  # /tmp may be memory; checkpoints' room: two at a time, and as much again
 ROUNDS = {"mini": 5, "gpt2": 3}
 GOAL = 0.15  # of a save, that training may stand still; where a save is large
 MODELS = [case("mini", is_quick=True), case("gpt2", is_quick=False)]
 
 
 class Run:
-    """The model, an optimizer with moments, both ways of saving, and the tensors that they save."""
+    """A model and an optimizer with moments, the tensors that a save writes, and both ways of saving."""
 
     def __init__(self, preset: str, out: str):
         self.config = replace(PRESETS[preset], out=out, keep_last=1, optim=OptimConfig("adamw"))
@@ -46,13 +42,12 @@ class Run:
         self.model, self.optimizer = self.fresh()
         self.tensors = checkpoint.named_tensors(self.model, self.optimizer)
         for name, tensor in self.tensors.items():
-            if name.endswith(".step"):
-                tensor.fill_(1000.0)
-            else:
-                tensor.normal_(std=0.02)
+            tensor.fill_(1000.0) if name.endswith(".step") else tensor.normal_(std=0.02)
         self.bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        self.root, self.step = Path(out) / "checkpoints", 0
-        self.ways = {way: self._saver(replace(self.config, async_save=way)) for way in (True, False)}
+        self.root, self.step, ranks = Path(out) / "checkpoints", 0, Ranks(0, 0, 1, torch.device("cpu"))
+        configs = {way: replace(self.config, async_save=way) for way in (True, False)}
+        self.savers = {way: Saver(c, ranks, self.model, self.optimizer, print) for way, c in configs.items()}
+        self.wait, self.close = self.savers[True].wait, self.savers[True].close
 
     def fresh(self) -> tuple[GPT2, torch.optim.Optimizer]:
         """Another model and its optimizer."""
@@ -61,26 +56,19 @@ class Run:
         optim.allocate_state(optimizer)
         return model, optimizer
 
-    def _saver(self, config: TrainConfig) -> Saver:
-        return Saver(config, ONE, self.model, self.optimizer, print)
-
     def save(self, is_async: bool) -> Path:
         """Starts or makes the next save and returns its path; the thread of the last one must be done."""
         self.step += 1
-        self.ways[is_async].save({"step": self.step})
+        self.savers[is_async].save({"step": self.step})
         return self.root / f"step_{self.step:08d}"
-
-    def wait(self) -> None:
-        self.ways[True].wait()
-
-    def close(self) -> None:
-        self.ways[True].close()
 
     def check(self, path: Path) -> None:
         """Raises AssertionError unless the checkpoint is whole and holds the tensors of now."""
         assert checkpoint.damage(path) is None
         for name, tensor in self.tensors.items():
-            assert torch.equal(saved(path, name), tensor), name
+            kind, _, key = name.partition(".")
+            with safe_open(path / f"{kind}.safetensors", "pt") as file:
+                assert torch.equal(file.get_tensor(key), tensor), name
 
     def check_async(self, path: Path) -> None:
         """The same for a save that is under way: all tensors change now, and it must not see it."""
@@ -90,13 +78,6 @@ class Run:
         for tensor in self.tensors.values():
             tensor.neg_()
         self.check(path)
-
-
-def saved(path: Path, name: str) -> Tensor:
-    """A tensor of a checkpoint."""
-    kind, _, key = name.partition(".")
-    with safe_open(path / f"{kind}.safetensors", "pt") as file:
-        return file.get_tensor(key)
 
 
 @pytest.fixture
@@ -131,13 +112,12 @@ def test_stall_of_a_save_by_a_thread(preset: str, run: Run, measure):
     run.wait()
     if measure.benchmark.stats is None:  # --benchmark-disable
         return
-    stall, whole = measure.benchmark.stats.stats.median, statistics.median(wholes[-ROUNDS[preset] :])
-    measure.info["whole save"] = spread(wholes[-ROUNDS[preset] :], "s")._asdict()
-    measure.info["note"] = (
-        f"{run.bytes / 1e9:.2f} GB: training stops for {stall / whole:.1%} of a whole save's {whole:.2f} s"
-    )
+    wholes = wholes[-ROUNDS[preset] :]
+    share = measure.benchmark.stats.stats.median / statistics.median(wholes)
+    measure.info["whole save"] = spread(wholes, "s")._asdict()
+    measure.info["note"] = f"{run.bytes / 1e9:.2f} GB: training stops for {share:.1%} of a whole save"
     if preset == "gpt2":
-        assert stall <= GOAL * whole, f"the stall must be at most {GOAL:.0%} of a save, got {stall / whole:.1%}"
+        assert share <= GOAL, f"the stall must be at most {GOAL:.0%} of a save, got {share:.1%}"
 
 
 @pytest.mark.parametrize("preset", MODELS)
@@ -152,8 +132,8 @@ def test_load(preset: str, run: Run, measure):
 
     def check(_: None) -> None:
         loaded = checkpoint.named_tensors(model, optimizer)
-        assert loaded.keys() == run.held.keys()
-        for name, tensor in run.held.items():
+        assert loaded.keys() == run.tensors.keys()
+        for name, tensor in run.tensors.items():
             assert torch.equal(loaded[name], tensor), name
 
     measure(load, check, rounds=ROUNDS[preset], work=(run.bytes, "B/s"))

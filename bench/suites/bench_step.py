@@ -66,37 +66,23 @@ def exact_losses(preset: str) -> list[float]:
     return losses
 
 
-def require_close(losses: list[float], exact: list[float], precision: str) -> None:
-    """Raises AssertionError unless losses and their falls agree with the reference's."""
-    of_loss, of_fall = TOLERANCE[precision]
-    for step, (loss, truth) in enumerate(zip(losses, exact, strict=True)):
-        allowed = of_loss * exact[0] + of_fall * abs(exact[0] - truth)
-        assert abs(loss - truth) <= allowed, (
-            f"loss {step} must be {truth:.6f} to {allowed:.2g}, as the reference's in float64, got {loss:.6f}"
-        )
-
-
-@functools.cache
-def bf16_is_worthwhile() -> tuple[bool, str]:
-    """Whether training takes bf16 here, and why."""
-    chosen, why = choose_precision("auto", DEVICE)
-    return chosen == "bf16", why
-
-
 @pytest.mark.parametrize(("preset", "precision", "how"), cases())
 def test_step(preset: str, precision: str, how: str, measure):
     backend, mode = how.split("-")
     if backend == "triton":
         require_triton(COMPUTE_DTYPES[precision], PRESETS[preset].head_dim)
-    if precision == "bf16" and not bf16_is_worthwhile()[0]:
-        pytest.skip(bf16_is_worthwhile()[1])
+    if precision == "bf16" and (chosen := choose_precision("auto", DEVICE))[0] != "bf16":
+        pytest.skip("training takes fp32 here" if chosen[0] == "fp32" else chosen[1])
     config, weights, tokens, targets = start(preset)
     setup = Setup(is_compiled=mode == "compiled", precision=precision, backend=backend)
     step, batch = build(setup, config, weights, DEVICE), [(tokens, targets)]
 
     def check(loss: Tensor) -> None:
-        losses = [loss.item(), *(step(batch).item() for _ in range(STEPS - 1))]
-        require_close(losses, exact_losses(preset), precision)
+        losses, exact = [loss.item(), *(step(batch).item() for _ in range(STEPS - 1))], exact_losses(preset)
+        of_loss, of_fall = TOLERANCE[precision]
+        for got, truth in zip(losses, exact, strict=True):
+            allowed = of_loss * exact[0] + of_fall * abs(exact[0] - truth)
+            assert abs(got - truth) <= allowed, f"the loss must be {truth:.6f} to {allowed:.2g}, got {got:.6f}"
 
     measure.benchmark.group = f"a step of {preset}"
     last = measure(lambda: step(batch), check, work=(tokens.numel(), "tokens/s"))

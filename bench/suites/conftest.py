@@ -26,7 +26,7 @@ import torch
 
 from bench import machine, tables
 from bench.measure import Peak, peak_memory, release_freed_memory
-from bench.results import Row, exact, rate, spread
+from bench.results import Figure, Row, exact, rate, spread
 from engine.device import tune_malloc
 from kernels.dispatch import MODULES, triton_obstacle
 from kernels.launch import INTERPRETED
@@ -41,6 +41,7 @@ QUICK = next(iter(SEQUENCES))  # the preset whose cases all run in the quick sui
 BUDGET_S = 0.7  # of timed calls per case
 ROUNDS = (5, 200)  # at least and at most
 ROUND_S = 2e-3  # calls that are shorter share a round
+FIGURES = ("throughput", "peak", "whole save")  # of extra_info
 
 # ---- Measuring ------------------------------------------------------------------------------------------------------
 
@@ -63,9 +64,8 @@ class Measure:
     ) -> Any:
         """Times function() and returns its last result, once check(result) has raised nothing.
 
-        before: done before every call, outside the time. work: what a call gets through and the unit of its rate, such
-        as (1024, "tokens/s"). rounds: as many instead of what the budget allows. peak: whose memory is reported, that
-        of the "first" or "second" call, or "none" where the work is another process's.
+        before: done before every call, outside the time. work: what a call gets through, and the unit of its rate.
+        peak: whose memory is reported: the "first" or "second" call's, or "none" for another process's work.
         """
 
         def call() -> Any:
@@ -181,11 +181,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if timed or skipped:
         terminalreporter.section(f"{machine.name(DEVICE.type)}, torch {machine.version('torch')}", sep="-")
     if timed:
-        rows = [cells(each.name, each.stats.data, each.extra_info) for each in timed]
-        terminalreporter.write_line(tables.aligned([("case", "median", "20% to 80%", "throughput", "peak"), *rows]))
-    for each in timed:
-        if "note" in each.extra_info:
-            terminalreporter.write_line(f"{each.name.removeprefix('test_')}: {each.extra_info['note']}")
+        terminalreporter.write_line(tables.of([row_of(each.name, each.stats.data, each.extra_info) for each in timed]))
     for why, count in skipped.items():
         terminalreporter.write_line(f"not measured: {count} case{'s' if count > 1 else ''}: {why}")
 
@@ -196,11 +192,7 @@ def reason(report: pytest.TestReport) -> str:
     return said.removeprefix("Skipped: ")
 
 
-def cells(name: str, seconds: list[float], info: dict) -> tuple[str, ...]:
-    """A case, its median and the spread around it, its throughput and its peak memory."""
-    figures = {what: tuple(info[what].values()) for what in ("throughput", "peak") if what in info}
-    time_s = spread(seconds, "s")
-    row = Row("suite", name, "ours", figures={what: exact(value, unit) for what, (value, unit, *_) in figures.items()})
-    around = f"{time_s.low / time_s.value - 1:+.0%} to {time_s.high / time_s.value - 1:+.0%}"
-    median = tables.amount(time_s.value, "s")
-    return name.removeprefix("test_"), median, around, tables.cell(row, "throughput"), tables.cell(row, "peak")
+def row_of(name: str, seconds: list[float], info: dict) -> Row:
+    """A case with its time, throughput and peak memory."""
+    figures = {"time": spread(seconds, "s")} | {what: Figure(**info[what]) for what in FIGURES if what in info}
+    return Row("suites", name.removeprefix("test_"), "", note=info.get("note", ""), figures=figures)
