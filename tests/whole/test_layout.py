@@ -57,7 +57,9 @@ def test_our_packages_are_not_shadowed_by_a_stranger_s():
         assert Path(importlib.util.find_spec(package).origin).parent == ROOT / package
 
 
-@pytest.mark.parametrize("module", ["engine.cli", "engine.config", "engine.prepare", "model", "kernels"])
+@pytest.mark.parametrize(
+    "module", ["engine.cli", "engine.config", "engine.tokens.prepare", "engine.tokens.batches", "model", "kernels"]
+)
 def test_torch_is_imported_late(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
