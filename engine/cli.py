@@ -1,5 +1,6 @@
 """The `gpt2` command. Each subcommand imports what it needs when it runs, so that help is instant."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -247,7 +248,6 @@ def doctor(args: list[str], prog: str) -> None:
     asked = _parse(Doctor, args, prog)
     from typing import get_args
 
-    from engine import device
     from engine.config import Precision
     from model.presets import PRESETS
 
@@ -258,9 +258,25 @@ def doctor(args: list[str], prog: str) -> None:
     head_dim = PRESETS[asked.preset].head_dim if asked.head_dim is None else asked.head_dim
     if head_dim < 1:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
-    if (problem := device.shadowed_package()) is not None:
+    if (problem := shadowed_package()) is not None:
         raise BadInput(problem)
+    from engine import device
+
     print(device.report(head_dim, asked.precision))
+
+
+def shadowed_package() -> str | None:
+    """An error message if `import kernels` or `import model` would find another project's package, else None."""
+    root = Path(__file__).resolve().parent.parent
+    for name in ("kernels", "model"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != root / name:
+            return (
+                f"doctor: `import {name}` must find {root / name}, got {found or 'nothing'}; another package of this "
+                f"name is installed or comes first on the path: uninstall it, or run from {root}"
+            )
+    return None
 
 
 COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # None: done

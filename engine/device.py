@@ -7,13 +7,11 @@ throughout. Parameters, their gradients, optimizer state and statistics are floa
 
 import ctypes
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -21,7 +19,6 @@ from engine.errors import BadInput
 from kernels.dispatch import has_c_compiler, select
 from kernels.launch import HAS_TRITON
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -164,19 +161,6 @@ def _cpu_memory_bytes() -> int | None:
 
 
 # ---- gpt2 doctor --------------------------------------------------------------------------------------------------
-
-
-def shadowed_package() -> str | None:
-    """An error message if `import kernels` or `import model` would find another project's package, else None."""
-    for name in ("kernels", "model"):
-        spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if found != ROOT / name:
-            return (
-                f"doctor: `import {name}` must find {ROOT / name}, got {found or 'nothing'}; another package of this "
-                f"name is installed or comes first on the path: uninstall it, or run from {ROOT}"
-            )
-    return None
 
 
 def report(head_dim: int, asked_precision: str) -> str:

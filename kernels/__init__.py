@@ -1,1 +1,1 @@
-"""The ops of GPT-2: each with its definition, PyTorch's best, a kernel, and the one place that chooses."""
+"""Ops of GPT-2, each as a reference, in PyTorch and in Triton; kernels.dispatch chooses."""

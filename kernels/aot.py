@@ -1,12 +1,12 @@
-"""Compiles every shipped kernel, with its shipped configuration, for GPUs that are not here, and reads what came out.
+"""Compiles every kernel, with its shipped configuration, for GPUs that need not be present.
 
-`python -m kernels.aot --target sm_90` prints a row per kernel: registers per thread, spilled bytes, shared memory,
-tensor-core instructions and 128-bit loads from global memory. Exit code 1 when one spills, exceeds the chip's shared
-memory or does not compile; 2 on bad input.
+`python -m kernels.aot --target sm_90` prints a row per kernel: registers per thread, spilled bytes,
+shared memory, tensor-core instructions and 128-bit loads from global memory. Exit code 1 if a
+kernel spills, exceeds the GPU's shared memory or does not compile; 2 on bad input.
 
-The ops launch as they always do, on small CPU tensors. A stand-in for Triton's driver names the target, and each launch
-is turned into Triton's own warm-up: it compiles and does not run. So signatures, alignment and constants are the real
-ones, with nothing described twice.
+The ops are called as usual, on small CPU tensors. A stand-in for Triton's driver reports the
+target, and each launch is turned into Triton's warm-up, which compiles a kernel without running it.
+So signatures, alignment and constants are those of real launches and are not repeated here.
 """
 
 import argparse
@@ -27,13 +27,13 @@ import torch
 from kernels import attention, cross_entropy, gelu, layer_norm
 from kernels.launch import HAS_TRITON, INTERPRETED, triton
 
-SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}  # KiB one program may have
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}  # KiB per program
 HEADER = f"{'kernel':<27} {'case':<28} {'registers':>9} {'spilled B':>9} {'shared KiB':>10} {'tensor core':>11} loads"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel compiled for one target. Counts of instructions are static: how many there are in the code."""
+    """Result of compiling one kernel for one target. Instruction counts are static."""
 
     target: str
     kernel: str
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def problem(self) -> str:
-        """What makes this row fail, or an empty string."""
+        """Reason that this row fails, or an empty string."""
         if self.failure:
             return self.failure
         if self.spilled_bytes:
@@ -109,7 +109,7 @@ CASES: dict[str, Callable] = {
 
 
 class _Driver:
-    """What Triton asks of its driver in order to compile, and no more."""
+    """The part of Triton's driver interface that compilation needs."""
 
     def __init__(self, target: str):
         from triton.backends.compiler import GPUTarget
@@ -121,7 +121,7 @@ class _Driver:
         )
 
     def get_current_device(self) -> str:
-        return str(self.target.arch)  # Triton keeps compiled kernels by device: so each target has its own
+        return str(self.target.arch)  # Triton caches compiled kernels by device, so each target has its own
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -131,7 +131,10 @@ class _Driver:
 
 
 def compile_case(target: str, case: str) -> list[Row]:
-    """Compiles what one case launches. Raises ValueError under TRITON_INTERPRET=1, where nothing compiles."""
+    """Compiles the kernels that one case launches, and returns a row for each.
+
+    Raises ValueError under TRITON_INTERPRET=1, where nothing is compiled.
+    """
     if INTERPRETED:
         raise ValueError("kernels.aot: TRITON_INTERPRET must be unset, it turns every kernel into plain Python")
     compiled: dict[tuple, object] = {}
@@ -146,12 +149,12 @@ def compile_case(target: str, case: str) -> list[Row]:
     failure = ""
     try:
         CASES[case]()
-    except Exception as error:  # the compiler's own, whatever it is
+    except Exception as error:  # the compiler raises many types
         failure = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     finally:
         triton.runtime.JITFunction.run = run
         torch.set_float32_matmul_precision(precision)
-    rows = {}  # one per kernel and binary: layer_norm and add_layer_norm share some
+    rows = {}  # one per kernel and binary, since layer_norm and add_layer_norm share some
     for (name, _), binary in compiled.items():
         rows.setdefault(
             (name, binary.hash), _read(target, name.removeprefix("_").removesuffix("_kernel"), case, binary)
@@ -160,17 +163,17 @@ def compile_case(target: str, case: str) -> list[Row]:
 
 
 def _read(target: str, kernel: str, case: str, binary) -> Row:
-    """What the compiler made of a kernel, from its machine code."""
+    """Row of one compiled kernel, read from its machine code."""
     if target.startswith("sm_"):
         usage, code = _disassemble(binary.asm["cubin"])
         wgmma, mma = len(re.findall(r"\bHGMMA", code)), len(re.findall(r"\bHMMA", code))
-        registers, spilled = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-        tensor_core = " ".join(f"{n} {what}" for n, what in ((wgmma, "HGMMA"), (mma, "HMMA")) if n)
+        registers, spilled = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
+        tensor_core = " ".join(f"{count} {name}" for count, name in ((wgmma, "HGMMA"), (mma, "HMMA")) if count)
         wide_loads = len(re.findall(r"\bLDG[.A-Z0-9]*\.128|\bLDGSTS[.A-Z0-9]*\.128", code))
     else:
         code = binary.asm["amdgcn"]
         registers, spilled = (
-            int(re.search(rf"\.{what}:\s+(\d+)", code)[1]) for what in ("vgpr_count", "private_segment_fixed_size")
+            int(re.search(rf"\.{field}:\s+(\d+)", code)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
         )
         mfma = len(re.findall(r"\bv_mfma", code))
         tensor_core = f"{mfma} MFMA" if mfma else ""
@@ -179,18 +182,23 @@ def _read(target: str, kernel: str, case: str, binary) -> Row:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and SASS of a binary, by the tools that come with Triton."""
+    """Resource usage and SASS of a binary, from the NVIDIA tools that come with Triton."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         commands = ([tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", file.name])
-        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+        usage, code = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands
+        )
     return usage, code
 
 
 def compile_all(targets: list[str], cases: list[str], jobs: int) -> Iterator[list[Row]]:
-    """Rows of every case for every target, in order, compiled in `jobs` processes or, if 1, in this one."""
+    """Yields the rows of every case for every target, in order.
+
+    `jobs` is the number of compiling processes; 1 compiles in this process.
+    """
     pairs = [(target, case) for target in targets for case in cases]
     if jobs == 1:
         yield from (compile_case(*pair) for pair in pairs)
@@ -200,21 +208,21 @@ def compile_all(targets: list[str], cases: list[str], jobs: int) -> Iterator[lis
 
 
 def main(args: list[str]) -> int:
-    """Exit code: 0 all fit, 1 one does not, 2 bad input."""
+    """Prints the rows. Exit code: 0 if all kernels fit, 1 if one does not, 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--target", nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT), metavar="GPU")
-    parser.add_argument("--only", default="", help='cases that contain this, such as "D=64 bf16"; all without it')
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    asked = parser.parse_args(args)
-    cases = [case for case in CASES if asked.only in case]
+    parser.add_argument("--only", default="", help='only cases whose name contains this, such as "D=64 bf16"')
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    options = parser.parse_args(args)
+    cases = [case for case in CASES if options.only in case]
     if INTERPRETED or not HAS_TRITON or not cases:
-        need = "Triton must be installed" if not HAS_TRITON else "TRITON_INTERPRET must be unset"
+        message = "Triton must be installed" if not HAS_TRITON else "TRITON_INTERPRET must be unset"
         if not cases:
-            need = f"--only must be part of a case, got {asked.only!r}; the cases are: {', '.join(CASES)}"
-        print(f"kernels.aot: {need}", file=sys.stderr)
+            message = f"--only must be part of a case, got {options.only!r}; the cases are: {', '.join(CASES)}"
+        print(f"kernels.aot: {message}", file=sys.stderr)
         return 2
     problems, shown = 0, None
-    for rows in compile_all(asked.target, cases, max(1, asked.jobs)):
+    for rows in compile_all(options.target, cases, max(1, options.jobs)):
         for row in rows:
             if row.target != shown:
                 print(f"\n{row.target}: at most {SHARED_LIMIT[row.target]} KiB of shared memory\n{HEADER}")

@@ -2,28 +2,35 @@
 
     out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[b, j, h]) v[b, j, h],   j <= i when causal
 
-qkv: (B, T, 3, H, D), the fused projection's output viewed in place; out: (B, T, H, D), so that the next
-linear layer reads it as (B, T, H * D) without a copy. T >= 1. Scores and softmax are float32 or wider; out
-has qkv's dtype. `scale` is 1 / sqrt(D) unless given. `dropout_p` drops attention weights, not outputs.
+qkv: (B, T, 3, H, D) with T >= 1, a view of the fused projection's output. out: (B, T, H, D), which
+the next linear layer views as (B, T, H * D) without a copy. Scores and softmax are float32 or
+wider; out has qkv's dtype. `scale` is 1 / sqrt(D) by default. `dropout_p` is the probability of
+dropping an attention weight; outputs are not dropped.
 
-The Triton kernels never hold a (T, T) matrix. With s_ij = scale q_i . k_j and w_ij = exp(s_ij - lse_i), where lse_i =
-log sum_j exp(s_ij), they rest on three facts.
+The Triton kernels never store a (T, T) matrix. Let s_ij = scale q_i . k_j be the scores,
+lse_i = log sum_j exp(s_ij), and w_ij = exp(s_ij - lse_i) the weights.
 
-1. Softmax can be computed online. Over the keys seen so far keep the peak m, the total l = sum_j exp(s_ij - m) and the
-   sum a = sum_j exp(s_ij - m) v_j. A block of keys with a larger peak m' shrinks both by exp(m - m') and adds its own
-   terms. At the end out_i = a / l and lse_i = m + log l: one number per row is all that backward needs of the forward.
-2. Backward recomputes w_ij from q, k and lse. From out_i = sum_j w_ij v_j:  dv_j = sum_i w_ij dout_i  and
-   dw_ij = dout_i . v_j.  Softmax gives  ds_ij = w_ij (dw_ij - sum_l w_il dw_il),  and that sum is  delta_i =
-   dout_i . sum_l w_il v_l = dout_i . out_i:  known before any key is visited. Then  dq_i = scale sum_j ds_ij k_j  and
-   dk_j = scale sum_i ds_ij q_i.
-3. dq sums over keys, dk and dv over queries. One kernel whose programs own rows of dq and one whose programs own rows
-   of dk and dv recompute the scores twice (7 products where a shared sum needs 5) and need no atomics: every element is
-   written once, in a fixed order, so two runs give the same bits.
+1. Forward: online softmax. For the keys seen so far, a row keeps the maximum score m, the sum
+   l = sum_j exp(s_ij - m) and the vector a = sum_j exp(s_ij - m) v_j. When a block of keys has a
+   larger maximum m', l and a are first multiplied by exp(m - m'); then the block's terms are added.
+   At the end out_i = a / l and lse_i = m + log l. Of the statistics, backward needs only lse_i.
+2. Backward: the weights are recomputed from q, k and lse. Since out_i = sum_j w_ij v_j,
+       dv_j = sum_i w_ij dout_i   and   dw_ij = dout_i . v_j.
+   The gradient of softmax is ds_ij = w_ij (dw_ij - delta_i), where
+       delta_i = sum_l w_il dw_il = dout_i . sum_l w_il v_l = dout_i . out_i
+   is known before any key is visited. Then
+       dq_i = scale sum_j ds_ij k_j   and   dk_j = scale sum_i ds_ij q_i.
+3. No atomics: dq sums over keys, dk and dv sum over queries. So one kernel's programs own rows of
+   dq, and another's own rows of dk and dv. Both recompute the scores: 7 matrix products, where one
+   kernel with atomics needs 5. Each element is written once, from sums in a fixed order, so two
+   runs give the same bits.
 
-A causal block of queries visits the keys before it without a mask, then those on its diagonal with one, then stops.
-Dropout drops w_ij after lse is fixed: where it keeps, w and dw are divided by 1 - p; delta_i stays dout_i . out_i.
-Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Milakov & Gimelshein 2018, arXiv:1805.02867 (online
-softmax); Dao et al. 2022, arXiv:2205.14135, section 3 and appendix B; Dao 2023, arXiv:2307.08691, section 3.
+With a causal mask, a block of queries visits the keys before it without a mask, then those on its
+diagonal with a mask, and then stops. Dropout applies to w_ij after lse_i is computed: kept w_ij and
+dw_ij are divided by 1 - p, dropped ones are 0. delta_i is still dout_i . out_i.
+Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Milakov & Gimelshein 2018,
+arXiv:1805.02867 (online softmax); Dao et al. 2022, arXiv:2205.14135, section 3 and appendix B; Dao
+2023, arXiv:2307.08691, section 3.
 """
 
 import math
@@ -63,23 +70,23 @@ def attention_reference(
 def attention_torch(
     qkv: Tensor, *, is_causal: bool = True, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """PyTorch's scaled_dot_product_attention on strided views of qkv: nothing is copied on the way in."""
+    """PyTorch's scaled_dot_product_attention on strided views of qkv, which is not copied."""
     _check(qkv, dropout_p, scale)
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) views; backward packs them in one copy
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) views; backward packs dqkv in one copy
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
-    return out.transpose(1, 2).contiguous()  # flash kernels already lay it out as (B, T, H, D): then a view
+    return out.transpose(1, 2).contiguous()  # no copy after flash kernels: they store out as (B, T, H, D)
 
 
-# The kernels take a head's rows straight from the packed tensor: row t of q begins at
-# qkv_ptr + b * b_stride + t * t_stride + h * h_stride, those of k and v one and two part_strides further on. Scores are
-# in base 2, exp(x) = exp2(x / ln 2), since exp2 is what the hardware has.
+# The kernels read q, k and v in place from qkv. Row t of q begins at
+# qkv_ptr + b * b_stride + t * t_stride + h * h_stride; k is one part_stride further on, v two.
+# Scores and lse are in base 2, exp(x) = exp2(x / ln 2), because GPUs compute exp2 in hardware.
 
 
 @triton.jit
 def _load_rows(
     ptr, stride, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
 ):
-    """A tile (ROWS, BLOCK_D) from ptr on: zero from column HEAD_DIM on and, where BOUNDED, from row `limit` on."""
+    """Loads a tile (ROWS, BLOCK_D); 0 from column HEAD_DIM and, if BOUNDED, from row `limit`."""
     rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     ptrs = ptr + rows * stride + dims
     if BOUNDED:
@@ -93,14 +100,17 @@ def _load_rows(
 
 @triton.jit
 def _store_rows(ptr, stride, limit, tile, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes the first `limit` rows and HEAD_DIM columns of a tile (ROWS, BLOCK_D)."""
+    """Stores the first `limit` rows and HEAD_DIM columns of a tile (ROWS, BLOCK_D)."""
     rows, dims = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
     tl.store(ptr + rows * stride + dims, tile.to(ptr.dtype.element_ty), mask=(rows < limit) & (dims < HEAD_DIM))
 
 
 @triton.jit
 def _is_kept(seed_ptr, head, rows, cols, DROPOUT_P: tl.constexpr):
-    """Which weights survive dropout: 24 random bits from (seed; column, row, head), the same in whatever order."""
+    """Dropout mask, True where a weight is kept.
+
+    Its 24 random bits depend only on seed, column, row and head, so all kernels draw the same mask.
+    """
     zeros = tl.zeros_like(rows + cols)
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), zeros + cols, zeros + rows, zeros + head, zeros)
     return (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= DROPOUT_P  # 2^-24
@@ -112,21 +122,21 @@ def _attention_fwd_kernel(
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M rows of one head's output, and their log-sum-exp."""
+    """One program computes BLOCK_M rows of one head's output and their log-sum-exp."""
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634  # 1 / ln 2
     blocks = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // blocks  # of B * H
-    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the rows with most keys first: a short tail
+    head = tl.program_id(0) // blocks  # 0 to B * H - 1
+    start_m = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # rows with the most keys first
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_ptr = qkv_ptr + b * b_stride + h * h_stride
     rows = start_m + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr + start_m.to(tl.int64) * t_stride, t_stride, T - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, True)
 
     end = tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL else T
-    full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N  # every row sees the keys before: no mask
+    full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N  # before this key no row needs a mask
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     for MASKED in tl.static_range(2):
         for start_n in tl.range(full_end if MASKED else 0, end if MASKED else full_end, BLOCK_N):
             k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
@@ -137,19 +147,19 @@ def _attention_fwd_kernel(
             if MASKED:
                 seen = cols[None, :] <= rows[:, None] if IS_CAUSAL else cols[None, :] < T
                 scores = tl.where(seen, scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1) * LOG2_SCALE)
-            weights = tl.exp2(scores * LOG2_SCALE - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(weights, axis=1)
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1) * LOG2_SCALE)
+            weights = tl.exp2(scores * LOG2_SCALE - new_max[:, None])
+            rescale = tl.exp2(row_max - new_max)
+            row_sum = row_sum * rescale + tl.sum(weights, axis=1)
             if DROPOUT_P > 0.0:
                 weights = tl.where(_is_kept(seed_ptr, head, rows[:, None], cols[None, :], DROPOUT_P), weights, 0.0)
-            acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-            peak = new_peak
+            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            row_max = new_max
 
     out_ptr += (b * T + start_m) * H * HEAD_DIM + h * HEAD_DIM
-    out = acc / (total * (1.0 - DROPOUT_P))[:, None]
+    out = acc / (row_sum * (1.0 - DROPOUT_P))[:, None]
     _store_rows(out_ptr, H * HEAD_DIM, T - start_m, out, BLOCK_M, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + head.to(tl.int64) * T + rows, peak + tl.log2(total), mask=rows < T)
+    tl.store(lse_ptr + head.to(tl.int64) * T + rows, row_max + tl.log2(row_sum), mask=rows < T)
 
 
 @triton.jit
@@ -159,7 +169,10 @@ def _attention_bwd_dq_kernel(
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M rows of one head's dq, and their delta, which the next kernel reads."""
+    """One program computes BLOCK_M rows of one head's dq.
+
+    It also writes their delta, which the dk and dv kernel reads.
+    """
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
     blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // blocks
@@ -208,12 +221,12 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_N rows of one head's dk and dv.
 
-    Scores and weights are transposed, (keys, queries): so they are the left factor of dk and dv as they stand.
+    Scores and weights are transposed, (keys, queries): they are the left factors of dk and dv.
     """
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
     blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // blocks
-    start_n = tl.program_id(0) % blocks * BLOCK_N  # the first keys have most queries
+    start_n = tl.program_id(0) % blocks * BLOCK_N  # the first keys have the most queries and start first
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_ptr = qkv_ptr + b * b_stride + h * h_stride
     k_ptr = q_ptr + part_stride + start_n.to(tl.int64) * t_stride
@@ -223,17 +236,18 @@ def _attention_bwd_dkdv_kernel(
     dout_ptr += b * T * H * HEAD_DIM + h * HEAD_DIM
     stats = head.to(tl.int64) * T
 
-    # Blocks of queries, counted in BLOCK_M: those on the diagonal and the last one, where T ends inside it, need masks.
-    first = start_n // BLOCK_M if IS_CAUSAL else 0
+    # Indices of query blocks, BLOCK_M rows each. A mask is needed on the diagonal, and in the last
+    # block if T ends inside it.
+    first_block = start_n // BLOCK_M if IS_CAUSAL else 0
     full_end = T // BLOCK_M
     full_start = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M), tl.cdiv(T, BLOCK_M)) if IS_CAUSAL else 0
-    on_diagonal = full_start - first
+    on_diagonal = full_start - first_block
     at_end = tl.where((full_end * BLOCK_M < T) & (full_start <= full_end), 1, 0)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for MASKED in tl.static_range(2):
         for block in tl.range(0 if MASKED else full_start, on_diagonal + at_end if MASKED else full_end):
-            start_m = (tl.where(block < on_diagonal, first + block, full_end) if MASKED else block) * BLOCK_M
+            start_m = (tl.where(block < on_diagonal, first_block + block, full_end) if MASKED else block) * BLOCK_M
             rows = start_m + tl.arange(0, BLOCK_M)
             start = tl.cast(start_m, tl.int64)
             q = _load_rows(q_ptr + start * t_stride, t_stride, T - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
@@ -246,12 +260,12 @@ def _attention_bwd_dkdv_kernel(
             if MASKED and IS_CAUSAL:
                 weights = tl.where(cols[:, None] <= rows[None, :], weights, 0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-            dropped = weights
+            kept_weights = weights
             if DROPOUT_P > 0.0:
                 kept = _is_kept(seed_ptr, head, rows[None, :], cols[:, None], DROPOUT_P)
-                dropped = tl.where(kept, weights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
+                kept_weights = tl.where(kept, weights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
-            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dscores = weights * (dweights - delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_n) * 3 * H * HEAD_DIM + h * HEAD_DIM + H * HEAD_DIM
@@ -294,7 +308,10 @@ def _fill_backward(dqkv: Tensor, dout, qkv, out, lse, seed, is_causal, dropout_p
 
 
 def _launch(name, owned, kernel, qkv: Tensor, tensors, is_causal: bool, dropout_p: float, scale: float) -> None:
-    """Starts a kernel whose programs own blocks of `owned` rows, with this architecture's tile for this head width."""
+    """Launches a kernel with this architecture's tile for this head width.
+
+    `owned` names the tile size that divides the rows among programs: "BLOCK_M" or "BLOCK_N".
+    """
     B, T, _, H, D = qkv.shape
     BLOCK_D = triton.next_power_of_2(D)
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -315,7 +332,7 @@ def _launch(name, owned, kernel, qkv: Tensor, tensors, is_causal: bool, dropout_
             **tile,
         )
 
-    size = 4 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits take registers: the tile of a wider head
+    size = 4 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits need registers, so use a wider head's tile
     with_config(f"{name}/{kind}", size, qkv.device, start)
 
 
@@ -339,10 +356,11 @@ _attention = register("attention", _allocate, _fill, save=_save, differentiate=_
 def attention_triton(
     qkv: Tensor, *, is_causal: bool = True, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    """Flash attention that reads q, k and v where they lie and writes one packed dqkv: no copy either way.
+    """Flash attention. It reads q, k and v in place and writes one packed dqkv, without copies.
 
-    D is 16 to 256; float32 products are exact (ieee) unless torch.set_float32_matmul_precision allows TF32. The
-    dropped weights follow PyTorch's random state. Raises ValueError as well if qkv's last axis is not dense.
+    D is 16 to 256. float32 products use IEEE precision unless torch.set_float32_matmul_precision
+    allows TF32. Dropout's seed is drawn from PyTorch's random state. Raises ValueError also if the
+    stride of qkv's last axis is not 1.
     """
     _check(qkv, dropout_p, scale)
     check_triton("attention", qkv=qkv)

@@ -1,10 +1,10 @@
-"""Sums over rows in a fixed order, for the gradients of parameters that every row shares.
+"""Column sums in a fixed order, for the gradients of parameters that all rows share.
 
     out[c] = sum_p partials[p, c]
 
-A kernel whose programs each work through many rows keeps its share of such a gradient in registers and writes it
-as one row of partials: (P, C) float32. This adds those rows. No atomics and no locks, so two runs give the same
-bits. out: (C,), any floating dtype.
+In a backward kernel each program sums the gradient over its own rows in registers, and writes the
+sum as one row of partials. column_sum adds these P rows, without atomics or locks, so two runs give
+the same bits. partials: (P, C) float32; out: (C,), any floating dtype.
 """
 
 from torch import Tensor
@@ -26,7 +26,7 @@ def _column_sum_kernel(partials_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK
 
 
 def column_sum(partials: Tensor, out: Tensor) -> None:
-    """Writes the sum over rows of partials (P, C) into out (C,)."""
+    """Writes the sums over the rows of partials (P, C) into out (C,)."""
     P, C = partials.shape
 
     def start(BLOCK_P: int, BLOCK_C: int, num_warps: int) -> None:

@@ -1,22 +1,23 @@
-"""The language-model head and its cross-entropy as one op, so that the logits never exist whole.
+"""Language-model head and cross-entropy in one op, which never stores all logits at once.
 
     z = hidden weight^T,   loss = mean over targets not ignored of  logsumexp(z_i) - z_i[target_i]
     dz_i = (softmax(z_i) - onehot(target_i)) / count,   dhidden = dz weight,   dweight = dz^T hidden
 
-since the derivative of logsumexp(z) in z is softmax(z), and that of z[t] is onehot(t).
+because the gradient of logsumexp(z) is softmax(z) and that of z[t] is onehot(t).
 
-hidden: (N, C) and weight: (Vp, C), float32, bfloat16 or float16; targets: (N,) int64; loss: scalar float32
-(float64 for float64 inputs). Columns of weight from vocab_size up are padding: they take no probability and no
-gradient. Rows whose target is ignore_index count for nothing; when all are ignored the loss and every gradient
-are 0. A target outside the vocabulary raises ValueError on a CPU and gives a NaN loss on a GPU, where looking
-would mean waiting.
+hidden: (N, C) and weight: (Vp, C), float32, bfloat16 or float16; targets: (N,) int64; loss: scalar
+float32 (float64 for float64 inputs). Rows of weight from vocab_size up are padding: their tokens
+have probability 0, and their gradient is 0. Rows whose target is ignore_index are left out of the
+mean; if all are, the loss and every gradient are 0. A target outside the vocabulary raises
+ValueError on a CPU. On a GPU it gives a NaN loss, because a check would synchronise.
 
-At GPT-2's sizes the logits outweigh everything else in a step: 65,536 rows * 50,304 columns * 2 bytes = 6.6 GB.
-Working through chunks of rows keeps one chunk of them, and since a chunk's logits are gone after it, its
-gradients are computed with it in the forward pass: three matrix products in all, as many as without chunks. They are
-left unscaled until backward, where the incoming gradient and the count are known: float16 would lose dz / 65,536.
-The matrix products are the library's; what lies between them, from a chunk's logits to dz, is one kernel that reads
-each row twice and writes dz over it.
+At GPT-2's sizes the logits would be the largest tensor of a step: 65,536 rows * 50,304 columns * 2
+bytes = 6.6 GB. The op works through chunks of rows and stores the logits of one chunk. The next
+chunk overwrites them, so the forward pass also computes the chunk's gradients. That takes three
+matrix products in all, as many as without chunks. The gradients are scaled in backward, where the
+incoming gradient and the count are known; float16 would lose dz / 65,536. PyTorch computes the
+matrix products. The Triton kernel turns a chunk's logits into dz: it reads each row twice and
+writes dz over it.
 Source: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989, section 3.2.
 """
 
@@ -62,19 +63,20 @@ def linear_cross_entropy_reference(
 def _allocate(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, and its gradients, unscaled; without needs_grad they have no rows."""
+    """Empty outputs: summed loss, and its unscaled gradients, without rows if not needs_grad."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     dhidden = hidden.new_empty(hidden.shape if needs_grad else (0, hidden.shape[1]))
-    # dweight is a sum over all rows: in float16 it would overflow before it is divided by their count.
+    # dweight is a sum over all rows. In float16 it could overflow before the division by their
+    # count.
     dweight = hidden.new_empty(weight.shape if needs_grad else (0, weight.shape[1]), dtype=wide)
     return hidden.new_empty((), dtype=wide), dhidden, dweight
 
 
 def _in_chunks(outputs, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, softmax: Callable) -> None:
-    """Fills the outputs of _allocate, about `rows` rows at a time, in chunks that differ by at most one row.
+    """Fills the outputs of _allocate in chunks of at most `rows` rows. Sizes differ by at most one.
 
-    softmax(logits, targets, losses) -> dz writes each row's loss, 0 where it is ignored, and returns the gradient in
-    its logits, (n, Vp), where dhidden has rows.
+    softmax(logits, targets, losses) -> dz writes each row's loss, 0 if its target is ignored. If
+    dhidden has rows, it returns the gradient of the logits, (n, Vp).
     """
     total, dhidden, dweight = outputs
     N = hidden.shape[0]
@@ -94,8 +96,8 @@ def _in_chunks(outputs, hidden: Tensor, weight: Tensor, targets: Tensor, rows: i
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """total = left @ right for the first product, total += left @ right after it, where total may be wider."""
-    if left.dtype == total.dtype and is_first:  # nothing to be cleared before, which on a CPU is 2% of a step
+    """Adds left @ right to total, or stores it if is_first. total may have a wider dtype."""
+    if left.dtype == total.dtype and is_first:  # saves zeroing total, which is 2% of a step on a CPU
         torch.mm(left, right, out=total)
         return
     if is_first:
@@ -106,15 +108,15 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     elif left.is_cuda:
         total += torch.mm(left, right, out_dtype=total.dtype)
-    elif left.dtype == torch.bfloat16:  # each chunk's product is rounded once, the sum is not
+    elif left.dtype == torch.bfloat16:  # each chunk's product is rounded to bfloat16, the sum is not
         total += left @ right
-    else:  # a product over many rows can leave float16's range
+    else:  # a product over many rows can overflow float16
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
 @functools.cache
 def _addmm_widens(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch's addmm adds a product of low precision to a float32 sum in place."""
+    """True if this PyTorch's addmm adds a low-precision product to a float32 tensor in place."""
     total = torch.zeros(16, 16, device="cuda")
     factor = total.to(dtype)
     try:
@@ -125,9 +127,10 @@ def _addmm_widens(dtype: torch.dtype) -> bool:
 
 
 def _rows(weight: Tensor) -> tuple[int, int]:
-    """Rows per chunk and rows per strip: float32 logits of 84 MB and 6 MB on a CPU, elsewhere 1 GB and a whole chunk.
+    """Rows per chunk and rows per strip of a chunk.
 
-    A CPU gains nothing from larger chunks, and a strip stays in its caches from one pass over it to the next.
+    Their float32 logits take 84 MB and 6 MB on a CPU. Elsewhere both take 1 GB: a strip is a whole
+    chunk. A CPU gains nothing from larger chunks, and a strip stays in its caches between passes.
     """
     chunk, strip = (21_000_000, 1_600_000) if weight.device.type == "cpu" else (250_000_000, 250_000_000)  # elements
     return max(1, chunk // weight.shape[0]), max(1, strip // weight.shape[0])
@@ -140,8 +143,8 @@ def _fill_torch(
     valid = targets != ignore_index
     outside = valid & ((targets < 0) | (targets >= vocab_size))
     if hidden.device.type == "cpu" and bool(outside.any()):
-        worst = targets[outside][0].item()
-        raise ValueError(f"linear_cross_entropy: targets must be 0 to {vocab_size - 1} or {ignore_index}, got {worst}")
+        target = targets[outside][0].item()
+        raise ValueError(f"linear_cross_entropy: targets must be 0 to {vocab_size - 1} or {ignore_index}, got {target}")
     chunk_rows, strip_rows = _rows(weight)
 
     def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
@@ -150,12 +153,12 @@ def _fill_torch(
         for strip, targets, losses in strips:
             valid = (targets != ignore_index)[:, None]  # (n, 1)
             labels = targets.clamp(0, vocab_size - 1)[:, None]
-            z = strip.to(wide)  # the strip itself, where it is as wide
-            peak, target_logit = z.amax(dim=-1, keepdim=True), z.gather(1, labels)
-            total = z.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-            losses.copy_(torch.where(valid, total.log() + (peak - target_logit), 0.0).squeeze(1))
+            z = strip.to(wide)  # the strip itself if it has this dtype
+            row_max, target_logit = z.amax(dim=-1, keepdim=True), z.gather(1, labels)
+            row_sum = z.sub_(row_max).exp_().sum(dim=-1, keepdim=True)
+            losses.copy_(torch.where(valid, row_sum.log() + (row_max - target_logit), 0.0).squeeze(1))
             if needs_grad:
-                dz = z.mul_(valid / total).scatter_add_(1, labels, -valid.to(wide))
+                dz = z.mul_(valid / row_sum).scatter_add_(1, labels, -valid.to(wide))
                 strip.copy_(dz)
         return logits
 
@@ -170,7 +173,10 @@ def _exp(x):
 
 @triton.jit
 def _load_logits(ptr, cols, vocab_size, padded_size):
-    """Logits, -inf in the padding. It is read all the same: a mask that ends at 50,257 would rule out wide loads."""
+    """Loads logits as float32, with -inf in the padding.
+
+    The padding is loaded too, because a mask that ends at 50,257 would prevent 128-bit loads.
+    """
     z = tl.load(ptr + cols, mask=cols < padded_size, other=float("-inf")).to(tl.float32)
     return tl.where(cols < vocab_size, z, float("-inf"))
 
@@ -187,34 +193,39 @@ def _cross_entropy_kernel(
     NEEDS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program turns one row of logits z into its loss and, in their place, into softmax(z) - onehot(target)."""
+    """One program computes the loss of one row of logits z.
+
+    With NEEDS_GRAD it then overwrites the row with dz = softmax(z) - onehot(target).
+    """
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * row_stride
     target = tl.load(targets_ptr + row)
-    counts = target != ignore_index
-    inside = (target >= 0) & (target < vocab_size)
-    target_logit = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)  # before it is gone
+    is_valid = target != ignore_index
+    in_vocab = (target >= 0) & (target < vocab_size)
+    # Read before dz overwrites it.
+    target_logit = tl.load(logits_ptr + target, mask=in_vocab, other=float("nan")).to(tl.float32)
 
-    # Online: `total` has a lane per column of the block, so that only the maximum crosses threads at every step.
-    peak = tl.full((), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    # Online softmax. `sums` has one element per column of the block, so that a step reduces nothing
+    # but the maximum across threads.
+    row_max = tl.full((), float("-inf"), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for start in tl.range(0, vocab_size, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         z = _load_logits(logits_ptr, cols, vocab_size, padded_size)
-        new_peak = tl.maximum(peak, tl.max(z, axis=0))
-        total = total * _exp(peak - new_peak) + _exp(z - new_peak)
-        peak = new_peak
-    log2_total = tl.log2(tl.sum(total, axis=0))
-    loss = log2_total * 0.6931471805599453 + (peak - target_logit)  # ln 2
-    tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
+        new_max = tl.maximum(row_max, tl.max(z, axis=0))
+        sums = sums * _exp(row_max - new_max) + _exp(z - new_max)
+        row_max = new_max
+    log2_sum = tl.log2(tl.sum(sums, axis=0))
+    loss = log2_sum * 0.6931471805599453 + (row_max - target_logit)  # ln 2
+    tl.store(losses_ptr + row, tl.where(is_valid, loss, 0.0))
 
     if NEEDS_GRAD:
-        inverse = tl.exp2(-log2_total)
+        inverse_sum = tl.exp2(-log2_sum)
         for start in tl.range(0, padded_size, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             z = _load_logits(logits_ptr, cols, vocab_size, padded_size)
-            dz = _exp(z - peak) * inverse - tl.where(cols == target, 1.0, 0.0)
-            tl.store(logits_ptr + cols, tl.where(counts, dz, 0.0), mask=cols < padded_size)
+            dz = _exp(z - row_max) * inverse_sum - tl.where(cols == target, 1.0, 0.0)
+            tl.store(logits_ptr + cols, tl.where(is_valid, dz, 0.0), mask=cols < padded_size)
 
 
 def _fill_triton(
@@ -277,12 +288,15 @@ def _mean_loss(
 def linear_cross_entropy_torch(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """PyTorch's matrix products and softmax over chunks of rows: one chunk of logits in memory, never all."""
+    """PyTorch's matrix products and softmax, over chunks of rows. Stores one chunk of logits."""
     return _mean_loss(_torch_op, hidden, weight, targets, vocab_size, ignore_index)
 
 
 def linear_cross_entropy_triton(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """Chunks of 8,192 rows, with one kernel from logits to their gradient in place. Never waits for the GPU."""
+    """PyTorch's matrix products and one kernel from logits to dz, over chunks of 8,192 rows.
+
+    Never synchronises with the GPU.
+    """
     return _mean_loss(_triton_op, hidden, weight, targets, vocab_size, ignore_index)

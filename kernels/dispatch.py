@@ -1,4 +1,4 @@
-"""Which implementation of each op runs, and why: the one place that decides."""
+"""Choice of each op's implementation, with the reason. No other module decides this."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from kernels.tiles import architecture
 
 Backend = Literal["auto", "triton", "torch"]
 
-# Each op and the file it lives in, which offers <op>_reference, <op>_torch and <op>_triton.
+# Module of each op, which defines <op>_reference, <op>_torch and <op>_triton.
 MODULES = {
     "attention": attention,
     "layer_norm": layer_norm,
@@ -27,7 +27,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One op's implementation, "triton" or "torch", and the reason for it in words."""
+    """Implementation of one op, "triton" or "torch", and the reason in words."""
 
     op: str
     implementation: str
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ops:
-    """The six ops of the model, each bound to the implementation chosen for it; `choices` says why."""
+    """The model's six ops, each bound to its chosen implementation. `choices` gives the reasons."""
 
     attention: Callable
     layer_norm: Callable
@@ -50,24 +50,25 @@ class Ops:
     choices: tuple[Choice, ...]
 
     def explain(self) -> str:
-        """One line per op: what runs and why."""
+        """One line per op: its implementation and the reason."""
         return "\n".join(str(choice) for choice in self.choices)
 
     def summary(self) -> str:
-        """One line: "triton: sm_90", or each reason with the ops it holds for where they differ."""
+        """One line such as "triton: sm_90". If ops differ, each choice is followed by its ops."""
         groups: dict[str, list[str]] = {}
         for choice in self.choices:
             groups.setdefault(f"{choice.implementation}: {choice.reason}", []).append(choice.op)
         if len(groups) == 1:
             return next(iter(groups))
-        return "; ".join(f"{what} ({', '.join(ops)})" for what, ops in groups.items())
+        return "; ".join(f"{choice_text} ({', '.join(ops)})" for choice_text, ops in groups.items())
 
 
 def select(backend: Backend, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
-    """Chooses an implementation of every op for inputs on `device`, of `dtype`, with heads `head_dim` wide.
+    """Chooses an implementation of every op, for inputs of this device, dtype and head width.
 
-    "auto" takes Triton where it can run and PyTorch elsewhere. Raises ValueError, with the reason, if the backend
-    is unknown or is "triton" and some op cannot run on Triton here.
+    "auto" takes Triton where it can run and PyTorch elsewhere. Raises ValueError if the backend is
+    unknown. Raises ValueError, with the reason, if it is "triton" and an op cannot run on Triton
+    here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
@@ -93,7 +94,10 @@ def select(backend: Backend, device: torch.device | str, dtype: torch.dtype, hea
 
 
 def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why `op` cannot run on Triton here, or None if it can. In the interpreter the CPU counts as a device."""
+    """Reason that `op` cannot run on Triton here, or None if it can.
+
+    Under TRITON_INTERPRET=1 the tensors may be on the CPU.
+    """
     if not HAS_TRITON:
         return "Triton is not installed"
     if INTERPRETED:
@@ -106,7 +110,7 @@ def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim:
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{architecture(device)} < sm_80"
     elif not has_c_compiler():
-        return "no C compiler, with which Triton builds its launchers"
+        return "no C compiler, which Triton needs to build its launchers"
     if dtype not in TRITON_FLOATING:
         return f"{str(dtype).removeprefix('torch.')} is not float32, bfloat16 or float16"
     if op == "attention" and head_dim < 16:
@@ -117,6 +121,6 @@ def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def has_c_compiler() -> bool:
-    """Whether Triton finds what compiles C: CC, or without it clang or gcc on PATH."""
+    """True if Triton finds a C compiler: the one in CC or, without CC, clang or gcc on PATH."""
     named = os.environ.get("CC")
     return any(shutil.which(name) for name in (["clang", "gcc"] if named is None else [named]))

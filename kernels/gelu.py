@@ -1,12 +1,17 @@
-"""GELU in its tanh form, and the bias add fused in front of it.
+"""GELU, tanh form, alone and fused with the bias add before it.
 
-    gelu(x) = 0.5 x (1 + tanh(u)),   u = sqrt(2 / pi) (x + 0.044715 x^3);   bias_gelu(x, bias) = gelu(x + bias)
+    gelu(x) = 0.5 x (1 + tanh(u)),   u = sqrt(2 / pi) (x + 0.044715 x^3)
+    bias_gelu(x, bias) = gelu(x + bias)
 
-x, y: any shape, for bias_gelu (..., F) with bias (F,); float32, bfloat16 or float16. Arithmetic is float32 or
-wider; y has x's dtype. GPT-2 was trained with this form, not with the exact erf form.
+gelu: x and y have any shape. bias_gelu: x, y: (..., F); bias: (F,). All are float32, bfloat16 or
+float16. The computation is in float32 or wider; y has x's dtype. GPT-2 was trained with this form,
+not with the exact erf form.
 
-Since (1 + tanh u) / 2 = sigmoid(2 u) =: s, gelu(x) = x s, and  dgelu/dx = s + x s (1 - s) 2 du/dx  with  du/dx =
-sqrt(2 / pi) (1 + 3 * 0.044715 x^2).  Backward recomputes s from x; dbias is dx summed over rows.
+Let s = (1 + tanh u) / 2 = sigmoid(2 u). Then gelu(x) = x s, and
+
+    dgelu/dx = s + x s (1 - s) 2 du/dx,   du/dx = sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+
+Backward recomputes s from x. dbias is the sum of dx over rows.
 Source: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2.
 """
 
@@ -49,21 +54,24 @@ def gelu_torch(x: Tensor) -> Tensor:
 
 
 def bias_gelu_torch(x: Tensor, bias: Tensor) -> Tensor:
-    """An add and F.gelu. One pass only under torch.compile."""
+    """Add, then F.gelu. A single pass over memory only under torch.compile."""
     _check_bias(x, bias)
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
 @triton.jit
 def _sigmoid_2u(x):
-    """sigmoid(2 u), which is (1 + tanh u) / 2: one exp2, no branch, and exact limits where exp2 is 0 or infinite."""
+    """sigmoid(2 u) = (1 + tanh u) / 2, with one exp2 and no branch.
+
+    Its limits are exact: where exp2 overflows it is 0, where exp2 underflows it is 1.
+    """
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
     return 1.0 / (1.0 + tl.exp2(-2.8853900817779268 * u))  # 2 / ln 2
 
 
 @triton.jit
 def _derivative(x):
-    """d gelu / dx = s + x s (1 - s) 2 du/dx, with s = sigmoid(2 u)."""
+    """dgelu/dx = s + x s (1 - s) 2 du/dx, with s = sigmoid(2 u)."""
     s = _sigmoid_2u(x)
     du = 0.7978845608028654 * (1.0 + 0.134145 * x * x)  # 3 * 0.044715
     return s + x * s * (1.0 - s) * 2.0 * du
@@ -80,7 +88,7 @@ def _gelu_fwd_kernel(x_ptr, y_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
-    """One program differentiates BLOCK_SIZE consecutive elements."""
+    """One program computes BLOCK_SIZE consecutive elements of dx."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -90,7 +98,7 @@ def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n_elements, BLOCK_SIZE: tl.constexpr
 
 @triton.jit
 def _bias_gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, N, F, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """One program computes a tile of BLOCK_ROWS rows and BLOCK_COLS columns."""
+    """One program computes a tile of BLOCK_ROWS rows and BLOCK_COLS columns of y."""
     col_blocks = tl.cdiv(F, BLOCK_COLS)
     rows = (tl.program_id(0) // col_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(0) % col_blocks * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -114,7 +122,10 @@ def _bias_gelu_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """One program differentiates rows_per_program rows of BLOCK_COLS columns and writes their sum once, as dbias."""
+    """One program computes dx of rows_per_program rows and BLOCK_COLS columns.
+
+    It also sums dx over these rows and writes the sum as one row of dbias, (P, F) partials.
+    """
     col_blocks = tl.cdiv(F, BLOCK_COLS)
     program = tl.program_id(0) // col_blocks
     first = program * rows_per_program
@@ -219,14 +230,14 @@ _bias_gelu = register(
 
 
 def gelu_triton(x: Tensor) -> Tensor:
-    """One pass; backward reads x again and recomputes the tanh."""
+    """GELU in one pass. Backward is one pass too: it reads x again and recomputes s."""
     check_floating("gelu", x=x)
     check_triton("gelu", x=x)
     return _gelu(x)
 
 
 def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
-    """One pass; backward is another, and a small one for dbias."""
+    """Bias add and GELU in one pass. Backward is one pass and a small kernel that sums dbias."""
     _check_bias(x, bias)
     check_triton("bias_gelu", x=x, bias=bias)
     return _bias_gelu(x, bias)

@@ -1,4 +1,4 @@
-"""What every op shares: checks that turn a wrong call into a sentence, and the registration of a kernel as an op."""
+"""Code shared by all ops: checks of arguments, and registration of kernels as PyTorch operators."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ try:
     import triton.language as tl
 
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1, read when a kernel is decorated
-except ImportError:  # Triton comes for Linux: elsewhere the kernels stay plain functions that nobody calls
+except ImportError:  # Triton is for Linux; elsewhere the kernels stay plain functions, never called
     triton = tl = SimpleNamespace(jit=lambda kernel: kernel, constexpr=object)
     INTERPRETED = False
 
@@ -27,7 +27,7 @@ def require(holds: bool, what: str, got: object) -> None:
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless every tensor is floating and all are on one device."""
+    """Raises ValueError unless all tensors are floating-point and on one device."""
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         require(tensor.device == device, f"{op}: all inputs must be on one device, {name} on {device}", tensor.device)
@@ -65,12 +65,13 @@ def register(
     save: Callable | None = None,
     differentiate: Callable | None = None,
 ) -> Callable:
-    """Registers torch.ops.gpt2.<name>, opaque to torch.compile, and returns it.
+    """Registers the operator torch.ops.gpt2.<name>, opaque to torch.compile, and returns it.
 
-    allocate(*inputs) makes the outputs, empty; it is also what the compiler traces, so shapes, dtypes and strides are
-    said once, and its annotations are the op's schema. fill(outputs, *inputs) launches the kernels that write them,
-    with the first input's device current. save(ctx, inputs, output) and differentiate(ctx, *gradients) are the
-    autograd formula; a gradient that nobody uses arrives as None.
+    allocate(*inputs) returns empty outputs. It is also the fake implementation, so shapes, dtypes
+    and strides are stated once. Its annotations give the schema. fill(outputs, *inputs) launches
+    the kernels that write the outputs, with the first input's device as the current one. save(ctx,
+    inputs, output) and differentiate(ctx, *gradients) are autograd's setup_context and backward.
+    The gradient of an output that is not used is None.
     """
 
     def run(*inputs):
@@ -93,7 +94,7 @@ def register(
 
 
 def num_programs(device: torch.device, per_multiprocessor: int) -> int:
-    """How many programs keep a device busy when each loops over many rows; few where nothing runs in parallel."""
+    """Number of programs when each loops over many rows: enough to fill a GPU; 4 on a CPU."""
     if device.type != "cuda":
         return 4
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count

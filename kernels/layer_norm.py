@@ -1,17 +1,23 @@
-"""LayerNorm over the last axis, and the residual add fused in front of it.
+"""LayerNorm over the last axis, alone and fused with the residual add before it.
 
-    y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps),   mean and var over the last axis
+    y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps)
     add_layer_norm: summed = x + residual,   y = LayerNorm(summed)
 
-x, residual, y, summed: (..., C), float32, bfloat16 or float16; weight, bias: (C,), any of these dtypes.
-Statistics are float32 or wider and var is biased (divided by C); y and summed have x's dtype.
+x, residual, y, summed: (..., C), float32, bfloat16 or float16; y and summed have x's dtype.
+weight, bias: (C,), any of these dtypes. mean and var are over a row's C elements, in float32 or
+wider; var is biased (divided by C).
 
-Backward, with n = (x - mean) rstd and g = dy weight, all sums over a row's C elements. mean and rstd depend on every
-x_j:  dmean/dx_j = 1 / C,  drstd/dx_j = -rstd^2 n_j / C,  so that  dn_i/dx_j = rstd ([i = j] - 1 / C - n_i n_j / C)  and
+Backward: let n = (x - mean) rstd and g = dy weight. mean and rstd depend on every x_j of a row:
 
-    dx = rstd (g - sum(g) / C - n sum(g n) / C),   dweight = sum over rows of dy n,   dbias = sum over rows of dy
+    dmean/dx_j = 1 / C,   drstd/dx_j = -rstd^2 n_j / C
+    dn_i/dx_j = rstd ([i = j] - 1 / C - n_i n_j / C)
 
-In add_layer_norm x and residual have the same gradient: dx above, plus what arrives through `summed`.
+so that, with sum(...) over a row's C elements,
+
+    dx = rstd (g - sum(g) / C - n sum(g n) / C)
+    dweight = sum over rows of dy n,   dbias = sum over rows of dy
+
+In add_layer_norm, x and residual have the same gradient: dx above plus dsummed.
 Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450, section 3.
 """
 
@@ -58,14 +64,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 def add_layer_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """The definition: (y, summed)."""
+    """The definition. Returns (y, summed)."""
     _check_residual(x, residual)
     summed = x + residual
     return layer_norm_reference(summed, weight, bias, eps), summed
 
 
 def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """PyTorch's F.layer_norm, parameters cast to x's dtype."""
+    """PyTorch's F.layer_norm, with the parameters cast to x's dtype."""
     _check("layer_norm", x, weight, bias)
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
@@ -73,7 +79,10 @@ def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5)
 def add_layer_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """An add and F.layer_norm: (y, summed). One pass only under torch.compile."""
+    """Add, then F.layer_norm. Returns (y, summed).
+
+    A single pass over memory only under torch.compile.
+    """
     _check_residual(x, residual)
     summed = x + residual
     return layer_norm_torch(summed, weight, bias, eps), summed
@@ -93,7 +102,7 @@ def _layer_norm_fwd_kernel(
     EPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program normalises one row, and first adds the residual's row to it where there is one."""
+    """One program normalises one row, after adding the residual's row if there is a residual."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     mask = cols < C
@@ -102,11 +111,12 @@ def _layer_norm_fwd_kernel(
         x += tl.load(residual_ptr + row * C + cols, mask=mask, other=0.0).to(tl.float32)
         summed = x.to(summed_ptr.dtype.element_ty)
         tl.store(summed_ptr + row * C + cols, summed, mask=mask)
-        x = summed.to(tl.float32)  # what the backward pass will read
+        x = summed.to(tl.float32)  # the rounded sum, which is what backward reads
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
 
-    # The row is in registers, so the mean goes first: E[x^2] - E[x]^2 would cancel where the mean is large.
+    # The row is in registers, so var is computed from x - mean: E[x^2] - E[x]^2 would cancel where
+    # the mean is large.
     mean = tl.sum(x, axis=0) / C
     centred = tl.where(mask, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + EPS)
@@ -132,9 +142,10 @@ def _layer_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     SUM_PARAMETERS: tl.constexpr,
 ):
-    """One program differentiates rows_per_program consecutive rows.
+    """One program computes dx of rows_per_program consecutive rows.
 
-    With SUM_PARAMETERS it keeps the sums of their dweight and dbias in registers and writes them once.
+    With SUM_PARAMETERS it also sums dweight and dbias over these rows in registers. It writes each
+    sum once, as one row of (P, C) partials.
     """
     program = tl.program_id(0)
     first = program * rows_per_program
@@ -178,8 +189,9 @@ def _layer_norm_bwd_parameters_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program sums dweight and dbias of BLOCK_C columns over rows_per_program rows, where a row is too wide for
-    the kernel above to hold both sums.
+    """One program sums dweight and dbias of BLOCK_C columns over rows_per_program rows.
+
+    It runs if a row is too wide for the kernel above to keep both sums in registers.
     """
     col_blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0) // col_blocks
@@ -294,7 +306,7 @@ def _save_add(ctx, inputs, output) -> None:
 
 def _differentiate_add(ctx, dy, dsummed, _dmean, _drstd):
     summed, weight, mean, rstd = ctx.saved_tensors
-    if dy is None:  # only the sum was used
+    if dy is None:  # only `summed` was used
         return dsummed, dsummed, None, None, None
     dx, dweight, dbias = _layer_norm_backward(dy, dsummed, summed, weight, mean, rstd, ctx.bias_dtype)
     return dx, dx, dweight, dbias, None
@@ -313,7 +325,10 @@ _add_layer_norm = register(
 
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """One pass over x; backward is another, and a small one for dweight and dbias."""
+    """LayerNorm in one pass over x.
+
+    Backward is one pass over x and dy, two if C > 8,192; small kernels then sum dweight and dbias.
+    """
     _check("layer_norm", x, weight, bias)
     check_triton("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps)[0]
@@ -322,7 +337,10 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 def add_layer_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(y, summed) in one pass over x and residual; the gradient of both inputs is one tensor, written once."""
+    """Returns (y, summed), computed in one pass over x and residual.
+
+    Both inputs share one gradient tensor, which is written once.
+    """
     _check_residual(x, residual)
     _check("add_layer_norm", x, weight, bias)
     check_triton("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)

@@ -1,8 +1,9 @@
-"""Launch configurations: tiles, warps and pipeline stages of every kernel, one static table per architecture.
+"""Launch configurations: tile sizes, warps and pipeline stages of every kernel, per architecture.
 
-No entry was chosen by timing. Each is the first of a list, from the largest tile down, that compiles without a spilled
-register and within the architecture's shared memory (`python -m kernels.aot` shows it). GPT2_AUTOTUNE=1 times the
-neighbours of each entry where they run, uses the fastest, and prints what it would put here.
+No entry was chosen by timing. Each is the first of a list, from the largest tile down, that
+compiles without spilled registers and within the architecture's shared memory (`python -m
+kernels.aot` shows both). GPT2_AUTOTUNE=1 times each entry and its neighbours on the GPU in use,
+takes the fastest, and prints it as an entry for this table.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import torch
 
 from kernels.launch import HAS_TRITON, INTERPRETED, triton
 
-# What the numbers of a kernel's entries are, in order.
+# Names of the numbers in a kernel's entries, in order.
 FIELDS = {
     "attention_fwd": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "attention_bwd_dq": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
@@ -29,10 +30,11 @@ FIELDS = {
     "column_sum": ("BLOCK_P", "BLOCK_C", "num_warps"),
 }
 
-# kernel/kind -> architecture -> size -> entry. A size takes the entry of the next larger one, or the last; an
-# architecture that is not listed takes "default", which fits in 64 KiB of shared memory.
+# kernel/kind -> architecture -> size -> entry. A size that is not listed takes the entry of the
+# next larger size, or of the largest. An architecture that is not listed takes "default", which
+# fits in 64 KiB of shared memory.
 TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
-    # by head width, rounded up to a power of two
+    # size: head width, rounded up to a power of two
     "attention_fwd/16bit": {
         "sm_80": {32: (128, 64, 4, 2), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 64, 8, 2)},
         "sm_86": {32: (128, 64, 4, 2), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
@@ -101,10 +103,10 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
         "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
         "default": {32: (32, 64, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 16, 1)},
     },
-    # by row width
+    # size: row width
     "layer_norm_fwd": {"default": {1024: (1,), 2048: (2,), 4096: (4,), 8192: (8,), 16384: (16,)}},
     "layer_norm_bwd": {"default": {1024: (8, 4), 2048: (4, 8), 16384: (2, 16)}},
-    # one for all sizes
+    # one entry for all sizes
     "gelu_fwd": {"default": {1: (1024, 4)}},
     "gelu_bwd": {"default": {1: (1024, 4)}},
     "bias_gelu_fwd": {"default": {1: (4, 256, 4)}},
@@ -117,7 +119,7 @@ _tuned: dict[tuple[str, str, int], dict[str, int]] = {}
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "default" in the interpreter."""
+    """Name of the GPU's architecture: "sm_90", "gfx942", ...; "default" in the interpreter."""
     if INTERPRETED or not HAS_TRITON:
         return "default"
     if device.type == "cuda" and torch.version.hip is None:
@@ -128,18 +130,18 @@ def architecture(device: torch.device) -> str:
 
 
 def lookup(name: str, arch: str, size: int) -> dict[str, int]:
-    """The table's entry as keyword arguments of a launch. name: "kernel" or "kernel/kind"."""
-    rows = TABLE[name]
-    sizes = rows.get(arch, rows["default"])
-    entry = sizes[min((s for s in sizes if s >= size), default=max(sizes))]
+    """Table entry as keyword arguments of a launch. name: "kernel" or "kernel/kind"."""
+    by_arch = TABLE[name]
+    by_size = by_arch.get(arch, by_arch["default"])
+    entry = by_size[min((s for s in by_size if s >= size), default=max(by_size))]
     return dict(zip(FIELDS[name.partition("/")[0]], entry, strict=True))
 
 
 def with_config(name: str, size: int, device: torch.device, start: Callable, *, in_place: bool = False) -> None:
-    """Calls start(**config) with the configuration of kernel `name` for this device.
+    """Calls start(**config) with the configuration of kernel `name` for this device and size.
 
-    With GPT2_AUTOTUNE=1 the neighbours of the table's entry are timed first, once for each name and size; not those of
-    a kernel that works in place, which would be run many times on its own output.
+    GPT2_AUTOTUNE=1 first times the table's entry and its neighbours, once per name and size. It
+    does not time a kernel that works in place, because timing would run it on its own output.
     """
     arch = architecture(device)
     config = lookup(name, arch, size)
@@ -149,23 +151,23 @@ def with_config(name: str, size: int, device: torch.device, start: Callable, *, 
 
 
 def _tune(name: str, arch: str, size: int, shipped: dict, start: Callable, time_ms: Callable) -> dict:
-    """The fastest among the table's entry and its neighbours, each number halved, kept or doubled."""
+    """Fastest of the table's entry and its neighbours: each number halved, kept or doubled."""
     key = (name, arch, size)
     if key not in _tuned:
         times = {}
-        for factors in itertools.product((1, 2, 0.5), repeat=len(shipped)):  # the shipped one first
+        for factors in itertools.product((1, 2, 0.5), repeat=len(shipped)):  # the shipped entry first
             values = tuple(int(value * factor) for value, factor in zip(shipped.values(), factors, strict=True))
             candidate = dict(zip(shipped, values, strict=True))
             if min(values) < 1 or not 1 <= candidate["num_warps"] <= 32:
                 continue
             try:
                 times[values] = time_ms(lambda candidate=candidate: start(**candidate))
-            except Exception as error:  # whatever the compiler or the driver says: too large, or not buildable
+            except Exception as error:  # too large or does not compile; the types vary
                 if not times:
-                    raise  # the shipped one
+                    raise  # the shipped entry itself failed
                 print(f"{name} {arch} {size}: {values} left out, {type(error).__name__}", file=sys.stderr)
         best = min(times, key=times.get)
-        was = times[tuple(shipped.values())]
-        print(f"{name} {arch} {size}: {best}  # {times[best]:.4f} ms, was {was:.4f}", file=sys.stderr, flush=True)
+        best_ms, shipped_ms = times[best], times[tuple(shipped.values())]
+        print(f"{name} {arch} {size}: {best}  # {best_ms:.4f} ms, was {shipped_ms:.4f}", file=sys.stderr, flush=True)
         _tuned[key] = dict(zip(shipped, best, strict=True))
     return _tuned[key]

@@ -1,4 +1,4 @@
-"""GPT-2, its sizes, its weights in and out, and sampling from it."""
+"""GPT-2: the model, its sizes, weight import and export, and sampling."""
 
 from model.presets import PRESETS, GPT2Config
 
@@ -6,7 +6,7 @@ __all__ = ["GPT2", "PRESETS", "GPT2Config"]
 
 
 def __getattr__(name: str):
-    """Imports PyTorch only when GPT2 itself is asked for."""
+    """Imports GPT2, and with it PyTorch, on first use."""
     if name == "GPT2":
         from model.gpt2 import GPT2
 

@@ -1,8 +1,9 @@
-"""Sampling: one token after another, each drawn from the model's distribution over the next.
+"""Sampling: draws one token at a time from the model's distribution over the next token.
 
-temperature divides the logits (0 takes the likeliest token); top_k keeps the k likeliest; top_p keeps the fewest
-whose probabilities sum to at least p. A context longer than the model's positions is cropped to its end. The padded
-vocabulary has no logits, so an id that the tokenizer lacks is never drawn.
+temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely tokens.
+top_p keeps the smallest set of most likely tokens whose probabilities sum to at least p. Of a
+longer context only the last n_positions tokens are used. The vocabulary's padding has no logits, so
+an id that the tokenizer lacks is never drawn.
 Source: Holtzman et al. 2020, arXiv:1904.09751 (top_p).
 """
 
@@ -13,17 +14,17 @@ from torch import Tensor
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """(B, V) logits, float32, scaled by the temperature, with -inf for every token that may not be drawn."""
+    """Divides logits (B, V) by the temperature, and sets those outside top_k and top_p to -inf."""
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        kth_largest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_largest, float("-inf"))
     if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, float("-inf"))
+        sorted_logits, indices = logits.sort(dim=-1, descending=True)
+        probs = sorted_logits.softmax(dim=-1)
+        probs_above = probs.cumsum(dim=-1) - probs  # total probability of all more likely tokens
+        removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, probs_above >= top_p)
+        logits = logits.masked_fill(removed, float("-inf"))
     return logits
 
 
@@ -57,9 +58,10 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields each next token, (B, 1) int64, as it is drawn. Raises ValueError before the first if an argument is off.
+    """Yields each next token, (B, 1) int64, as it is drawn.
 
-    With a seed the draws are reproducible. PyTorch's global random state is neither read nor changed.
+    With a seed the draws are reproducible. PyTorch's global random state is neither read nor
+    changed. Raises ValueError, before drawing, if an argument is wrong.
     """
     _check(model, tokens, max_new_tokens, temperature, top_k, top_p)
     return _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed)
@@ -86,10 +88,16 @@ def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed) -> I
 
 @torch.no_grad()
 def next_logits(model, tokens: Tensor) -> Tensor:
-    """Float32 logits (B, V) of the token after tokens (B, T), from at most the last n_positions of them."""
+    """Float32 logits (B, V) of the token that follows tokens (B, T).
+
+    The model reads at most the last n_positions tokens.
+    """
     return model.last_logits(tokens[:, -model.config.n_positions :]).float()
 
 
 def generate(model, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
-    """tokens (B, T) int64 and max_new_tokens more of each, (B, T + max_new_tokens). Options are those of `stream`."""
+    """Returns tokens (B, T) int64 followed by max_new_tokens drawn tokens: (B, T + max_new_tokens).
+
+    `options` are the keyword arguments of `stream`.
+    """
     return torch.cat([tokens, *stream(model, tokens, max_new_tokens, **options)], dim=1)

@@ -1,12 +1,13 @@
-"""GPT-2: token and position embeddings, L pre-norm transformer blocks, and a head tied to the embedding.
+"""GPT-2: token and position embeddings, L pre-norm transformer blocks, and a tied head.
 
     x = wte[tokens] + wpe[positions]
     x = x + attn(ln_1(x));   x = x + mlp(ln_2(x))          L times
     logits = ln_f(x) wte^T
 
-Each residual add is done together with the LayerNorm that follows it, in one pass over memory: a block hands on
-the stream `x` and the `branch` that is still to be added to it. Parameters are float32; activations have the
-compute dtype, and every cast is written where it happens. Parameter names are those of the released weights.
+Each residual add is fused with the LayerNorm that follows it, in one pass over memory. So a block
+returns two tensors: the residual stream `x`, and the `branch` that the next LayerNorm adds to it.
+Parameters are float32; activations have the compute dtype. Every cast is explicit. Parameter names
+are those of the released weights.
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
@@ -29,14 +30,17 @@ Recompute = Literal["none", "attention", "block"]
 
 
 class Linear(nn.Linear):
-    """x weight^T + bias, with float32 parameters cast to the activations' dtype where they are used."""
+    """Linear layer, x weight^T + bias. Casts its float32 parameters to x's dtype in each call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class LayerNorm(nn.Module):
-    """(x, branch) -> LayerNorm(x + branch), x + branch. A branch of None adds nothing."""
+    """Residual add and LayerNorm: (x, branch) -> LayerNorm(x + branch), x + branch.
+
+    branch = None adds nothing.
+    """
 
     ops: Ops
 
@@ -71,7 +75,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside. The first bias is added with the GELU."""
+    """Feed-forward network: linear to width 4 C, GELU, linear back to C.
+
+    bias_gelu adds the first linear layer's bias.
+    """
 
     ops: Ops
 
@@ -87,10 +94,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the MLP, each behind its LayerNorm.
+    """Transformer block: attention, then the MLP, each after its LayerNorm.
 
-    What `recompute` names keeps its inputs only, and makes its activations again in the backward pass: the same
-    bits, dropout included, for a forward's time instead of memory. Source: Chen et al. 2016, arXiv:1604.06174.
+    `recompute` names the part that is checkpointed: it saves only its inputs, and recomputes its
+    activations in backward. This saves memory and costs that part's forward time once more. The
+    gradients have the same bits, with dropout too.
+    Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, config: GPT2Config):
@@ -116,10 +125,10 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The whole model. `model(tokens)` gives logits (B, T, V); `model(tokens, targets)` the mean loss.
+    """GPT-2. `model(tokens)` returns logits (B, T, V), `model(tokens, targets)` the mean loss.
 
-    tokens, targets: (B, T) int64, T at most n_positions; targets of -100 are ignored. Runs PyTorch's own ops in
-    float32 unless `configure` says otherwise.
+    tokens, targets: (B, T) int64, T at most n_positions. Targets of -100 are ignored. The default
+    is PyTorch's ops in float32; `configure` changes both.
     """
 
     def __init__(self, config: GPT2Config):
@@ -133,14 +142,17 @@ class GPT2(nn.Module):
         self.configure("torch", torch.float32)
 
     def reset_parameters(self) -> None:
-        """Draws fresh weights by config.init from PyTorch's current random state.
+        """Draws new weights as config.init says, from PyTorch's current random state.
 
-        fan_in: std = 1/sqrt(n_embd) for every matrix and embedding, which gives logits unit variance, so the first
-        loss is near ln V + 1/2. gpt2: std = 0.02, with the two projections into the residual stream of each block
-        scaled by 1/sqrt(2 L), so that the stream's variance does not grow with depth; the first loss is nearer ln V.
-        zero_residual: fan_in with those projections at zero, so that every block begins as the identity and the
-        embeddings are not drowned: a short run learns faster. Its first loss is higher, near ln V + 1 for small models,
-        because with a tied head an identity predicts the token that it was given.
+        fan_in: std = 1/sqrt(n_embd) for every matrix and embedding. The logits then have unit
+            variance, so the first loss is near ln V + 1/2.
+        gpt2: std = 0.02, and the two projections into the residual stream of each block are scaled
+            by 1/sqrt(2 L), so that the stream's variance does not grow with depth. The first loss
+            is nearer ln V.
+        zero_residual: fan_in with those projections at zero. Every block begins as the identity and
+            adds no noise to the embeddings, so a short run learns faster. The first loss is higher,
+            near ln V + 1 for small models, because with a tied head the identity predicts the input
+            token.
         """
         C, L = self.config.n_embd, self.config.n_layer
         std, residual_scale = {
@@ -159,10 +171,11 @@ class GPT2(nn.Module):
             self.wte.weight[self.config.vocab_size :] = 0.0
 
     def configure(self, backend: Backend | Ops, compute_dtype: torch.dtype, recompute: Recompute = "none") -> Ops:
-        """Chooses what the ops run on and the dtype of the activations; returns the choice, which explains itself.
+        """Sets the ops, the activations' dtype and the recomputed part; returns the ops.
 
-        In training, what `recompute` names is made again in the backward pass: each block's attention, or the block.
-        Call it after moving the model: the choice depends on the device. Raises ValueError as dispatch.select does.
+        `recompute` names the part of each block that backward recomputes in training: its
+        "attention", the whole "block" or "none". Call this after moving the model, because the ops
+        depend on the device. Raises ValueError as dispatch.select does.
         """
         ops = backend
         if not isinstance(backend, Ops):
@@ -176,11 +189,11 @@ class GPT2(nn.Module):
         return ops
 
     def num_parameters(self) -> int:
-        """Number of parameters as published: the tied head counted once, without the vocabulary's padding."""
+        """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The last LayerNorm's output, (B, T, C) in the compute dtype."""
+        """Output of the last LayerNorm, (B, T, C) in the compute dtype."""
         T = tokens.shape[1]
         if T > self.config.n_positions:
             raise ValueError(f"model: a sequence must have at most {self.config.n_positions} tokens, got {T}")
@@ -197,7 +210,7 @@ class GPT2(nn.Module):
         return F.linear(h, self.wte.weight.to(h.dtype))[..., : self.config.vocab_size]
 
     def last_logits(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of the token after tokens (B, T): the head runs on one position only."""
+        """Logits (B, V) of the token after tokens (B, T). The head runs at one position only."""
         return self.head(self.hidden(tokens)[:, -1])
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -217,20 +230,23 @@ class GPT2(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Continues tokens (B, T) by max_new_tokens each: (B, T + new). See model.generate."""
+        """Returns tokens (B, T) followed by max_new_tokens drawn tokens: (B, T + max_new_tokens).
+
+        See model.generate.
+        """
         from model.generate import generate
 
         return generate(self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
     @classmethod
     def from_pretrained(cls, dir_or_name: str | Path) -> "GPT2":
-        """Reads weights in the Hugging Face layout. See model.pretrained.load."""
+        """Loads a model from weights in the Hugging Face layout. See model.pretrained.load."""
         from model.pretrained import load
 
-        return load(dir_or_name)
+        return load(cls, dir_or_name)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes config.json and model.safetensors in the Hugging Face layout. See model.pretrained.save."""
+        """Writes the weights in the Hugging Face layout. See model.pretrained.save."""
         from model.pretrained import save
 
         save(self, directory)

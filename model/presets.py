@@ -13,18 +13,18 @@ INIT_SCHEMES = get_args(InitScheme)
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2."""
+    """Sizes, dropout and initialisation of a GPT-2."""
 
     n_layer: int = 12  # L, transformer blocks
     n_head: int = 12  # H, attention heads; divides n_embd
     n_embd: int = 768  # C, width of the residual stream
-    n_positions: int = 1024  # T at most, tokens of context
-    vocab_size: int = 50257  # V, tokens that exist; padded inside to Vp, a multiple of 128
+    n_positions: int = 1024  # largest context T, in tokens
+    vocab_size: int = 50257  # V, number of tokens; the model pads it to Vp, a multiple of 128
     dropout: float = 0.0  # probability, on embeddings, attention weights and both residual branches
-    init: InitScheme = "fan_in"  # std of the weights before the first step: see GPT2.reset_parameters
+    init: InitScheme = "fan_in"  # initial weights: see GPT2.reset_parameters
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming every field that is off, if this is not the shape of a GPT-2."""
+        """Raises ValueError, naming every field that is wrong."""
         wrong = [
             f"{name} must be at least 1, got {value}"
             for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -41,12 +41,12 @@ class GPT2Config:
 
     @property
     def head_dim(self) -> int:
-        """D, the width of one head."""
+        """Width of one head, D."""
         return self.n_embd // self.n_head
 
     @property
     def padded_vocab_size(self) -> int:
-        """Vp: the next multiple of 128, which keeps the head's matrix products aligned for tensor cores."""
+        """Vp: V rounded up to a multiple of 128, aligned for tensor cores in the head's matmuls."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -54,12 +54,14 @@ def _gpt3(n_layer: int, n_embd: int, n_head: int) -> GPT2Config:
     return GPT2Config(n_layer, n_head, n_embd, n_positions=2048)
 
 
-# GPT-2's sizes are the released ones. GPT-3's are table 2.1 of Brown et al. 2020, arXiv:2005.14165, with two of its
-# entries mended, since n_head * d_head must be d_model: XL has 16 heads (the table says 24) of width 128, and 13B is
-# 5,120 wide (the table says 5,140). GPT-3 alternates dense and sparse attention; here all of it is dense.
+# GPT-2's sizes are the released ones. GPT-3's are table 2.1 of Brown et al. 2020, arXiv:2005.14165,
+# with two entries corrected, because n_head * d_head must be d_model: XL has 16 heads of width 128
+# (the table says 24), and 13B is 5,120 wide (the table says 5,140). GPT-3 alternates dense and
+# sparse attention; here all attention is dense.
 PRESETS: dict[str, GPT2Config] = {
-    # The CPU's two are trained for minutes. There short contexts win: after the same 1.2 million bytes with AdamW,
-    # `tiny` had a validation loss of 1.51 nats per byte with 64 positions and 1.62 with 128 (one run each).
+    # tiny and mini are for minutes of training on a CPU, where a short context gives a lower loss.
+    # After 1.2 million bytes with AdamW, tiny had a validation loss of 1.51 nats per byte with 64
+    # positions and 1.62 with 128 (one run each).
     "tiny": GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=64, vocab_size=257, init="zero_residual"),
     "mini": GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=128, vocab_size=257, init="zero_residual"),
     "gpt2": GPT2Config(12, 12, 768),
@@ -80,7 +82,8 @@ PRESETS: dict[str, GPT2Config] = {
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters by name, in the order of GPT2.named_parameters().
 
-    The names are those of the released weights. wte has the padded vocabulary's Vp rows; the tied head is not listed.
+    The names are those of the released weights. wte has the padded vocabulary's Vp rows; the tied
+    head is not listed.
     """
     C = config.n_embd
     block = {
@@ -112,10 +115,10 @@ def num_parameters(config: GPT2Config, *, padded: bool = True) -> int:
 
 
 def flops_per_token(config: GPT2Config, context: int) -> int:
-    """FLOPs of the forward and backward pass of one token: 6 (N - wpe) + 12 L C T, with T = context.
+    """FLOPs of one token's forward and backward pass: 6 (N - wpe) + 12 L C T, with T = context.
 
-    N counts every parameter once, the padded vocabulary included. wpe is left out because it is only looked up. The
-    second term is attention, counted as if it were not causal.
+    N counts every parameter once, the padded vocabulary included. wpe is left out because it is
+    only looked up. The second term is attention, counted as if it were not causal.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
     C, L = config.n_embd, config.n_layer

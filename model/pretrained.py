@@ -1,10 +1,12 @@
-"""GPT-2 weights in and out, in the Hugging Face layout: a directory with config.json and model.safetensors.
+"""Import and export of GPT-2 weights in the Hugging Face layout: config.json and model.safetensors.
 
-The layout has our parameter names, behind `transformer.` or not, with two differences: the matrices of the linear
-layers are stored (in, out), and the token embedding has V rows and not Vp. `released_views` states both, for reading
-and for writing alike. Weights are float32 here and in what is written; float16 and bfloat16 are read as well.
-Only safetensors are read: a pickle (pytorch_model.bin) can run code.
-Source: the released files, https://huggingface.co/openai-community/gpt2; safetensors' format is in its README.
+The stored names are the model's, with or without the prefix `transformer.`. Two things differ: a
+linear layer's weight is stored as (in, out), and the token embedding has V rows instead of Vp.
+`released_views` converts between the two, for reading and for writing. Weights are float32 in
+memory and in written files; float16 and bfloat16 files can be read. Only safetensors are read,
+because a pickle (pytorch_model.bin) can run code.
+Source: the released files, https://huggingface.co/openai-community/gpt2; safetensors' format is in
+its README.
 """
 
 import json
@@ -13,27 +15,29 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.gpt2 import GPT2, GPT2Config
+from model.presets import GPT2Config
 
+Model = TypeVar("Model", bound=nn.Module)
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name on the Hub
 DOWNLOADED = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
-PREFIX = "transformer."  # on every key but the head's in a GPT2LMHeadModel; the released files lack it
-HEAD = "lm_head.weight"  # the tied head, which a file may repeat
+PREFIX = "transformer."  # before every name but the head's in a GPT2LMHeadModel; not in the released files
+HEAD = "lm_head.weight"  # the tied head, which some files store too
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older versions saved with the weights
 
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Fields of config.json that change what is computed, and the values that mean GPT-2; the first is the one to write
-# and the one that an absent field stands for.
+# Fields of config.json that change what is computed, with the values that GPT-2 may have. The first
+# value is the one written, and the default of an absent field.
 MEANS_GPT2 = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -45,8 +49,8 @@ MEANS_GPT2 = {
 }
 
 
-def released_views(model: GPT2) -> dict[str, Tensor]:
-    """Views of the model's parameters, by name, in the shapes that the files have: the whole difference in layout."""
+def released_views(model: nn.Module) -> dict[str, Tensor]:
+    """Views of the model's parameters, by name, in the shapes of the stored tensors."""
     views = {}
     for name, parameter in model.named_parameters():
         view = parameter.detach()
@@ -58,18 +62,21 @@ def released_views(model: GPT2) -> dict[str, Tensor]:
     return views
 
 
-def load(dir_or_name: str | Path, *, dropout: float = 0.0) -> GPT2:
-    """The model, on the CPU in float32, of a directory or, if there is none of that name, of a repository on the Hub.
+def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) -> Model:
+    """Loads a GPT2, on the CPU in float32, from a directory or else from a repository on the Hub.
 
-    Names: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or owner/name. The dropout in config.json is how the weights were
-    trained, not part of what they compute; it is not taken over. PyTorch's random state is neither read nor changed.
-    Raises ValueError, naming everything that is off, if what is there is not a GPT-2.
+    kind: the class GPT2, which imports this file and so is not imported here.
+
+    A repository is gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name. The dropout in config.json
+    is ignored: it says how the weights were trained, not what they compute. PyTorch's random state
+    is neither read nor changed. Raises ValueError, naming everything that is wrong, if the files
+    are not those of a GPT-2.
     """
     folder = _locate(str(dir_or_name))
     config = _read_config(folder, dropout)
     stored = _open_weights(folder)
-    with torch.device("meta"):  # shapes alone: nothing is drawn or allocated before the files have been checked
-        model = GPT2(config)
+    with torch.device("meta"):  # shapes only: no weights are allocated before the files are checked
+        model = kind(config)
     if HEAD in stored:
         stored.setdefault("wte.weight", stored[HEAD])  # tools that drop one of two equal tensors may keep the head
     _check(folder, {name: view.shape for name, view in released_views(model).items()}, stored)
@@ -86,10 +93,10 @@ def load(dir_or_name: str | Path, *, dropout: float = 0.0) -> GPT2:
     return model
 
 
-def save(model: GPT2, directory: str | Path) -> None:
-    """Writes config.json and model.safetensors, float32; each file appears whole or not at all.
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Writes config.json and model.safetensors, in float32. Each file is replaced atomically.
 
-    `transformers` opens the directory as a GPT2LMHeadModel. Raises ValueError if it cannot be written.
+    `transformers` loads the directory as a GPT2LMHeadModel. Raises ValueError if writing fails.
     """
     config, folder = model.config, Path(directory)
     fields = {
@@ -110,10 +117,13 @@ def save(model: GPT2, directory: str | Path) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / "model.safetensors") as weights, _replacing(folder / "config.json") as description:
-            save_file(tensors, weights, metadata={"format": "pt"})
-            description.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            weights.chmod(description.stat().st_mode)  # save_file's own choice is readable by the owner alone
+        with (
+            _replacing(folder / "model.safetensors") as weights_path,
+            _replacing(folder / "config.json") as config_path,
+        ):
+            save_file(tensors, weights_path, metadata={"format": "pt"})
+            config_path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            weights_path.chmod(config_path.stat().st_mode)  # save_file makes a file that only its owner can read
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"weights: {folder} must be a directory that can be written, got {error}; choose another or make room"
@@ -122,7 +132,10 @@ def save(model: GPT2, directory: str | Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; the file written there reaches the disk and then takes the name `path`."""
+    """Yields a temporary path beside `path`.
+
+    On success the file written there is synced to the disk and then renamed to `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -134,7 +147,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _locate(dir_or_name: str) -> Path:
-    """The directory of that name, or one with the download of the repository of that name."""
+    """Path of the directory of that name, or of the download of the repository of that name."""
     if Path(dir_or_name).is_dir():
         return Path(dir_or_name)
     is_released = dir_or_name in RELEASED
@@ -148,11 +161,11 @@ def _locate(dir_or_name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repository, allow_patterns=DOWNLOADED))
-    except Exception as error:  # the Hub's client, its HTTP library and the file system each raise their own
+    except Exception as error:  # the Hub's client, its HTTP library and the file system raise many types
         raise ValueError(
-            f"weights: {dir_or_name!r} is no directory here; to fetch it, huggingface_hub must be installed and "
-            f"{repository} on the Hub and within reach, got {type(error).__name__}: {' '.join(str(error).split())}; "
-            "mend that, or download config.json and model.safetensors by other means and give their directory"
+            f"weights: {dir_or_name!r} is not a directory; to download it, huggingface_hub must be installed and "
+            f"{repository} must be reachable on the Hub, got {type(error).__name__}: {' '.join(str(error).split())}; "
+            "fix that, or download config.json and model.safetensors by other means and give their directory"
         ) from error
 
 
@@ -167,10 +180,10 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_config(folder: Path, dropout: float) -> GPT2Config:
-    """The model's shape by config.json. Raises ValueError if a field says that it is another model."""
+    """Reads the model's sizes from config.json. Raises ValueError if it describes another model."""
     fields = _read_json(folder / "config.json")
     sizes = {field: fields.get(field) for field in SIZES}
-    wrong = [f"{name} must be an integer, got {json.dumps(n)}" for name, n in sizes.items() if type(n) is not int]
+    wrong = [f"{name} must be an integer, got {json.dumps(v)}" for name, v in sizes.items() if type(v) is not int]
     inner = {} if wrong else {"n_inner": (None, 4 * sizes["n_embd"])}
     for field, values in {**MEANS_GPT2, **inner}.items():
         if fields.get(field, values[0]) not in values:
@@ -182,7 +195,7 @@ def _read_config(folder: Path, dropout: float) -> GPT2Config:
 
 
 def _open_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the directory's safetensors, by its name without the prefix, mapped and not yet read."""
+    """Maps every tensor of the directory's safetensors into memory, by name without the prefix."""
     stored: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
@@ -202,7 +215,7 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that model.safetensors.index.json names."""
+    """Paths of model.safetensors, or of the files that model.safetensors.index.json names."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -210,7 +223,7 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and file == Path(file).name for file in files):
-            raise ValueError(f"weights: weight_map in {index} must give file names, got another; download it again")
+            raise ValueError(f"weights: weight_map in {index} must give file names, got another value; download it")
         return [folder / file for file in sorted(set(files))]
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise ValueError(
@@ -224,7 +237,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check(folder: Path, shapes: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
-    """Raises ValueError naming every tensor that is missing, unknown or of another shape or dtype than GPT-2's."""
+    """Raises ValueError, naming each tensor that is missing, unknown or of wrong shape or dtype."""
     expected = shapes | {HEAD: shapes["wte.weight"]}
     wrong = [f"{name} is missing" for name in shapes if name not in stored]
     for name, tensor in stored.items():
@@ -237,5 +250,5 @@ def _check(folder: Path, shapes: dict[str, torch.Size], stored: dict[str, Tensor
     if wrong:
         raise ValueError(
             f"weights: {folder} must hold the tensors of the GPT-2 in its config.json: {'; '.join(wrong)}; "
-            "give the two files of one model"
+            "use config.json and model.safetensors of the same model"
         )

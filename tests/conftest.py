@@ -12,7 +12,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated: they run in
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from engine import cli
-from engine.prepare import PrepareConfig, prepare
+from engine.tokens.prepare import PrepareConfig, prepare
 
 pytest.register_assert_rewrite("runs", "hugging_face", "cross_entropy_cases")  # a failed assert there shows its values
 

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, SMALL
 from torch import nn
 
-from engine import checkpoint, cli, metrics
+from engine import cli
+from engine.run import checkpoint, metrics
 
 TIMINGS = {"step_ms", "data_ms", "compute_ms", "communication_ms", "eval_ms", "checkpoint_ms"}
 TIMINGS |= {"tokens_per_s", "peak_gib"}

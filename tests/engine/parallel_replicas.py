@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.tensor import DTensor
 
-from engine import distributed, evaluation, optim, replicas
+from engine import distributed, evaluation, optim
 from engine.config import OptimConfig, TrainConfig
-from engine.data import TokenStream
 from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.health import replicas
+from engine.tokens.shards import TokenStream
 from model.gpt2 import GPT2, GPT2Config
 
 MODEL = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
@@ -100,13 +101,21 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     shape = (NUM_STEPS, ACCUMULATION, ranks.world_size, 2, 17)
     batches = torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
     alone = build(CONFIG, compute_dtype)
-    expected_losses, expected_norms = train(alone, optim.build(alone, CONFIG), batches.flatten(2, 3))
+    expected_losses, expected_norms = train(alone, optim.build(alone, CONFIG.optim), batches.flatten(2, 3))
 
     raw_model = build(config, compute_dtype)
     graphs.clear()
     sums.clear()
-    model = distributed.wrap(raw_model, ranks, config, "compiled" in name, compute_dtype)
-    optimizer = optim.build(raw_model, config)
+    model = distributed.wrap(
+        raw_model,
+        ranks,
+        parallel=config.parallel,
+        shard_size=config.shard_size,
+        reshard=config.reshard,
+        is_compiled="compiled" in name,
+        compute_dtype=compute_dtype,
+    )
+    optimizer = optim.build(raw_model, config.optim)
     optim.set_learning_rate(optimizer, config.optim.lr)
     losses, norms = train(model, optimizer, batches[:, :, ranks.rank])
     report = {"graphs": len(graphs), "sums over replicas": len(sums)}
@@ -124,10 +133,11 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     alone.load_state_dict(weights)
     generator = np.random.default_rng(0)
     text = TokenStream([Path("memory")], [generator.integers(0, 97, 5000).astype(np.uint16)], 97)
-    chosen = evaluation.windows(text, config)
+    chosen = evaluation.windows(text, config.sequence_length, config.eval_tokens)
     one = Ranks(0, 0, 1, ranks.device)
-    expected = evaluation.mean_loss(alone, text, chosen, config, one)
-    report["evaluation"] = abs(evaluation.mean_loss(raw_model, text, chosen, config, ranks) / expected - 1.0)
+    expected = evaluation.mean_loss(alone, text, chosen, config.sequence_length, one)
+    loss = evaluation.mean_loss(raw_model, text, chosen, config.sequence_length, ranks)
+    report["evaluation"] = abs(loss / expected - 1.0)
     prompt = torch.tensor([[1, 2, 3]])
     with distributed.outside_training(raw_model):
         tokens = raw_model.generate(prompt, 20, temperature=0.8, top_k=20, seed=3)  # beyond the 16 positions
@@ -181,10 +191,10 @@ def main(ranks: Ranks) -> None:
             raw_model.ln_f.bias.data[3] = 2.0**-149  # the least change that there is
         reports["one of four"] = replicas.check(raw_model, ranks, dist.group.WORLD)
         try:
-            distributed.wrap(GPT2(MODEL), ranks, replace(CONFIG, parallel="hsdp", shard_size=3), False, torch.float32)
+            distributed.wrap(GPT2(MODEL), ranks, parallel="hsdp", shard_size=3)
         except BadInput as error:
             reports["uneven"] = str(error)
-    ranks.say(json.dumps(reports))
+    ranks.print0(json.dumps(reports))
 
 
 if __name__ == "__main__":

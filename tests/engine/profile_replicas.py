@@ -1,11 +1,10 @@
 """Run by torchrun from test_guard_profile.py: what each of three updates on two ranks sums, and what it reads.
 
 The last line is JSON: for each way of judging and each update, the sizes of all tensors that were all-reduced, and how
-often a number left a tensor, by what asked for it; "" is train_step and the guard. A GPU would have to wait for each.
+often a number left a tensor, by what asked for it; "" is Step and the guard. A GPU would have to wait for each.
 """
 
 import json
-import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -14,15 +13,13 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from engine import distributed, optim
-from engine.config import TrainConfig
-from engine.guard import Guard
-from engine.timing import Clock
+from engine.config import OptimConfig
+from engine.health.timing import Clock
+from engine.step import Guard, Step
 from model.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).resolve().parents[2]
-train_step = runpy.run_path(str(ROOT / "engine" / "train.py"))["train_step"]
 MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=16, vocab_size=257)  # 1.7 MB: two of DDP's buckets
-CONFIG = TrainConfig(model=MODEL, skip_z_score=3.0)
 NUM_STEPS, ACCUMULATION = 3, 2
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")  # item, float and bool; masks; torch.equal
 TO_PYTHON = "aten::resolve_conj"  # tolist and numpy, which are no ops, call it, as matrix products do
@@ -63,14 +60,14 @@ with distributed.process_group() as ranks:
     for kind in (Guard, NoGuard, WaitingGuard):
         torch.manual_seed(0)
         raw_model = GPT2(MODEL)
-        model = distributed.wrap(raw_model, ranks, CONFIG, False, torch.float32)
-        optimizer, guard = optim.build(raw_model, CONFIG), kind(CONFIG, ranks.device)
-        scaler, clock = torch.amp.GradScaler("cpu", enabled=False), Clock(ranks.device)
+        model, optimizer = distributed.wrap(raw_model, ranks), optim.build(raw_model, OptimConfig())
+        guard, scaler = kind(ranks.device, skip_z_score=3.0), torch.amp.GradScaler("cpu", enabled=False)
+        update = Step(model, optimizer, scaler, guard, 1, 1.0, ranks, Clock(ranks.device))
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             for step in range(NUM_STEPS):
                 with record_function(f"update {step}"):
                     mine = [(b[:, :-1], b[:, 1:]) for b in tokens[step]]
-                    train_step(model, optimizer, scaler, guard, mine, 1e-3, step, (False, False), CONFIG, ranks, clock)
+                    update(step, mine, 1e-3)
         assert guard.counts().tolist() == [0.0, 0.0]  # the good path
         events = profiler.events()
         spans = sorted(
@@ -82,4 +79,4 @@ with distributed.process_group() as ranks:
         calls = [sum(event.name == "c10d::allreduce_" for event in events) for events in inside]
         found[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
     everyone = ranks.gather(found)
-    ranks.say(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))
+    ranks.print0(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import SMALL
 
-from engine import config, runs
+from engine import config
 from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.run import resume
 from model.presets import GPT2Config
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 def facts(*flags: str, data_digest: str = "d1", tokenizer: str = "bytes") -> dict:
     train = config.parse([*SMALL, *flags], "test")
-    return runs.facts(train, runs.identity(train, tokenizer, data_digest))
+    return resume.facts(train, resume.identity(train, tokenizer, data_digest))
 
 
 def checked(monkeypatch, everyone: list[dict]) -> str | None:
@@ -90,11 +91,11 @@ def test_a_rank_of_another_version_is_refused_on_both_sides(monkeypatch):
 @pytest.mark.parametrize("house", ["kernels", "model", "engine"])
 def test_any_changed_line_of_code_is_another_fact(tmp_path, monkeypatch, house):
     copies = []
-    for source in runs.HOUSES:
+    for source in resume.PACKAGES:
         copies.append(tmp_path / source.name)
         shutil.copytree(source, copies[-1], ignore=shutil.ignore_patterns("__pycache__"))
     here = facts()["code"]
-    monkeypatch.setattr(runs, "HOUSES", copies)
+    monkeypatch.setattr(resume, "PACKAGES", copies)
     assert facts()["code"] == here  # wherever it lies
     file = sorted((tmp_path / house).rglob("*.py"))[-1]
     file.write_text(file.read_text() + "\n# another line\n")

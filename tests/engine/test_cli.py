@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, SMALL
 from runs import run
 
-from engine import checkpoint, cli
+from engine import cli
+from engine.run import checkpoint
 from kernels import dispatch
 
 # ---- Help ---------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def test_every_command_is_in_the_summary(capsys):
     assert all(re.search(rf"^  {name} +\w", said, re.MULTILINE) for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/prepare.py", "model/presets.py"])
+@pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/tokens/prepare.py", "model/presets.py"])
 def test_every_flag_is_explained_where_help_looks_for_it(name):
     # Help shows the comment behind a field, on the same line: a formatter that wraps the line takes it away.
     source = (ROOT / name).read_text()

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, SMALL
 from runs import run
 
-from engine import checkpoint, data
+from engine.run import checkpoint
+from engine.tokens.shards import tokenizer_name
 from model.gpt2 import GPT2, GPT2Config
 
 # ---- Sampling -----------------------------------------------------------------------------------------------------
@@ -192,11 +193,9 @@ def test_plot_draws_both_pictures_again(trained, tmp_path, capfd):
 
 def test_a_prepared_corpus_trains(tmp_path, capfd):
     (tmp_path / "text.md").write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    shards = tmp_path / "shards"
-    assert (
-        run("prepare", str(tmp_path / "text.md"), "--out", str(shards), "--tokenizer", "bytes", "--workers", "1") == 0
-    )
+    out = tmp_path / "shards"
+    assert run("prepare", str(tmp_path / "text.md"), "--out", str(out), "--tokenizer", "bytes", "--workers", "1") == 0
     assert "validation by the tail of each document" in capfd.readouterr().out
-    assert data.tokenizer_name(shards) == "bytes"
-    assert run("train", *SMALL, "--data", str(shards), "--out", str(tmp_path / "run"), "--num-steps", "1") == 0
+    assert tokenizer_name(out) == "bytes"
+    assert run("train", *SMALL, "--data", str(out), "--out", str(tmp_path / "run"), "--num-steps", "1") == 0
     assert checkpoint.newest(tmp_path / "run", print).step == 1

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from engine import cli, doctor
+from engine import cli, device
 from kernels.dispatch import MODULES
 
 
@@ -68,11 +68,11 @@ def test_a_stranger_named_kernels_is_pointed_out(tmp_path):
 
 
 def test_a_package_that_is_missing_is_pointed_out(monkeypatch):
-    assert doctor.shadow() is None
+    assert cli.shadowed_package() is None
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "model" else find(name))
-    assert "`import model` must find" in doctor.shadow()
-    assert "got nothing" in doctor.shadow()
+    assert "`import model` must find" in cli.shadowed_package()
+    assert "got nothing" in cli.shadowed_package()
 
 
 def test_gpus_are_named_with_architecture_and_memory(monkeypatch):
@@ -82,4 +82,4 @@ def test_gpus_are_named_with_architecture_and_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    assert doctor._gpus() == [("GPU 0", "NVIDIA H200, sm_90, 140 GiB")]
+    assert device._gpus() == [("GPU 0", "NVIDIA H200, sm_90, 140 GiB")]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from engine import optim
-from engine.config import OptimConfig, TrainConfig
+from engine.config import OptimConfig
 from engine.errors import Diverged
-from engine.guard import OUT_OF_TIME, SIGNAL, WINDOW, Guard, Mailbox
+from engine.step import OUT_OF_TIME, SIGNAL, WINDOW, Guard, Mailbox, Numbers
 from model.gpt2 import GPT2, GPT2Config
 
 NAN, INF = math.nan, math.inf
@@ -20,7 +20,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 
 def guard_of(max_skipped: int = 20, skip_z_score: float | None = None, device: str = "cpu") -> Guard:
-    return Guard(TrainConfig(max_skipped=max_skipped, skip_z_score=skip_z_score), torch.device(device))
+    return Guard(torch.device(device), max_skipped, skip_z_score)
 
 
 def judged(guard: Guard, loss: float, grad_norm: float = 1.0) -> float:
@@ -123,9 +123,8 @@ def test_a_made_update_ends_the_streak_but_not_the_total():
     assert seen == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0), (3, 0), (4, 1), (5, 2), (6, 3)]
 
 
-def numbers(signals: float = 0.0, time_outs: float = 0.0, skipped: float = 0.0, streak: float = 0.0) -> list[float]:
-    """What train_step returns, as the host reads it."""
-    return [2.5, 1.0, signals, time_outs, skipped, streak]
+def numbers(signals: float = 0.0, time_outs: float = 0.0, skipped: float = 0.0, streak: float = 0.0) -> Numbers:
+    return Numbers(2.5, 1.0, signals, time_outs, skipped, streak)
 
 
 def test_enough_skipped_updates_in_a_row_end_the_run_and_as_many_in_all_do_not():
@@ -175,7 +174,7 @@ def test_a_checkpoint_s_numbers_are_not_changed_by_judging_on():
 def training(name: str, device: str = "cpu") -> tuple[GPT2, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = GPT2(TINY).to(device)
-    return model, optim.build(model, TrainConfig(model=TINY, optim=OptimConfig(name, lr=1e-2)))
+    return model, optim.build(model, OptimConfig(name, lr=1e-2))
 
 
 def set_gradients(model: nn.Module, seed: int, spoil: float | None = None) -> None:
@@ -263,7 +262,7 @@ def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, devic
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_host_reads_the_numbers_of_the_step_before(device):
     mailbox = Mailbox()
-    sent = [[1.5, NAN, 0.0], [2.5, 1e300, 1.0], [0.1, -INF, 2.0]]
+    sent = [Numbers(loss, norm, 0.0, 1.0, 2.0, 3.0) for loss, norm in ((1.5, NAN), (2.5, 1e300), (0.1, -INF))]
     read = [mailbox.exchange(torch.tensor(row, dtype=torch.float64, device=device)) for row in sent]
     assert read[0] is None
     assert repr(read[1:]) == repr(sent[:2])

@@ -5,7 +5,6 @@ The profiler sees that on a CPU; on a GPU PyTorch itself refuses every wait.
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from conftest import ROOT
 
 from engine import optim
-from engine.config import OptimConfig, TrainConfig
+from engine.config import OptimConfig
 from engine.distributed import Ranks
-from engine.guard import Guard, Mailbox
-from engine.timing import Clock
+from engine.health.timing import Clock
+from engine.step import Guard, Mailbox, Numbers, Step
 from model.gpt2 import GPT2, GPT2Config
 
 EACH_RANK = pytest.mark.parametrize("rank", [0, 1])
@@ -69,24 +68,19 @@ def test_a_guard_that_reads_its_verdict_is_seen(seen, rank):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there can an update wait for the device")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_no_update_waits_for_the_gpu(precision):
-    train_step = runpy.run_path(str(ROOT / "engine" / "train.py"))["train_step"]
     ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
     shape = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=32, vocab_size=257)
-    config = TrainConfig(model=shape, optim=OptimConfig(lr=1e-3), skip_z_score=3.0)
     torch.manual_seed(0)
     model = GPT2(shape).to(ranks.device)
     model.configure("auto", torch.float16 if precision == "fp16" else torch.float32)
-    optimizer, guard = optim.build(model, config), Guard(config, ranks.device)
+    optimizer, guard = optim.build(model, OptimConfig(lr=1e-3)), Guard(ranks.device, skip_z_score=3.0)
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=precision == "fp16")  # small: no update is skipped
-    clock, mailbox = Clock(ranks.device), Mailbox()
+    make, mailbox = Step(model, optimizer, scaler, guard, 1, 1.0, ranks, Clock(ranks.device)), Mailbox()
     tokens = torch.randint(257, (2, 4, 33))  # micro-batch, B, T + 1
     micro_batches = [(b[:, :-1].contiguous().pin_memory(), b[:, 1:].contiguous().pin_memory()) for b in tokens]
 
-    def update(step: int) -> list[float] | None:
-        numbers = train_step(
-            model, optimizer, scaler, guard, micro_batches, 1e-3, step, (False, False), config, ranks, clock
-        )
-        return mailbox.exchange(numbers)
+    def update(step: int) -> Numbers | None:
+        return mailbox.exchange(make(step, micro_batches, 1e-3))
 
     for step in range(3):  # compiles the kernels, allocates and fills the mailbox, all of which may wait
         update(step)
@@ -99,6 +93,6 @@ def test_no_update_waits_for_the_gpu(precision):
             guard.state.tolist()
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    assert all(numbers is not None and numbers[4:] == [0.0, 0.0] for numbers in known)  # nothing was skipped
-    losses = [numbers[0] for numbers in known]
+    assert all(numbers is not None and numbers[4:] == (0.0, 0.0) for numbers in known)  # nothing was skipped
+    losses = [numbers.loss for numbers in known]
     assert losses == sorted(losses, reverse=True)  # each is a step's own, in order

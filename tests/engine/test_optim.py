@@ -60,7 +60,7 @@ def test_the_cosine_is_half_way_down_in_the_middle():
 
 def test_exactly_the_matrices_and_embeddings_decay():
     model = GPT2(SMALL)
-    decayed, kept = optim.build(model, TrainConfig(model=SMALL)).param_groups
+    decayed, kept = optim.build(model, OptimConfig()).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[p] for p in kept["params"]} == {
@@ -70,7 +70,7 @@ def test_exactly_the_matrices_and_embeddings_decay():
 
 
 def test_a_step_sets_the_rate_of_both_groups():
-    optimizer = optim.build(GPT2(SMALL), TrainConfig(model=SMALL))
+    optimizer = optim.build(GPT2(SMALL), OptimConfig())
     optim.set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
@@ -83,7 +83,7 @@ def test_adamw_follows_its_equations():
         model[1].bias += 0.5
     config = TrainConfig(optim=OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3))
     rates = [1e-2, 5e-3, 2e-2]
-    optimizer = optim.build(model, config)
+    optimizer = optim.build(model, config.optim)
     expected = {name: [p.detach().double(), 0.0, 0.0] for name, p in model.named_parameters()}
     for step, lr in enumerate(rates, start=1):
         optim.set_learning_rate(optimizer, lr)
@@ -121,7 +121,7 @@ def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model = GPT2(SMALL)
     config = TrainConfig(model=SMALL, optim=OptimConfig("muon", lr=1e-3, muon_lr=0.02))
-    optimizer = optim.build(model, config)
+    optimizer = optim.build(model, config.optim)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     assert sorted(itertools.chain(*groups)) == sorted(names.values())
@@ -137,7 +137,7 @@ def test_a_muon_step_is_its_equation_and_leaves_adamw_s_part_alone():
     models = [GPT2(SMALL), GPT2(SMALL)]
     models[1].load_state_dict(models[0].state_dict())
     configs = [TrainConfig(model=SMALL, optim=OptimConfig(name, lr=1e-3, muon_lr=0.02)) for name in ("adamw", "muon")]
-    optimizers = [optim.build(model, config) for model, config in zip(models, configs, strict=True)]
+    optimizers = [optim.build(model, config.optim) for model, config in zip(models, configs, strict=True)]
     tokens = torch.randint(100, (2, 8), generator=torch.Generator().manual_seed(1))
     for model, optimizer, config in zip(models, optimizers, configs, strict=True):
         model(tokens, tokens).backward()

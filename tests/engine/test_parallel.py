@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from parallel_replicas import BATCH, CONFIG, NUM_STEPS, WAYS, build
 
-from engine import distributed, replicas
-from engine.config import TrainConfig
+from engine import distributed
+from engine.health import replicas
 
 SLOW = {4: [pytest.mark.slow], 2: []}
 EACH_WAY = [
@@ -128,7 +128,7 @@ def test_one_process_shards_with_itself(parallel):
     for way in ("ddp", parallel):
         with distributed.process_group() as ranks:
             raw_model = build(CONFIG, torch.float32)
-            model = distributed.wrap(raw_model, ranks, TrainConfig(parallel=way), False, torch.float32)
+            model = distributed.wrap(raw_model, ranks, parallel=way)
             tokens = BATCH.to(ranks.device)
             model(tokens[:, :-1], tokens[:, 1:]).backward()
             assert distributed.clip(model, 1e9) > 0.5

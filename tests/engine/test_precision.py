@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import precision
+from engine import device
 from engine.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -18,13 +18,13 @@ def matmul_precision():
 
 @pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32"])
 def test_what_was_asked_for_is_taken_without_timing(asked, monkeypatch):
-    monkeypatch.setattr(precision, "_matmul_seconds", None)
-    assert precision.choose(asked, CPU) == (asked, "asked for")
+    monkeypatch.setattr(device, "_matmul_seconds", None)
+    assert device.choose_precision(asked, CPU) == (asked, "asked for")
 
 
 def test_tf32_without_tensor_cores_is_refused():
     with pytest.raises(BadInput, match=r"--precision tf32 needs an NVIDIA GPU .*, got cpu; use fp32"):
-        precision.choose("tf32", CPU)
+        device.choose_precision("tf32", CPU)
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_tf32_without_tensor_cores_is_refused():
 )
 def test_a_gpu_takes_bf16_from_sm_80_on(capability, auto, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    device = torch.device("cuda", 0)
-    assert precision.choose("auto", device)[0] == auto
+    gpu = torch.device("cuda", 0)
+    assert device.choose_precision("auto", gpu)[0] == auto
     for asked in ("bf16", "fp16", "tf32", "fp32"):
         if asked in refused:
             with pytest.raises(BadInput, match=f"--precision {asked} needs an NVIDIA GPU from 2020 on"):
-                precision.choose(asked, device)
+                device.choose_precision(asked, gpu)
         else:
-            assert precision.choose(asked, device)[0] == asked
+            assert device.choose_precision(asked, gpu)[0] == asked
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_a_gpu_takes_bf16_from_sm_80_on(capability, auto, refused, monkeypatch):
 )
 def test_a_cpu_takes_bf16_only_where_it_is_measurably_faster(bf16_seconds, taken, monkeypatch):
     seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-    monkeypatch.setattr(precision, "_matmul_seconds", seconds.__getitem__)
-    chosen, why = precision.choose("auto", CPU)
+    monkeypatch.setattr(device, "_matmul_seconds", seconds.__getitem__)
+    chosen, why = device.choose_precision("auto", CPU)
     assert chosen == taken
     assert f"ran at {1 / bf16_seconds:.2g}x the speed of fp32" in why
 
 
 def test_the_measurement_itself_takes_no_time_to_speak_of():
-    assert 0 < precision._matmul_seconds(torch.float32) < 1
+    assert 0 < device._matmul_seconds(torch.float32) < 1
 
 
 @pytest.mark.usefixtures("matmul_precision")
@@ -79,5 +79,5 @@ def test_the_measurement_itself_takes_no_time_to_speak_of():
 )
 def test_only_fp32_keeps_all_bits_of_float32_products(name, dtype, products):
     torch.set_float32_matmul_precision("medium")
-    assert precision.apply(name) is dtype
+    assert device.apply_precision(name) is dtype
     assert torch.get_float32_matmul_precision() == products

@@ -17,9 +17,9 @@ from tolerances import (
     widened,
 )
 
-import kernels.configs
+import kernels.tiles
 from kernels.attention import attention_reference, attention_torch, attention_triton
-from kernels.configs import FIELDS
+from kernels.tiles import FIELDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -107,7 +107,7 @@ def test_a_given_scale_matches_reference(op, scale, is_causal):
 @pytest.mark.parametrize("op", [attention_triton], ids=["triton"])
 def test_any_tile_gives_the_same(op, tile, is_causal, monkeypatch):
     config = dict(zip(FIELDS["attention_fwd"], (*tile, 4, 2), strict=True))
-    monkeypatch.setattr(kernels.configs, "lookup", lambda name, arch, size: config)
+    monkeypatch.setattr(kernels.tiles, "lookup", lambda name, arch, size: config)
     compare(op, *inputs((1, 77, 1, 16)), is_causal=is_causal)
 
 

@@ -15,9 +15,9 @@ from tolerances import (
 )
 from torch.utils.checkpoint import checkpoint
 
-import kernels.configs
+import kernels.tiles
 from kernels.attention import attention_torch, attention_triton
-from kernels.configs import FIELDS
+from kernels.tiles import FIELDS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -81,7 +81,7 @@ def test_no_two_kernels_need_the_same_tile(op, is_causal, monkeypatch):
         kernel = name.partition("/")[0]
         return dict(zip(FIELDS[kernel], (*tiles[kernel], 4, 2), strict=True))
 
-    monkeypatch.setattr(kernels.configs, "lookup", lookup)
+    monkeypatch.setattr(kernels.tiles, "lookup", lookup)
     compare(op, (1, 65, 2, 80), torch.float32, is_causal)
 
 

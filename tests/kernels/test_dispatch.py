@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-import kernels.configs
+import kernels.tiles
 from kernels import dispatch
 from kernels.dispatch import MODULES, Choice, Ops, has_c_compiler, select
 
@@ -23,7 +23,7 @@ def on_a_gpu(monkeypatch) -> dict[str, types.SimpleNamespace]:
     monkeypatch.setattr(dispatch, "has_c_compiler", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for module in (dispatch, kernels.configs):
+    for module in (dispatch, kernels.tiles):
         monkeypatch.setattr(module, "INTERPRETED", False)
     return modules
 

@@ -22,7 +22,7 @@ with distributed.process_group() as ranks:
     model = distributed.wrap(raw_model, ranks, PRESETS["tiny"], False, torch.float32)
     model(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad for p in raw_model.parameters()], expected)
-    ranks.say("gradient is the mean over both ranks: True")
+    ranks.print0("gradient is the mean over both ranks: True")
 
     torch.manual_seed(0)
     sharded = GPT2(GPT2Config(2, 2, 32, 16, 257)).to(ranks.device)
@@ -33,4 +33,4 @@ with distributed.process_group() as ranks:
     fully_shard(sharded, mesh=mesh)
     sharded(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad.full_tensor() for p in sharded.parameters()], expected)
-    ranks.say("so it is where parameters are sharded: True")
+    ranks.print0("so it is where parameters are sharded: True")

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import SMALL  # noqa: E402
 from runs import ENVIRONMENT, assert_same_run, workers  # noqa: E402
 
-from engine.prepare import PrepareConfig, prepare  # noqa: E402
+from engine.tokens.prepare import PrepareConfig, prepare  # noqa: E402
 
 
 def disturb(launcher: subprocess.Popen, draw: random.Random) -> str:

@@ -19,7 +19,7 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
-from engine import data  # noqa: E402
+from engine.tokens import batches  # noqa: E402
 from model.gpt2 import GPT2  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
@@ -32,7 +32,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTO
 
 now = -1
 models = []
-_at, _init, _forward = data.Batches.at, GPT2.__init__, GPT2.forward
+_at, _init, _forward = batches.Batches.at, GPT2.__init__, GPT2.forward
 
 
 def at(self, step):
@@ -66,6 +66,6 @@ def forward(self, tokens, targets=None):
     return out * float("nan") if self.training and now == FAULTS.get("nan") else out
 
 
-data.Batches.at, GPT2.__init__, GPT2.forward = at, init, forward
+batches.Batches.at, GPT2.__init__, GPT2.forward = at, init, forward
 sys.argv = [str(ROOT / "engine" / "train.py"), *sys.argv[2:]]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-from engine import runs
-from engine.config import PRESETS
+from engine import device
 
 LACKS = """
 import os, socket, sys
@@ -113,15 +112,12 @@ def test_weights_by_name_without_a_network_are_a_sentence(tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("variable", "device"), [("CXX", "cpu"), ("CC", "cuda")])
-def test_the_reason_for_no_compiler_holds_on_both_devices(monkeypatch, tmp_path, variable, device):
-    import dataclasses
-
+@pytest.mark.parametrize(("variable", "kind"), [("CXX", "cpu"), ("CC", "cuda")])
+def test_the_reason_for_no_compiler_holds_on_both_devices(monkeypatch, tmp_path, variable, kind):
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, "/nonexistent")
     monkeypatch.setenv("PATH", str(tmp_path))
-    wants = dataclasses.replace(PRESETS["tiny"], compile=True)
-    assert runs.wants_compile(wants, torch.device(device)) == (
+    assert device.wants_compile(True, torch.device(kind)) == (
         False,
         "skipped, there is no C compiler here: steps run uncompiled",
     )

@@ -20,8 +20,10 @@ from conftest import ROOT, SMALL
 from runs import ENVIRONMENT, assert_same_run, measured, newest, train, workers
 from safetensors.torch import load_file
 
-from engine import checkpoint, data, evaluation, metrics, runs
-from engine.prepare import PrepareConfig, prepare
+from engine import evaluation
+from engine.run import checkpoint, metrics
+from engine.tokens import batches, shards
+from engine.tokens.prepare import PrepareConfig, prepare
 from model.gpt2 import GPT2
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -74,7 +76,7 @@ def every_step(few_shards, tmp_path_factory) -> tuple[Path, list[str]]:
     flags += ["--model.dropout", "0.1", "--grace-seconds", "600"]  # a slow machine must not end the tests
     out = tmp_path_factory.mktemp("every") / "run"
     assert train(out, few_shards, *flags) == 0
-    windows = data.TokenStream.open(few_shards, "train", 257).num_windows(32)
+    windows = shards.TokenStream.open(few_shards, "train", 257).num_windows(32)
     assert windows < 8 * 6 < 8 * 12 < 3 * windows  # it wraps twice
     return out, flags
 
@@ -163,7 +165,7 @@ def signal_once(monkeypatch, owner, name: str) -> None:
 PLACES = {
     "an update": (torch.optim.AdamW, "step"),
     "evaluation": (evaluation, "mean_loss"),
-    "sampling": (runs, "sample"),
+    "sampling": (evaluation, "sample"),
     "saving": (checkpoint, "write"),
 }
 
@@ -205,8 +207,10 @@ def test_a_signal_during_the_first_compile(few_shards, tmp_path):
 def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_step, few_shards, tmp_path):
     quiet, flags = every_step
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("engine.stopping.launched_at", lambda: time.time() - 60)  # a minute ago, of two allowed
-        monkeypatch.setattr("engine.stopping.MARGIN", 60.0)
+        monkeypatch.setattr(
+            "engine.health.stopping.launched_at", lambda: time.time() - 60
+        )  # a minute ago, of two allowed
+        monkeypatch.setattr("engine.health.stopping.MARGIN", 60.0)
         assert train(tmp_path / "run", few_shards, *flags, "--max-minutes", "2") == 75
     beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
     assert (beat["state"], beat["reason"]) == ("stopped", "--max-minutes")
@@ -293,7 +297,7 @@ def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(few_shards, tmp
 
 
 def test_running_out_of_memory_names_the_flag_and_the_next_smaller_value(few_shards, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(data.Batches, "at", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(batches.Batches, "at", lambda *_: torch.empty(10**15))
     assert train(tmp_path / "run", few_shards, "--num-steps", "3", "--eval-every", "None") == 2
     said = capfd.readouterr().err
     assert "got out of memory at --micro-batch-size 4" in said

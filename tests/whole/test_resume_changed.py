@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT, SMALL
 from runs import newest, train
 
-from engine import checkpoint, config, metrics, runs
+from engine import config
 from engine.errors import BadInput
-from engine.prepare import PrepareConfig, prepare
+from engine.run import checkpoint, metrics, resume
+from engine.tokens.prepare import PrepareConfig, prepare
 
 FLAGS = ["--eval-every", "None", "--save-every", "None", "--keep-last", "9"]
 
@@ -129,10 +130,10 @@ def asked(out: Path, **changes) -> checkpoint.Checkpoint:
     """find_checkpoint with the run's own identity, but for changes."""
     flags = [*SMALL, "--out", str(out), "--num-steps", "5", "--resume-changed"]
     past = json.loads((newest(out) / "state.json").read_text())["identity"]
-    return runs.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)
+    return resume.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)
 
 
-@pytest.mark.parametrize("name", runs.FIXED)
+@pytest.mark.parametrize("name", resume.FIXED)
 def test_each_fact_of_a_run_is_either_safe_to_change_or_not(three_steps, name):
     safe = {"sequence_length", "tokens_per_step", "seed", "data_digest"}
     if name in safe:
@@ -161,5 +162,5 @@ def test_nothing_changed_is_nothing_said(out):
     said = []
     for is_changed in (False, True):
         train_config = dataclasses.replace(config.parse(flags, "test"), resume_changed=is_changed)
-        assert runs.find_checkpoint(train_config, past, said.append).step == 3
+        assert resume.find_checkpoint(train_config, past, said.append).step == 3
     assert said == []

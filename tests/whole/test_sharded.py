@@ -10,10 +10,11 @@ import torch
 from runs import measured, newest, torchrun, train
 from safetensors.torch import load_file
 
-from engine import checkpoint, cli, metrics, runs
+from engine import cli
 from engine.config import PRESETS, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.run import checkpoint, metrics, resume
 
 STEPS = ["--num-steps", "8", "--eval-every", "4", "--save-every", "4", "--keep-last", "9", "--micro-batch-size", "2"]
 
@@ -145,10 +146,10 @@ def test_damage_to_any_shard_is_found(sharded, tmp_path, harm):
 def test_an_out_that_other_hosts_do_not_see_is_refused_where_it_is_sharded(tmp_path, monkeypatch):
     config = TrainConfig(out=str(tmp_path / "here"), parallel="fsdp", model=PRESETS["tiny"].model)
     elsewhere = Ranks(1, 0, 2, torch.device("cpu"))
-    monkeypatch.setattr(Ranks, "agree", lambda self, value: value)
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: value)
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [None, value])
     with pytest.raises(BadInput, match="rank 1: train: --out must be on a file system that all hosts share"):
-        runs.check_shared_out(config, elsewhere)
+        resume.check_shared_out(config.out, config.parallel, elsewhere)
 
 
 def test_a_checkpoint_without_the_optimizer_s_state_is_never_written(tmp_path):

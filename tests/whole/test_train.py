@@ -9,7 +9,7 @@ import pytest
 from runs import assert_same_run, measured, newest, torchrun, train
 from safetensors.torch import load_file
 
-from engine import metrics
+from engine.run import metrics
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from conftest import ROOT, SMALL
 from runs import assert_same_run, measured, newest, train
 from two_hosts import ADDRESSES, Host, NotPermitted, Run, two_hosts, wait
 
-from engine import metrics
+from engine.run import metrics
 
 STEPS = ["--num-steps", "120", "--save-every", "20", "--eval-every", "60"]
 HINT = re.compile(r"interface|firewall|same command", re.IGNORECASE)

@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from engine import stopping
-from engine.stopping import Stop, launched_at, time_is_up
+from engine.health import stopping
+from engine.health.stopping import Stop, launched_at, time_is_up
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT.pop("TORCHELASTIC_RUN_ID", None)
@@ -20,7 +20,7 @@ ENVIRONMENT.pop("TORCHELASTIC_RUN_ID", None)
 # is known of the first signal.
 STUCK = """
 import ctypes, sys, threading, time
-from engine import stopping
+from engine.health import stopping
 grace, stopping.ECHO = map(float, sys.argv[1:])
 stop = stopping.Stop(grace, None)
 def tell():
@@ -222,7 +222,7 @@ def test_without_a_limit_the_time_is_never_up(monkeypatch):
     assert [stop.flags(1e9) for _ in range(4)] == [(False, False)] * 4
 
 
-TELL = "from engine.stopping import launched_at; print(launched_at(), flush=True)"
+TELL = "from engine.health.stopping import launched_at; print(launched_at(), flush=True)"
 
 
 def test_the_launch_is_this_process_s_start_and_not_now():

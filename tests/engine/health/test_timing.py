@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import timing
-from engine.timing import Clock
+from engine.health import timing
+from engine.health.timing import Clock
 from model.gpt2 import GPT2, GPT2Config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -61,11 +61,10 @@ def now(monkeypatch) -> Time:
 
 
 def update(clock: Clock, now: Time, data: float, compute: float) -> None:
-    clock.start_step()
     with clock.part("data"):
         now.passes(data)
-    now.passes(compute)
-    clock.end_step()
+    with clock.part("update"):
+        now.passes(compute)
 
 
 def test_a_step_is_data_and_compute_on_average(now):
@@ -76,20 +75,19 @@ def test_a_step_is_data_and_compute_on_average(now):
     assert clock.read() == pytest.approx({"step_ms": 170, "data_ms": 20, "compute_ms": 150})
 
 
-def test_data_fetched_before_the_step_belongs_to_it(now):
+def test_data_belongs_to_the_update_after_it(now):
     clock = Clock(CPU)
     with clock.part("data"):
         now.passes(0.010)
-    clock.start_step()
-    now.passes(0.100)
-    clock.end_step()
+    with clock.part("update"):
+        now.passes(0.100)
     assert clock.read() == pytest.approx({"step_ms": 110, "data_ms": 10, "compute_ms": 100})
 
 
 def test_evaluation_and_checkpoints_are_totals_outside_of_steps(now):
     clock = Clock(CPU)
     for _ in range(2):
-        with clock.part("eval"):
+        with clock.part("evaluation"):
             now.passes(3)
         with clock.part("checkpoint"):
             now.passes(0.5)
@@ -102,7 +100,7 @@ def test_evaluation_and_checkpoints_are_totals_outside_of_steps(now):
 
 def test_a_reading_starts_afresh(now):
     clock = Clock(CPU)
-    with clock.part("eval"):
+    with clock.part("evaluation"):
         now.passes(3)
     update(clock, now, 0.01, 0.1)
     clock.read()
@@ -112,7 +110,7 @@ def test_a_reading_starts_afresh(now):
 
 def test_after_the_last_update_only_evaluation_is_read(now):
     clock = Clock(CPU)
-    with clock.part("eval"):
+    with clock.part("evaluation"):
         now.passes(2)
     with clock.part("checkpoint"):
         pass
@@ -137,24 +135,22 @@ def test_communication_is_from_the_last_watched_gradient_of_the_last_backward(no
     first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     clock.watch(first, second)
     for communication in (0.020, 0.040):
-        clock.start_step()
-        for _ in range(3):  # micro-batches
-            for parameter in (second, first):
-                now.passes(0.010)
-                parameter.sum().backward()
-        now.passes(communication)
-        clock.synchronized()
-        now.passes(0.005)  # the optimizer
-        clock.end_step()
+        with clock.part("update"):
+            for _ in range(3):  # micro-batches
+                for parameter in (second, first):
+                    now.passes(0.010)
+                    parameter.sum().backward()
+            now.passes(communication)
+            clock.synchronized()
+            now.passes(0.005)  # the optimizer
     expected = {"step_ms": 95, "data_ms": 0, "communication_ms": 30, "compute_ms": 65}
     assert clock.read() == pytest.approx(expected)
 
 
 def test_without_a_watched_gradient_there_is_no_communication(now):
     clock = Clock(CPU)
-    clock.start_step()
-    clock.synchronized()
-    clock.end_step()
+    with clock.part("update"):
+        clock.synchronized()
     assert "communication_ms" not in clock.read()
 
 
@@ -163,17 +159,16 @@ def test_the_gpu_s_communication_is_read_from_its_own_clock(now):
     parameter = torch.nn.Parameter(torch.zeros(1))
     clock.watch(parameter)
     for _ in range(2):
-        clock.start_step()
-        for _ in range(2):  # micro-batches
-            now.launch(0.100)
-            now.passes(0.001)
-            parameter.sum().backward()
-        now.launch(0.030)  # the all-reduce
-        clock.synchronized()
-        now.launch(0.005)
-        if now.cpu > 1000.002:
-            now.wait()  # a logged step
-        clock.end_step()
+        with clock.part("update"):
+            for _ in range(2):  # micro-batches
+                now.launch(0.100)
+                now.passes(0.001)
+                parameter.sum().backward()
+            now.launch(0.030)  # the all-reduce
+            clock.synchronized()
+            now.launch(0.005)
+            if now.cpu > 1000.002:
+                now.wait()  # a logged step
     expected = {"step_ms": 235, "data_ms": 0, "communication_ms": 30, "compute_ms": 205}
     assert clock.read() == pytest.approx(expected)
 
@@ -181,11 +176,10 @@ def test_the_gpu_s_communication_is_read_from_its_own_clock(now):
 def test_evaluation_is_not_charged_for_updates_that_a_gpu_still_had_queued(now):
     clock = Clock(GPU)
     for _ in range(4):
-        clock.start_step()
-        now.launch(0.100)
-        now.passes(0.001)
-        clock.end_step()
-    with clock.part("eval"):
+        with clock.part("update"):
+            now.launch(0.100)
+            now.passes(0.001)
+    with clock.part("evaluation"):
         now.launch(1.0)
         now.wait()
     assert clock.read() == pytest.approx({"step_ms": 100, "data_ms": 0, "compute_ms": 100, "eval_ms": 1000})
@@ -198,11 +192,10 @@ def test_nothing_but_a_reading_waits_for_the_gpu(now):
     began = now.cpu
     with clock.part("checkpoint"):
         now.launch(5)
-    clock.start_step()
-    parameter.sum().backward()
-    now.launch(5)
-    clock.synchronized()
-    clock.end_step()
+    with clock.part("update"):
+        parameter.sum().backward()
+        now.launch(5)
+        clock.synchronized()
     assert now.cpu == began
     clock.read()
     assert now.cpu == began + 10

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import tracing
-from engine.config import PRESETS
+from engine.config import PRESETS, parse_profile
 from engine.distributed import Ranks
-from engine.tracing import Trace, parse, phase
+from engine.health import timing
+from engine.health.timing import Trace, phase
 from model.gpt2 import GPT2, GPT2Config
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
@@ -48,17 +48,17 @@ def names(path) -> list[str]:
 
 @pytest.mark.parametrize(("text", "steps"), [("0:1", (0, 1)), ("10:13", (10, 13))])
 def test_start_and_stop_are_read(text, steps):
-    assert parse(text) == steps
+    assert parse_profile(text) == steps
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:", ":3", "3:3", "4:3", "-1:3", "a:b", "1:2:3", " 1:2", "1.0:2", "1_0:20"])
 def test_what_is_no_range_of_steps_is_refused_with_a_sentence(text):
     with pytest.raises(ValueError, match=r"--profile must be START:STOP, .* got '" + text):
-        parse(text)
+        parse_profile(text)
 
 
 def test_two_steps_are_traced_with_their_phases(config, tmp_path, capsys):
-    trace = Trace(dataclasses.replace(config, profile="2:4"), ONE)
+    trace = Trace("2:4", config.out, ONE)
     run(trace, range(6))
     trace.close()
     path = tmp_path / "trace_2_4.json.gz"
@@ -71,7 +71,7 @@ def test_two_steps_are_traced_with_their_phases(config, tmp_path, capsys):
 
 
 def test_the_file_is_a_chrome_trace(config, tmp_path):
-    trace = Trace(dataclasses.replace(config, profile="0:1"), ONE)
+    trace = Trace("0:1", config.out, ONE)
     run(trace, range(2))
     complete = [event for event in events(tmp_path / "trace_0_1.json.gz") if event["ph"] == "X"]
     assert complete
@@ -88,7 +88,7 @@ def test_the_file_is_a_chrome_trace(config, tmp_path):
 
 
 def test_a_run_that_ends_inside_leaves_what_there_is(config, tmp_path, capsys):
-    trace = Trace(dataclasses.replace(config, profile="1:100"), ONE)
+    trace = Trace("1:100", config.out, ONE)
     run(trace, range(2))
     assert not list(tmp_path.iterdir())
     trace.close()
@@ -99,13 +99,13 @@ def test_a_run_that_ends_inside_leaves_what_there_is(config, tmp_path, capsys):
 
 
 def test_a_run_that_begins_inside_traces_the_rest(config, tmp_path):
-    trace = Trace(dataclasses.replace(config, profile="2:6"), ONE)
+    trace = Trace("2:6", config.out, ONE)
     run(trace, range(5, 8))
     assert [name for name in names(tmp_path / "trace_2_6.json.gz") if name.startswith("step ")] == ["step 5"]
 
 
 def test_steps_that_never_come_leave_a_sentence_and_no_file(config, tmp_path, capsys):
-    trace = Trace(dataclasses.replace(config, profile="2:4"), ONE)
+    trace = Trace("2:4", config.out, ONE)
     run(trace, range(5, 7))
     trace.close()
     assert capsys.readouterr().out == "no trace: this run did none of the steps 2 to 3\n"
@@ -113,20 +113,20 @@ def test_steps_that_never_come_leave_a_sentence_and_no_file(config, tmp_path, ca
 
 
 def test_a_trace_that_cannot_be_written_does_not_stop_the_run(config, tmp_path, capsys):
-    trace = Trace(dataclasses.replace(config, profile="0:1", out=str(tmp_path / "gone")), ONE)
+    trace = Trace("0:1", tmp_path / "gone", ONE)
     run(trace, range(2))
     assert capsys.readouterr().out.startswith(f"no trace: {tmp_path / 'gone' / 'trace_0_1.json.gz'} could not be")
 
 
 def test_only_rank_0_traces(config, tmp_path):
-    trace = Trace(dataclasses.replace(config, profile="0:1"), Ranks(1, 1, 2, torch.device("cpu")))
+    trace = Trace("0:1", config.out, Ranks(1, 1, 2, torch.device("cpu")))
     run(trace, range(2))
     trace.close()
     assert not list(tmp_path.iterdir())
 
 
 def test_without_profile_nothing_happens_and_phases_are_free(config, tmp_path, capsys):
-    trace = Trace(config, ONE)
+    trace = Trace(None, config.out, ONE)
     run(trace, range(2))
     trace.close()
     assert not list(tmp_path.iterdir())
@@ -134,19 +134,16 @@ def test_without_profile_nothing_happens_and_phases_are_free(config, tmp_path, c
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler, phase("mine"):
         pass
     assert "mine" not in [event.name for event in profiler.events()]
-    assert tracing._is_recording is False
+    assert timing._is_recording is False
 
 
-def test_without_profile_nothing_of_pytorch_is_imported():
+def test_profile_is_checked_without_importing_pytorch():
     program = """
-import sys, types
-from engine.tracing import Trace, phase
-config = types.SimpleNamespace(profile=None, out="x")
-trace = Trace(config, types.SimpleNamespace(is_first=True, say=print))
-trace.step(0)
-with phase("forward"):
-    pass
-trace.close()
+import sys
+from engine.config import PRESETS, parse_profile
+import dataclasses
+assert parse_profile("2:4") == (2, 4)
+assert "--profile must be START:STOP" in dataclasses.replace(PRESETS["tiny"], profile="4:2").problems()[0]
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from engine import distributed
-from engine.config import PRESETS
-from engine.timing import Clock
+from engine.health.timing import Clock
 from model.gpt2 import GPT2, GPT2Config
 
 with distributed.process_group() as ranks:
@@ -19,22 +18,21 @@ with distributed.process_group() as ranks:
     clock = Clock(ranks.device)
     clock.watch(raw_model.wte.weight, raw_model.wpe.weight)
     raw_model.ln_f.weight.register_post_accumulate_grad_hook(lambda _: time.sleep(0.1))
-    model = distributed.wrap(raw_model, ranks, PRESETS["tiny"], compiled=False, compute_dtype=torch.float32)
+    model = distributed.wrap(raw_model, ranks)
     tokens = torch.randint(257, (2, 16))
     seen = []
     for _ in range(4):
-        clock.start_step()
-        for is_last in (False, True):
-            distributed.synchronize_gradients(model, is_last)
-            loss = model(tokens, tokens)
-            if is_last:
-                dist.barrier()
-                time.sleep(0.05 * ranks.rank)
-            loss.backward()
-        clock.synchronized()
-        clock.end_step()
+        with clock.part("update"):
+            for is_last in (False, True):
+                distributed.synchronize_gradients(model, is_last)
+                loss = model(tokens, tokens)
+                if is_last:
+                    dist.barrier()
+                    time.sleep(0.05 * ranks.rank)
+                loss.backward()
+            clock.synchronized()
         seen.append(clock.read())
     both = [None, None]
     dist.all_gather_object(both, [row["communication_ms"] for row in seen])
-    ranks.say(f"early rank waited: {min(both[0]):.1f} ms at least")
-    ranks.say(f"late rank waited: {min(both[1]):.1f} ms at least")
+    ranks.print0(f"early rank waited: {min(both[0]):.1f} ms at least")
+    ranks.print0(f"late rank waited: {min(both[1]):.1f} ms at least")

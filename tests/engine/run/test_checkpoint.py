@@ -16,10 +16,11 @@ from runs import load_filled, refuse, save_filled, steps
 from safetensors import safe_open
 from torch import nn
 
-from engine import checkpoint, optim
-from engine.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE
-from engine.config import OptimConfig, TrainConfig
+from engine import optim
+from engine.config import OptimConfig
 from engine.errors import BadInput
+from engine.run import checkpoint
+from engine.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE
 from model.gpt2 import GPT2, GPT2Config
 
 FILES = [MODEL, OPTIMIZER, STATE, MANIFEST]
@@ -29,7 +30,7 @@ SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=100
 def training(seed: int = 0) -> tuple[GPT2, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = GPT2(SMALL)
-    return model, optim.build(model, TrainConfig(model=SMALL, optim=OptimConfig(lr=1e-2)))
+    return model, optim.build(model, OptimConfig(lr=1e-2))
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -305,7 +306,7 @@ def _save_forever(out: Path, first: int, announce) -> None:
 
 def test_a_kill_at_any_moment_loses_nothing_announced(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engine.checkpoint", "engine.optim", "torch._dynamo"])  # imported once for all
+    context.set_forkserver_preload(["engine.run.checkpoint", "engine.optim", "torch._dynamo"])  # imported once for all
     last, seconds = 0, random.Random(0)
     for _ in range(8):
         listen, announce = context.Pipe(duplex=False)

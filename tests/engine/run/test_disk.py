@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine import checkpoint, memory, optim
+from engine import optim
 from engine.config import PRESETS
 from engine.errors import BadInput
-from engine.memory import check_disk, checkpoint_bytes
+from engine.run import checkpoint, directory
+from engine.run.directory import check_disk, checkpoint_bytes
 from model.gpt2 import GPT2, GPT2Config
 
 MIB = 2**20
@@ -35,7 +36,7 @@ def save(run, optimizer_name: str | None):
     """A real checkpoint after one update."""
     run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, name=optimizer_name or "adamw"))
     model = GPT2(run.model)
-    optimizer = optim.build(model, run)
+    optimizer = optim.build(model, run.optim)
     optim.set_learning_rate(optimizer, 1e-3)
     tokens = torch.randint(run.model.vocab_size, (2, 8))
     model(tokens, tokens).backward()
@@ -76,16 +77,16 @@ EACH = checkpoint_bytes(PRESETS["tiny"].model, "muon")
 def test_room_is_asked_for_all_checkpoints_that_exist_at_one_time(fields, count, tmp_path, monkeypatch):
     run = dataclasses.replace(PRESETS["tiny"], out=str(tmp_path / "not" / "yet"), **fields)
     needed = count * EACH + MIB
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(0, 0, needed))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: Usage(0, 0, needed))
     check_disk(run)
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
     with pytest.raises(BadInput, match=f"for {count} checkpoint"):
         check_disk(run)
 
 
 def test_the_disk_asked_is_the_one_that_will_hold_the_run(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 2**40))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: asked.append(path) or Usage(0, 0, 2**40))
     (tmp_path / "there").mkdir()
     check_disk(dataclasses.replace(PRESETS["tiny"], out=str(tmp_path / "there" / "a" / "b")))
     check_disk(dataclasses.replace(PRESETS["tiny"], out=str(tmp_path / "there")))
@@ -102,9 +103,9 @@ def test_checkpoints_that_are_there_already_count_but_one_more_is_always_written
         with (path / "model.safetensors").open("wb") as file:
             file.truncate(EACH)
     run = dataclasses.replace(PRESETS["tiny"], out=str(tmp_path), num_steps=1000, save_every=10)
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(0, 0, needed * EACH + MIB))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: Usage(0, 0, needed * EACH + MIB))
     check_disk(run)
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(0, 0, needed * EACH + MIB - 1))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: Usage(0, 0, needed * EACH + MIB - 1))
     with pytest.raises(BadInput):
         check_disk(run)
 
@@ -112,7 +113,7 @@ def test_checkpoints_that_are_there_already_count_but_one_more_is_always_written
 def test_a_full_disk_gets_a_sentence_with_the_number_of_checkpoints_that_fit(monkeypatch):
     run = config(keep_last=5, out="/runs/a")
     each = checkpoint_bytes(run.model, "adamw")
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: Usage(0, 0, 5 * each + 2 * MIB))
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: Usage(0, 0, 5 * each + 2 * MIB))
     with pytest.raises(BadInput) as info:
         check_disk(run)
     assert str(info.value) == (
@@ -131,10 +132,11 @@ def test_a_disk_of_two_mebibytes_holds_what_is_promised_and_no_more(tmp_path):
 import dataclasses, shutil
 from pathlib import Path
 import torch
-from engine import checkpoint, optim
+from engine import optim
+from engine.run import checkpoint
 from engine.config import PRESETS
 from engine.errors import BadInput
-from engine.memory import check_disk, checkpoint_bytes
+from engine.run.directory import check_disk, checkpoint_bytes
 from model.gpt2 import GPT2, GPT2Config
 
 run = dataclasses.replace(PRESETS["tiny"], out="{tmp_path}/run", num_steps=100, save_every=1, keep_last=99,
@@ -148,7 +150,7 @@ except BadInput as error:
 check_disk(dataclasses.replace(run, keep_last=most))
 
 model = GPT2(run.model)
-optimizer = optim.build(model, run)
+optimizer = optim.build(model, run.optim)
 optim.set_learning_rate(optimizer, 1e-3)
 tokens = torch.randint(257, (2, 8))
 model(tokens, tokens).backward()

@@ -10,12 +10,15 @@ import pytest
 import rich.console
 import torch
 
-from engine import metrics
+from engine import device
 from engine.config import PRESETS
 from engine.distributed import Ranks
-from engine.metrics import Bar, Lines, Metrics, flops_per_token, read_rows
+from engine.run import metrics
+from engine.run.metrics import Bar, Lines, Metrics, read_rows
+from engine.step import Numbers
 from model.gpt2 import GPT2
 from model.presets import PRESETS as MODEL_PRESETS
+from model.presets import flops_per_token
 
 
 @pytest.fixture
@@ -54,11 +57,11 @@ def test_flops_count_the_parameters_that_the_model_has(name):
 )
 def test_a_peak_is_given_only_where_it_is_known(name, precision, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert metrics.peak_flops(torch.device("cuda"), precision) == peak
-    assert metrics.peak_flops(torch.device("cpu"), precision) is None
+    assert device.peak_flops(torch.device("cuda"), precision) == peak
+    assert device.peak_flops(torch.device("cpu"), precision) is None
 
 
-NUMBERS = [2.5, 0.75, 0.0, 0.0, 0.0, 0.0]  # of train_step: loss, norm, signals, time-outs, skipped, in a row
+NUMBERS = Numbers(2.5, 0.75, 0.0, 0.0, 0.0, 0.0)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -85,7 +88,7 @@ def test_a_step_s_measurements_are_its_numbers_over_its_time(config):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_left_out_of_a_row_and_skips_are_counted(config, tmp_path, bad):
     for numbers, left in (([bad, 0.75], {"grad_norm": 0.75}), ([2.5, bad], {"loss": 2.5}), ([bad, bad], {})):
-        found = a_step([*numbers, 0.0, 0.0, 3.0, 1.0], config, Ranks(0, 0, 1, CPU))
+        found = a_step(Numbers(*numbers, 0.0, 0.0, 3.0, 1.0), config, Ranks(0, 0, 1, CPU))
         run = record(config)
         run.log(7, **found)
         run.close()
@@ -97,8 +100,8 @@ def test_numbers_that_are_not_finite_are_left_out_of_a_row_and_skips_are_counted
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(config, monkeypatch):
-    monkeypatch.setattr(metrics, "peak_gib", lambda device: 1.0)
-    monkeypatch.setattr(metrics.memory, "retries", lambda device: 5)
+    monkeypatch.setattr(device, "peak_gib", lambda device: 1.0)
+    monkeypatch.setattr(device, "alloc_retries", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     gpt2 = dataclasses.replace(PRESETS["gpt2"], context=1024)  # 524,288 tokens a step, 855.4 million FLOPs each
     for world_size, precision, mfu in ((8, "bf16", 0.11337), (1, "fp16", 0.90694), (1, "tf32", None)):
@@ -209,7 +212,7 @@ def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
     run = record(dataclasses.replace(config, tensorboard=True), active=False)
     run.log(0, loss=1.0)
     run.sample(0, "text")
-    run.say("line")
+    run.print0("line")
     run.end_step(0)
     run.sync(row_is_complete=False)
     run.close()
@@ -253,7 +256,7 @@ def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypat
     run.log(600, val_loss=2.71828)
     run.log(600, loss=3.14159, tokens_per_s=12345.6, mfu=0.4321, grad_norm=1.0)
     run.end_step(600)
-    run.say("[bold]passing over[/bold] a checkpoint [1]")
+    run.print0("[bold]passing over[/bold] a checkpoint [1]")
     run.close()
     said = screen.getvalue()
     assert "\x1b" in said

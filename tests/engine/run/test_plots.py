@@ -7,8 +7,9 @@ import sys
 import matplotlib
 import pytest
 
-from engine import optim, plots
+from engine import optim
 from engine.config import OptimConfig, TrainConfig
+from engine.run import plots
 from model.presets import GPT2Config
 
 ROWS = [{"step": s, "tokens": 1024 * s, "loss": 5.0 - s / 250, "lr": 1e-3} for s in range(0, 1000, 10)]

@@ -11,10 +11,11 @@ import torch
 from runs import load_filled, refuse, save_filled, steps
 from torch import nn
 
-from engine import checkpoint, config, runs
-from engine.checkpoint import MANIFEST, SHARDED, STATE
+from engine import config
 from engine.config import TrainConfig
 from engine.errors import BadInput
+from engine.run import checkpoint, directory, export, resume
+from engine.run.checkpoint import MANIFEST, SHARDED, STATE
 from model.gpt2 import GPT2, GPT2Config
 
 
@@ -252,8 +253,8 @@ BYTES = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=257)
 def run(tmp_path) -> TrainConfig:
     """Steps 1 to 3 of a run, the second of which is the best; every bias is filled with the step."""
     train = TrainConfig(out=str(tmp_path), model=BYTES)
-    identity = runs.identity(train, "bytes", "none")
-    runs.write_config(train, "bytes", {})
+    identity = resume.identity(train, "bytes", "none")
+    directory.write_config(train, "bytes", {})
     for step, val_loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
         model = GPT2(BYTES)
         nn.init.constant_(model.ln_f.bias, step)
@@ -264,7 +265,7 @@ def run(tmp_path) -> TrainConfig:
 
 @pytest.mark.parametrize(("is_best", "step"), [(True, 2), (False, 3)])
 def test_a_run_s_model_is_the_newest_or_the_best(run, is_best, step):
-    model, words, found = runs.load_model(run.out, refuse, is_best=is_best)
+    model, words, found = export.load_model(run.out, refuse, is_best=is_best)
     assert (found.step, words.name, model.training) == (step, "bytes", False)
     assert (model.ln_f.bias == step).all()
 
@@ -277,11 +278,11 @@ def test_without_validation_losses_there_is_no_best(run):
     checkpoint.save(run.out, found.state | {"step": 4, "val_loss": None}, GPT2(BYTES), None, 9)
     shutil.rmtree(found.path)
     with pytest.raises(BadInput, match=r"with a validation loss to have a best one, got none; .* newest, of step 4"):
-        runs.load_model(run.out, refuse, is_best=True)
-    assert runs.load_model(run.out, refuse)[2].step == 4
+        export.load_model(run.out, refuse, is_best=True)
+    assert export.load_model(run.out, refuse)[2].step == 4
 
 
 def test_a_damaged_best_is_an_error_and_not_another_model(run):
     (Path(run.out) / "checkpoints/step_00000002/model.safetensors").write_bytes(b"")
     with pytest.raises(BadInput, match=r"step_00000002 must be whole, but model\.safetensors must have"):
-        runs.load_model(run.out, refuse, is_best=True)
+        export.load_model(run.out, refuse, is_best=True)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-from engine import checkpoint, optim
+from engine import optim
 from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, BadInput, Diverged
-from engine.saver import Saver
+from engine.run import checkpoint
+from engine.run.saver import Saver
 from model.gpt2 import GPT2, GPT2Config
 
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=100)
@@ -32,7 +33,7 @@ class Run:
             out=str(out), keep_last=9, async_save=async_save, model=TINY, optim=OptimConfig(optimizer, lr=1e-2)
         )
         self.model = GPT2(TINY)
-        self.optimizer = optim.build(self.model, self.config)
+        self.optimizer = optim.build(self.model, self.config.optim)
         self.said: list[str] = []
         ranks = Ranks(rank, rank, rank + 1, torch.device("cpu"))
         self.saver = Saver(self.config, ranks, self.model, self.optimizer, self.said.append)
@@ -48,7 +49,7 @@ class Run:
 
     def save(self) -> dict[str, torch.Tensor]:
         """Saves, and returns copies of all that is saved."""
-        copies = {name: t.clone() for name, t in checkpoint.tensors(self.model, self.optimizer).items()}
+        copies = {name: t.clone() for name, t in checkpoint.named_tensors(self.model, self.optimizer).items()}
         self.saver.save({"step": self.step})
         return copies
 
@@ -59,7 +60,7 @@ def saved(out: Path, step: int, optimizer: str) -> dict[str, torch.Tensor]:
     found = checkpoint.read(out / "checkpoints" / f"step_{step:08d}")
     checkpoint.load_weights(found, run.model)
     checkpoint.load_optimizer(found, run.model, run.optimizer)
-    return checkpoint.tensors(run.model, run.optimizer)
+    return checkpoint.named_tensors(run.model, run.optimizer)
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -138,7 +139,7 @@ def test_the_next_save_and_the_end_wait_for_the_last_one(tmp_path, monkeypatch):
     run.update()
     first = run.save()
     run.update()
-    second = {name: t.clone() for name, t in checkpoint.tensors(run.model, run.optimizer).items()}
+    second = {name: t.clone() for name, t in checkpoint.named_tensors(run.model, run.optimizer).items()}
     saving = in_thread(lambda: run.saver.save({"step": 2}))
     saving.join(0.2)
     assert saving.is_alive()
@@ -213,7 +214,7 @@ def test_one_failed_save_warns_with_needed_and_free_and_training_goes_on(tmp_pat
     run = Run(tmp_path, async_save=async_save)
     saves(run, 3)
     assert steps(tmp_path) == [1, 3]
-    held = checkpoint.tensors(run.model, run.optimizer).values()
+    held = checkpoint.named_tensors(run.model, run.optimizer).values()
     needed = sum(t.numel() * t.element_size() for t in held) / 2**20
     assert len(run.said) == 1
     assert run.said[0].startswith(f"checkpoint: saving must write {needed:,.1f} MiB to {tmp_path}, got ")
@@ -309,7 +310,8 @@ import json, subprocess, sys
 from pathlib import Path
 size, fill, disk = sys.argv[1], sys.argv[2] == "fill", Path(sys.argv[3])
 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
-from engine import checkpoint, cli
+from engine import cli
+from engine.run import checkpoint
 out, write = disk / "run", checkpoint.write
 def then_fill(*args):
     path = write(*args)

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from engine.config import PRESETS
-from engine.metrics import Metrics, read_rows
+from engine.run.metrics import Metrics, read_rows
 
 NAMES = ("tensorboard", "wandb")
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 
-from engine import checkpoint, cli, data, verify
+from engine import cli
 from engine.errors import BadInput
-from engine.prepare import PrepareConfig, prepare
+from engine.run import checkpoint, verify
+from engine.tokens import shards
+from engine.tokens.prepare import PrepareConfig, prepare
 
 
 def check(*paths: Path) -> tuple[int, list[str]]:
@@ -51,7 +53,7 @@ def run(trained, tmp_path) -> Path:
 
 
 def rewrite_manifest(corpus: Path, change) -> None:
-    path = corpus / data.MANIFEST
+    path = corpus / shards.MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
@@ -91,7 +93,7 @@ def put_a_token_over_the_vocabulary(path: Path) -> None:
 
 
 def replace_by_a_shorter_shard(path: Path) -> None:
-    data.write_shard(path, np.array([256, 1, 2], dtype=np.uint16))
+    shards.write_shard(path, np.array([256, 1, 2], dtype=np.uint16))
 
 
 def change_the_unused_header(path: Path) -> None:
@@ -171,15 +173,15 @@ def test_a_damaged_manifest_is_named_and_the_shards_are_checked_all_the_same(cor
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"\x00" * 50], ids=repr)
 def test_a_manifest_of_any_bytes_is_named(corpus, content):
-    (corpus / data.MANIFEST).write_bytes(content)
+    (corpus / shards.MANIFEST).write_bytes(content)
     damaged, lines = check(corpus)
     assert damaged == 1
     assert lines[0].startswith(f"{corpus / 'manifest.json'}: must be a manifest of shards")
 
 
 def test_shards_without_a_manifest_are_held_against_gpt2_s_vocabulary(tmp_path):
-    data.write_shard(tmp_path / "x_train_000000.bin", np.array([50256, 1], dtype=np.uint16))
-    data.write_shard(tmp_path / "x_val_000000.bin", np.array([50256, 50257], dtype=np.uint16))
+    shards.write_shard(tmp_path / "x_train_000000.bin", np.array([50256, 1], dtype=np.uint16))
+    shards.write_shard(tmp_path / "x_val_000000.bin", np.array([50256, 50257], dtype=np.uint16))
     np.save(tmp_path / "x_val_000001.npy", np.arange(9, dtype=np.uint16))
     damaged, lines = check(tmp_path)
     assert damaged == 1
@@ -192,7 +194,7 @@ def test_shards_without_a_manifest_are_held_against_gpt2_s_vocabulary(tmp_path):
 
 
 def test_a_preparation_that_was_stopped_is_damage(tmp_path):
-    (tmp_path / data.BUILDING).mkdir()
+    (tmp_path / shards.BUILDING).mkdir()
     damaged, lines = check(tmp_path)
     assert damaged == 1
     assert "a preparation that was stopped; run gpt2 prepare again" in lines[0]

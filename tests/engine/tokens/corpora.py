@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import prepare
-from engine.data import TokenStream
-from engine.prepare import PrepareConfig
+from engine.tokens import prepare
+from engine.tokens.prepare import PrepareConfig
+from engine.tokens.shards import TokenStream
 
 
 def config(out: Path, **changes) -> PrepareConfig:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import Batches, TokenStream, permute, step_windows
 from engine.errors import BadInput
+from engine.tokens.batches import Batches, permute, step_windows
+from engine.tokens.shards import TokenStream
 
 quick = settings(deadline=None, max_examples=60)
 

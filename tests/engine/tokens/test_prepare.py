@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from corpora import documents, files, run, texts, write_library
 
-from engine import data, prepare, tokenizer
-from engine.data import TokenStream
 from engine.errors import BadInput
-from engine.prepare import PrepareConfig
+from engine.tokens import prepare, shards, tokenizer
+from engine.tokens.prepare import PrepareConfig
+from engine.tokens.shards import TokenStream
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_gpt2_documents_begin_with_50256(source, tmp_path):
     assert len(found) == 29
     assert "Übung macht den Meister.\n" in found
     assert (manifest["tokenizer"], manifest["vocab_size"]) == ("gpt2", 50257)
-    assert data.tokenizer_name(tmp_path / "out") == "gpt2"
+    assert shards.tokenizer_name(tmp_path / "out") == "gpt2"
 
 
 def test_any_number_of_workers_makes_the_same_bytes(source, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_the_manifest_tells_the_truth(source, tmp_path):
     for shard in manifest["shards"]:
         path = tmp_path / "out" / shard["file"]
         assert path.stat().st_size == shard["bytes"]
-        assert len(data.open_shard(path)) == shard["tokens"]
+        assert len(shards.open_shard(path)) == shard["tokens"]
 
 
 # ---- Requests -----------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import data
-from engine.data import Batches, TokenStream
 from engine.errors import BadInput
+from engine.tokens import shards
+from engine.tokens.batches import Batches
+from engine.tokens.shards import TokenStream
 
 VOCAB = 50257
 quick = settings(deadline=None, max_examples=60)
@@ -21,7 +22,7 @@ quick = settings(deadline=None, max_examples=60)
 def write(directory: Path, name: str, tokens) -> Path:
     path = directory / name
     tokens = np.asarray(tokens, dtype=np.uint16)
-    np.save(path, tokens) if name.endswith(".npy") else data.write_shard(path, tokens)
+    np.save(path, tokens) if name.endswith(".npy") else shards.write_shard(path, tokens)
     return path
 
 
@@ -54,12 +55,12 @@ def test_a_published_shard_is_read_byte_for_byte(tmp_path):
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(content)
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 3).tolist() == [50256, 0, 258]
-    data.write_shard(tmp_path / "again.bin", np.array([50256, 0, 258], dtype=np.uint16))
+    shards.write_shard(tmp_path / "again.bin", np.array([50256, 0, 258], dtype=np.uint16))
     assert (tmp_path / "again.bin").read_bytes() == content
-    assert data.tokenizer_name(tmp_path) == "gpt2"
+    assert shards.tokenizer_name(tmp_path) == "gpt2"
 
 
-def header(magic=data.MAGIC, version=data.VERSION, count=4) -> bytes:
+def header(magic=shards.MAGIC, version=shards.VERSION, count=4) -> bytes:
     ints = np.zeros(256, dtype="<i4")
     ints[:3] = magic, version, count
     return ints.tobytes()
@@ -143,7 +144,7 @@ def test_a_truncated_npy_is_refused(tmp_path, cut):
 
 
 def test_a_bad_token_deep_inside_a_large_shard_is_found_when_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHECKED_TOKENS", 100)
+    monkeypatch.setattr(shards, "CHECKED_TOKENS", 100)
     tokens = np.zeros(5000, dtype=np.uint16)
     tokens[99], tokens[4321] = 256, 257
     path = write(tmp_path, "x_train_000000.bin", tokens)
@@ -176,14 +177,14 @@ def test_a_directory_without_the_split_says_which_names_it_looked_for(tmp_path):
 
 def test_a_stopped_preparation_is_not_taken_for_data(tmp_path):
     write(tmp_path, "x_train_000000.bin", range(9))
-    (tmp_path / data.BUILDING).mkdir()
+    (tmp_path / shards.BUILDING).mkdir()
     with pytest.raises(BadInput, match="got one that was stopped; run gpt2 prepare again"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
 def manifest(directory: Path, **changes) -> None:
-    shards = [{"file": f"x_{split}_000000.bin", "split": split, "sha256": "0"} for split in ("train", "val")]
-    (directory / data.MANIFEST).write_text(json.dumps({"tokenizer": "bytes", "shards": shards} | changes))
+    listed = [{"file": f"x_{split}_000000.bin", "split": split, "sha256": "0"} for split in ("train", "val")]
+    (directory / shards.MANIFEST).write_text(json.dumps({"tokenizer": "bytes", "shards": listed} | changes))
 
 
 def test_a_shard_that_the_manifest_lists_must_be_there(tmp_path):
@@ -199,7 +200,7 @@ def test_only_what_the_manifest_lists_is_read(tmp_path):
     write(tmp_path, "y_train_000000.bin", range(9))
     manifest(tmp_path)
     assert len(TokenStream.open(tmp_path, "train", VOCAB)) == 9
-    assert data.tokenizer_name(tmp_path) == "bytes"
+    assert shards.tokenizer_name(tmp_path) == "bytes"
 
 
 def test_another_shard_of_the_same_name_is_refused_by_its_count(tmp_path):
@@ -222,14 +223,14 @@ WRONG_TYPES += [b'{"tokenizer": "bytes", "shards": [{"file": "x_train_000000.bin
 )
 def test_a_damaged_manifest_is_named(tmp_path, content):
     write(tmp_path, "x_train_000000.bin", range(9))
-    (tmp_path / data.MANIFEST).write_bytes(content)
+    (tmp_path / shards.MANIFEST).write_bytes(content)
     with pytest.raises(BadInput, match=r"manifest.json: .*; prepare the data again"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, "x_train_000000.bin", range(9))
-    (tmp_path / data.MANIFEST).mkdir()
+    (tmp_path / shards.MANIFEST).mkdir()
     with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got IsADirectoryError"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
@@ -237,8 +238,8 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
 def test_the_digest_names_the_data(tmp_path):
     write(tmp_path, "x_train_000000.bin", range(9))
     stream = TokenStream.open(tmp_path, "train", VOCAB)
-    bare = data.digest([stream], tmp_path)
+    bare = shards.digest([stream], tmp_path)
     manifest(tmp_path)
-    listed = data.digest([stream], tmp_path)
+    listed = shards.digest([stream], tmp_path)
     manifest(tmp_path, shards=[{"file": "x_train_000000.bin", "split": "train", "sha256": "1"}])
-    assert len({bare, listed, data.digest([stream], tmp_path)}) == 3
+    assert len({bare, listed, shards.digest([stream], tmp_path)}) == 3

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from corpora import documents, run, texts, write_library
 
-from engine import corpus, prepare, tokenizer
 from engine.errors import BadInput
+from engine.tokens import prepare, sources, tokenizer
 
 
 @pytest.fixture
@@ -43,12 +43,12 @@ def test_bad_sources_are_sentences(tmp_path):
 
 
 def test_the_standard_library_is_a_source_without_its_tests():
-    found = corpus.find_files(["stdlib"])
+    found = sources.find_files(["stdlib"])
     parts = {part for path in found for part in path.relative_to(Path(os.__file__).parent).parts[:-1]}
     assert len(found) > 300
     assert "json" in parts
     assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
-    assert found == corpus.find_files(["stdlib"])
+    assert found == sources.find_files(["stdlib"])
 
 
 # ---- Bad text -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import tokenizer
 from engine.errors import BadInput
+from engine.tokens import tokenizer
 
 BOTH = ["gpt2", "bytes"]
 LITERAL = "<|endoftext|>"
@@ -103,7 +103,7 @@ import socket
 def refuse(*_, **__):
     raise AssertionError("the tokenizer opened a socket")
 socket.socket = socket.create_connection = socket.getaddrinfo = refuse
-from engine import tokenizer
+from engine.tokens import tokenizer
 print(tokenizer.load("gpt2").encode("Hello, I'm a language model,").tolist())
 """
 

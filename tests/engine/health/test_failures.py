@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT
 
 from engine.config import PRESETS, batch_shape
+from engine.device import alloc_retries
 from engine.distributed import Ranks
 from engine.errors import BadInput
-from engine.memory import out_of_memory, retries, sentence
+from engine.health.failures import out_of_memory, out_of_memory_sentence
 
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 CUDA = Ranks(0, 0, 1, torch.device("cuda", 0))
@@ -32,14 +33,14 @@ def test_an_allocation_that_a_cpu_refuses_is_out_of_memory():
     with pytest.raises(RuntimeError) as info:
         torch.empty(10**15)
     assert out_of_memory(info.value)
-    assert "asking for 3725290.3 GiB more" in sentence(info.value, config(), 16, ONE)
+    assert "asking for 3725290.3 GiB more" in out_of_memory_sentence(info.value, config(), 16, ONE)
 
 
 def test_a_step_that_a_limit_on_the_process_stops_is_out_of_memory():
     program = """
 import resource, sys
 import torch
-from engine.memory import out_of_memory
+from engine.health.failures import out_of_memory
 from model.gpt2 import GPT2, GPT2Config
 model = GPT2(GPT2Config(1, 2, 32, 512, 257))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -77,7 +78,7 @@ def test_memory_is_told_from_other_errors(error, is_memory):
 
 def test_the_sentence_names_the_gpu_the_request_and_the_next_micro_batch(h200):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    assert sentence(error, config(), 16, CUDA) == (
+    assert out_of_memory_sentence(error, config(), 16, CUDA) == (
         "train: one step must fit into the memory of cuda:0, NVIDIA H200, 139.8 GiB, got out of memory at "
         "--micro-batch-size 16, asking for 2.00 GiB more; try --micro-batch-size 8 (the batch stays the same, in more "
         "micro-batches) or --recompute block"
@@ -85,7 +86,7 @@ def test_the_sentence_names_the_gpu_the_request_and_the_next_micro_batch(h200):
 
 
 def test_on_a_cpu_the_sentence_names_its_memory():
-    said = sentence(MemoryError(), config(recompute="block"), 2, ONE)
+    said = out_of_memory_sentence(MemoryError(), config(recompute="block"), 2, ONE)
     assert "the memory of this machine's CPU, " in said
     assert "GiB, got out of memory at --micro-batch-size 2; try --micro-batch-size 1 (" in said
     assert "--recompute" not in said
@@ -95,7 +96,9 @@ def test_on_a_cpu_the_sentence_names_its_memory():
 def test_the_micro_batch_that_it_advises_is_the_largest_that_runs(sequences, world_size, size):
     ranks = Ranks(0, 0, world_size, torch.device("cpu"))
     run = config(tokens_per_step=1024 * sequences, micro_batch_size=size)
-    advised = int(sentence(MemoryError(), run, size, ranks).split("try --micro-batch-size ")[1].split()[0])
+    advised = int(
+        out_of_memory_sentence(MemoryError(), run, size, ranks).split("try --micro-batch-size ")[1].split()[0]
+    )
     assert advised < size
     assert batch_shape(dataclasses.replace(run, micro_batch_size=advised), world_size)[0] == advised
     for between in range(advised + 1, size):
@@ -133,15 +136,15 @@ def test_the_micro_batch_that_it_advises_is_the_largest_that_runs(sequences, wor
     ids=["none", "attention", "block", "muon", "fsdp"],
 )
 def test_one_sequence_that_does_not_fit_gets_the_steps_that_are_left(h200, fields, advice):
-    said = sentence(MemoryError(), config(**fields), 1, CUDA)
+    said = out_of_memory_sentence(MemoryError(), config(**fields), 1, CUDA)
     assert said.split("; ")[1] == advice
 
 
 def test_a_cpu_is_not_told_to_get_more_gpus():
-    assert "GPU" not in sentence(MemoryError(), config(), 1, ONE)
+    assert "GPU" not in out_of_memory_sentence(MemoryError(), config(), 1, ONE)
 
 
 def test_retries_are_the_allocator_s(monkeypatch):
-    assert retries(torch.device("cpu")) is None
+    assert alloc_retries(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3})
-    assert retries(torch.device("cuda", 0)) == 3
+    assert alloc_retries(torch.device("cuda", 0)) == 3

@@ -8,9 +8,9 @@ import socket
 import pytest
 import transformers
 
-from engine import tokenizer as tokenizers
 from engine.errors import BadInput
-from engine.hf_tokenizer import byte_characters, save_pretrained
+from engine.run.export import byte_characters, save_tokenizer
+from engine.tokens import tokenizer as tokenizers
 
 TEXTS = [
     pytest.param("", id="empty"),
@@ -32,7 +32,7 @@ def both(request, tmp_path_factory):
     """(ours, transformers', directory)"""
     directory = tmp_path_factory.mktemp(request.param)
     ours = tokenizers.load(request.param)
-    save_pretrained(ours, directory, model_max_length=96)
+    save_tokenizer(ours, directory, model_max_length=96)
     with pytest.MonkeyPatch.context() as patch:
 
         def refuse(*args, **kwargs):
@@ -82,7 +82,7 @@ def test_it_opens_beside_a_model(both, tmp_path):
 
     ours, _, _ = both
     GPT2(GPT2Config(1, 1, 8, n_positions=96, vocab_size=ours.vocab_size)).save_pretrained(tmp_path)
-    save_pretrained(ours, tmp_path, model_max_length=96)
+    save_tokenizer(ours, tmp_path, model_max_length=96)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs("it's  é")["input_ids"] == ours.encode("it's  é").tolist()
 
@@ -124,4 +124,4 @@ def test_the_directory_holds_the_four_files_only(both):
 def test_saving_where_a_file_is_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInput, match="must be a directory that can be written"):
-        save_pretrained(tokenizers.load("bytes"), tmp_path / "file", model_max_length=8)
+        save_tokenizer(tokenizers.load("bytes"), tmp_path / "file", model_max_length=8)

@@ -13,20 +13,26 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL
 
-from engine import config, watch
+from engine import config
 from engine.distributed import Ranks
 from engine.errors import LOST, BadInput, Diverged, Lost
-from engine.watch import HEARTBEAT, Watch, account, is_lost_peer, write_heartbeat
+from engine.health import heartbeat as module
+from engine.health.failures import is_lost_peer
+from engine.health.heartbeat import HEARTBEAT, Heartbeat, account, write_heartbeat
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def watch_of(out: Path, rank: int = 0, world_size: int = 1, start: int = 3, timeout_minutes: float = 10.0) -> Watch:
+def heartbeat_of(
+    out: Path, rank: int = 0, world_size: int = 1, start: int = 3, timeout_minutes: float = 10.0
+) -> Heartbeat:
     flags = ["--out", str(out), "--num-steps", "50", "--timeout-minutes", str(timeout_minutes)]
-    return Watch(config.parse([*SMALL, *flags], "test"), Ranks(rank, rank, world_size, torch.device("cpu")), start, 4)
+    return Heartbeat(
+        config.parse([*SMALL, *flags], "test"), Ranks(rank, rank, world_size, torch.device("cpu")), start, 4
+    )
 
 
-def heartbeat(out: Path) -> dict:
+def beat(out: Path) -> dict:
     return json.loads((out / HEARTBEAT).read_text())
 
 
@@ -53,7 +59,7 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
 
     def read():
         while not is_over.is_set():
-            seen.append(len(heartbeat(tmp_path)["reason"]))
+            seen.append(len(beat(tmp_path)["reason"]))
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -69,23 +75,23 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
 
 @pytest.mark.parametrize("ends", [("done", ""), ("stopped", "a signal"), ("stopped", "--max-minutes")])
 def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkeypatch, ends):
-    monkeypatch.setattr(watch, "EVERY", 0.01)
+    monkeypatch.setattr(module, "EVERY", 0.01)
     began = time.time()
-    with watch_of(tmp_path) as alive:
+    with heartbeat_of(tmp_path) as heartbeat:
         wait_for((tmp_path / HEARTBEAT).exists)
-        first = heartbeat(tmp_path)
+        first = beat(tmp_path)
         assert began <= first["time"] <= time.time()
         assert first == {"step": 3, "num_steps": 50, "time": first["time"], "state": "running", "reason": ""}
-        alive.at(7, "update")
-        wait_for(lambda: heartbeat(tmp_path)["step"] == 7)
-        moved = heartbeat(tmp_path)
+        heartbeat.at(7, "update")
+        wait_for(lambda: beat(tmp_path)["step"] == 7)
+        moved = beat(tmp_path)
         assert moved["time"] > first["time"]
         time.sleep(0.05)
-        assert heartbeat(tmp_path) == moved  # the time is that of progress, not of the file
-        alive.ends = ends
-    assert heartbeat(tmp_path) == {**moved, "state": ends[0], "reason": ends[1]}
+        assert beat(tmp_path) == moved  # the time is that of progress, not of the file
+        heartbeat.ends = ends
+    assert beat(tmp_path) == {**moved, "state": ends[0], "reason": ends[1]}
     time.sleep(0.05)
-    assert heartbeat(tmp_path)["state"] == ends[0]  # and no thread writes another
+    assert beat(tmp_path)["state"] == ends[0]  # and no thread writes another
 
 
 @pytest.mark.parametrize(
@@ -99,34 +105,34 @@ def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkey
     ids=lambda value: type(value).__name__,
 )
 def test_a_run_that_fails_leaves_its_reason_and_its_own_error(tmp_path, error, reason):
-    alive = watch_of(tmp_path)
-    alive.at(9, "saving")
-    with pytest.raises(type(error)) as raised, alive:
+    heartbeat = heartbeat_of(tmp_path)
+    heartbeat.at(9, "checkpoint")
+    with pytest.raises(type(error)) as raised, heartbeat:
         raise error
     assert raised.value is error
-    found = heartbeat(tmp_path)
+    found = beat(tmp_path)
     assert (found["state"], found["reason"], found["step"]) == ("failed", reason, 9)
 
 
 def test_a_run_that_leaves_the_loop_in_an_unknown_way_has_failed(tmp_path):
-    with watch_of(tmp_path):
+    with heartbeat_of(tmp_path):
         pass
-    assert heartbeat(tmp_path)["state"] == "failed"
+    assert beat(tmp_path)["state"] == "failed"
 
 
 def test_rank_0_alone_writes_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "EVERY", 0.01)
-    with watch_of(tmp_path, rank=1):
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    with heartbeat_of(tmp_path, rank=1):
         time.sleep(0.05)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_takes_no_heartbeat_ends_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "EVERY", 0.01)
-    with watch_of(tmp_path / "missing") as alive:
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    with heartbeat_of(tmp_path / "missing") as heartbeat:
         time.sleep(0.05)
-        assert alive._thread.is_alive()
-        alive.ends = ("done", "")
+        assert heartbeat._thread.is_alive()
+        heartbeat.ends = ("done", "")
 
 
 # ---- Who is behind ------------------------------------------------------------------------------------------------
@@ -141,8 +147,8 @@ ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
         pytest.param(0, ALIKE, "no other rank is behind", id="alike"),
         pytest.param(
             0,
-            ALIKE | {1: (4, "saving", 99.0)},
-            "rank 1 was at step 4 (saving) and last heard of 1 s ago",
+            ALIKE | {1: (4, "checkpoint", 99.0)},
+            "rank 1 was at step 4 (checkpoint) and last heard of 1 s ago",
             id="a step behind",
         ),
         pytest.param(
@@ -180,10 +186,10 @@ def test_those_are_named_who_are_behind_or_silent(rank, places, said):
 
 
 def test_ranks_tell_each_other_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "EVERY", 0.01)
+    monkeypatch.setattr(module, "EVERY", 0.01)
     store = dist.HashStore()
     monkeypatch.setattr(Ranks, "connect_store", lambda self: store)
-    with watch_of(tmp_path, 0, 2) as first, watch_of(tmp_path, 1, 2) as second:
+    with heartbeat_of(tmp_path, 0, 2) as first, heartbeat_of(tmp_path, 1, 2) as second:
         first.at(7, "update")
         second.at(5, "evaluation")
         wait_for(lambda: "step 5 (evaluation)" in first.account() and "step 7 (update)" in second.account())
@@ -202,14 +208,14 @@ import sys, time
 import torch
 from engine import config
 from engine.distributed import Ranks
-from engine.watch import Watch
+from engine.health.heartbeat import Heartbeat
 def stuck_in_my_own_function():
     time.sleep(60)
 flags = config.parse(sys.argv[1:], "test")
-alive = Watch(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
-alive.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two, with no store to ask for the other
-with alive:
-    alive.at(17, "evaluation")
+heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
+heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two, with no store to ask for the other
+with heartbeat:
+    heartbeat.at(17, "evaluation")
     stuck_in_my_own_function()
 """
 
@@ -226,29 +232,29 @@ def test_a_hang_ends_the_process_with_step_phase_and_stacks(tmp_path):
     stacks = tmp_path / "hang_rank0.txt"
     assert str(stacks) in done.stderr
     assert "in stuck_in_my_own_function" in stacks.read_text()
-    found = heartbeat(tmp_path)
+    found = beat(tmp_path)
     assert (found["state"], found["reason"], found["step"]) == ("failed", "hang", 17)
 
 
 def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "EVERY", 0.01)
+    monkeypatch.setattr(module, "EVERY", 0.01)
     left = []
-    monkeypatch.setattr(Watch, "_leave", lambda self, waited: left.append(waited))
-    one = watch_of(tmp_path, timeout_minutes=0.005)  # 0.3 s
+    monkeypatch.setattr(Heartbeat, "_leave", lambda self, waited: left.append(waited))
+    one = heartbeat_of(tmp_path, timeout_minutes=0.005)  # 0.3 s
     with one:
         time.sleep(0.6)
         one.ends = ("done", "")
     assert left == []  # a process alone takes its time
-    alive = watch_of(tmp_path, timeout_minutes=0.005)
-    alive.ranks = Ranks(0, 0, 2, torch.device("cpu"))
-    with alive:
+    heartbeat = heartbeat_of(tmp_path, timeout_minutes=0.005)
+    heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))
+    with heartbeat:
         for step in range(20):
-            alive.at(step, "update")
+            heartbeat.at(step, "update")
             time.sleep(0.05)
         assert left == []
         wait_for(lambda: left)
         assert 0.3 < left[0] < 1
-        alive.ends = ("done", "")
+        heartbeat.ends = ("done", "")
 
 
 # ---- What errors mean ---------------------------------------------------------------------------------------------
@@ -324,26 +330,26 @@ def test_only_a_collective_s_errors_mean_a_lost_peer(error, is_lost):
 
 
 def test_a_lost_peer_becomes_a_sentence_with_step_and_hint(tmp_path):
-    alive = watch_of(tmp_path, timeout_minutes=0.5)
-    alive.at(12, "update")
-    with pytest.raises(Lost) as raised, alive:
+    heartbeat = heartbeat_of(tmp_path, timeout_minutes=0.5)
+    heartbeat.at(12, "update")
+    with pytest.raises(Lost) as raised, heartbeat:
         raise RuntimeError(f"{GLOO}\nException raised from here\n  frame #0")
     said = str(raised.value)
     got = "Read error [10.0.0.2]:4711: Connection reset by peer"
     assert f"within the 0.5 min of --timeout-minutes, got {got} at rank 0 at step 12 (update): no other rank" in said
     assert "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in said
     assert "\n" not in said
-    assert heartbeat(tmp_path)["state"] == "failed"
+    assert beat(tmp_path)["state"] == "failed"
 
 
 @pytest.mark.parametrize("failing", [lambda: torch.empty(10**15), lambda: bytearray(1 << 60)], ids=["torch", "python"])
 def test_memory_that_ran_out_becomes_bad_input_with_the_flag(tmp_path, failing):
     wanted = r"one step must fit .*; try --micro-batch-size 2 .*or --recompute block$"
-    with pytest.raises(BadInput, match=wanted), watch_of(tmp_path):
+    with pytest.raises(BadInput, match=wanted), heartbeat_of(tmp_path):
         failing()
-    assert heartbeat(tmp_path)["state"] == "failed"
+    assert beat(tmp_path)["state"] == "failed"
 
 
 def test_an_ordinary_error_stays_what_it_is(tmp_path):
-    with pytest.raises(RuntimeError, match="must match the size"), watch_of(tmp_path):
+    with pytest.raises(RuntimeError, match="must match the size"), heartbeat_of(tmp_path):
         torch.ones(3) + torch.ones(4)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels import configs
+from kernels import tiles
 from kernels.aot import SHARED_LIMIT
-from kernels.configs import FIELDS, TABLE, lookup
+from kernels.tiles import FIELDS, TABLE, lookup
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def three(monkeypatch) -> None:
     monkeypatch.setitem(
         TABLE, "three", {"sm_90": {64: (128, 8), 128: (64, 4), 256: (32, 2)}, "default": {256: (16, 1)}}
     )
-    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(tiles, "_tuned", {})
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_attention_has_a_row_for_every_architecture_that_is_promised(name):
 
 
 def test_architecture_is_the_devices_own(monkeypatch):
-    monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert configs.architecture(torch.device("cuda", 0)) == "sm_86"
-    monkeypatch.setattr(configs, "INTERPRETED", True)
-    assert configs.architecture(CPU) == "default"
+    assert tiles.architecture(torch.device("cuda", 0)) == "sm_86"
+    monkeypatch.setattr(tiles, "INTERPRETED", True)
+    assert tiles.architecture(CPU) == "default"
 
 
 # ---- Tuning: start(**config) stands for a launch, and a table of made-up times for the GPU ------------------------
@@ -77,7 +77,7 @@ def tune(times: dict[tuple, float], shipped=(128, 8)) -> tuple[dict, list]:
         return times.get(tried[-1], 9.0)
 
     shipped = dict(zip(("BLOCK", "num_warps"), shipped, strict=True))
-    return configs._tune("three", "sm_90", 64, shipped, start, time_ms), tried
+    return tiles._tune("three", "sm_90", 64, shipped, start, time_ms), tried
 
 
 def test_tuning_takes_the_fastest_neighbour_and_prints_the_tables_line(three, capsys):
@@ -97,7 +97,7 @@ def test_a_neighbour_that_cannot_run_is_left_out_and_the_shipped_one_must(three,
     best, _ = tune({(128, 8): 2.0, (256, 8): None})
     assert best == {"BLOCK": 128, "num_warps": 8}
     assert "(256, 8) left out, RuntimeError" in capsys.readouterr().err
-    configs._tuned.clear()
+    tiles._tuned.clear()
     with pytest.raises(RuntimeError, match="out of resource"):
         tune({(128, 8): None})
 
@@ -109,19 +109,19 @@ def test_tuning_never_leaves_what_can_be_launched(three):
 
 def test_without_the_variable_nothing_is_timed(three, monkeypatch):
     monkeypatch.delenv("GPT2_AUTOTUNE", raising=False)
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(configs, "_tune", lambda *args: pytest.fail("tuned"))
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "_tune", lambda *args: pytest.fail("tuned"))
     started = []
-    configs.with_config("three", 64, torch.device("cuda"), lambda **config: started.append(config))
+    tiles.with_config("three", 64, torch.device("cuda"), lambda **config: started.append(config))
     assert started == [{"BLOCK": 128, "num_warps": 8}]
 
 
 def test_with_the_variable_all_but_in_place_kernels_are_tuned(three, monkeypatch):
     monkeypatch.setenv("GPT2_AUTOTUNE", "1")
-    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(configs, "_tune", lambda *args: {"BLOCK": 1, "num_warps": 1})
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "_tune", lambda *args: {"BLOCK": 1, "num_warps": 1})
     started = []
     for in_place in (False, True):
-        configs.with_config("three", 64, torch.device("cuda"), lambda **c: started.append(c), in_place=in_place)
-    configs.with_config("three", 64, CPU, lambda **c: started.append(c))
+        tiles.with_config("three", 64, torch.device("cuda"), lambda **c: started.append(c), in_place=in_place)
+    tiles.with_config("three", 64, CPU, lambda **c: started.append(c))
     assert [config["BLOCK"] for config in started] == [1, 128, 128]
