@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -281,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         processes, model = read(args)
         rows = compare(processes, model, args)
-    except (BadInput, torch.multiprocessing.ProcessException) as error:
+    except (BadInput, ProcessException) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT if isinstance(error, BadInput) else FAILED
     except KeyboardInterrupt:

@@ -9,15 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from conftest import ROOT
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench.communication import communication, num_buckets, parameter_shapes
+from bench.communication import communication, num_buckets
 from engine import distributed
-from engine.config import TrainConfig
 from engine.distributed import Ranks
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
@@ -77,10 +75,11 @@ LARGE_VOCABULARY = GPT2Config(1, 2, 64, n_positions=33, vocab_size=5000)  # its 
 def test_a_step_sends_the_bytes_that_communication_counts(
     four_ranks, config, parallel, reshard, precision, micro_batches
 ):
-    train = TrainConfig(model=config, parallel=parallel, reshard=reshard, shard_size=2)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     raw_model = GPT2(config)
-    model = distributed.wrap(raw_model, four_ranks, train, False, dtype)
+    model = distributed.wrap(
+        raw_model, four_ranks, parallel=parallel, shard_size=2, reshard=reshard, compute_dtype=dtype
+    )
     raw_model.configure("torch", dtype)
     seen = Collectives()
 
@@ -114,7 +113,7 @@ def test_a_step_sends_the_bytes_that_communication_counts(
 
 def test_shards_tell_each_other_of_an_overflow(four_ranks, monkeypatch):
     raw_model = GPT2(SMALL)
-    distributed.wrap(raw_model, four_ranks, TrainConfig(model=SMALL, parallel="fsdp"), False, torch.float16)
+    distributed.wrap(raw_model, four_ranks, parallel="fsdp", compute_dtype=torch.float16)
     for p in raw_model.parameters():
         p.grad = torch.ones_like(p)
     sent, all_reduce = [], functional_collectives.all_reduce
@@ -136,11 +135,6 @@ def test_wire_bytes_are_those_of_a_ring():
     assert gathered.wire_bytes == 7 / 8 * gathered.payload_bytes
     assert summed.wire_bytes == 2 * 7 / 8 * 12
     assert communication(PRESETS["gpt2"], 1) == []
-
-
-def test_parameter_shapes_are_the_models():
-    with FakeTensorMode():
-        assert parameter_shapes(SMALL) == {name: tuple(p.shape) for name, p in GPT2(SMALL).named_parameters()}
 
 
 def test_a_bucket_is_full_once_it_has_reached_its_size():

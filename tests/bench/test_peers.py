@@ -1,6 +1,6 @@
-"""bench.peers: who may be timed, what a ratio is, and that its contestants are the same model."""
+"""bench.peers: who may be timed, what a ratio is, and that its peers are the same model."""
 
-import json
+import math
 import sys
 
 import pytest
@@ -10,84 +10,110 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench import contestants, machine, peers
-from bench.contestants import TrainingStep, initial_weights
+from bench import goals, peers, steps
+from bench.peers import Comparison, Peer, Trial
+from bench.processes import Failed
+from bench.results import exact
+from engine import optim
+from engine.config import OptimConfig
 from model.gpt2 import GPT2Config
 
-CASE = (1, 64, 8, 1)
-CHILD = """
-import json, sys
-from math import nan
-answers = {answers!r}
-for request in sys.stdin:
-    answer = answers[request.strip()]
-    if isinstance(answer, str):
-        sys.exit(answer)
-    print(json.dumps(answer.pop(0) if isinstance(answer, list) else answer), flush=True)
-"""
+TRIAL = Trial.of((1, 64, 8, 4), "fp32", on_gpu=False)
+CONFIG = GPT2Config(2, 2, 32, n_positions=16, vocab_size=61)
+
+
+class Actor:
+    """In place of a Worker: answers what it is given for who it plays."""
+
+    def __init__(self, parts: dict[str, tuple]):
+        self.parts, self.who, self.batch = parts, None, 0
+
+    def ask(self, do: str, limit_s: float, **what):
+        if do == "build":
+            self.who, self.batch = what["setup"]["who"], what["batch"]
+            self.seconds = iter(self.parts.get(self.who, (10.0, []))[1] * 9)
+            return None
+        loss, fits = self.parts.get(self.who, (10.0, []))[0], self.parts.get("fits", 99)
+        if do == "losses":
+            is_truth = self.batch == peers.TRUTH_SEQUENCES and self.who == "reference"
+            if isinstance(loss, str) and not is_truth:
+                raise Failed(loss)
+            return [11.0, 10.0 if is_truth else loss]
+        if do == "warm_up":
+            if self.batch > fits:
+                raise Failed("CUDA out of memory", out_of_memory=True)
+            return {"step": 1000, "peak": 2000}
+        return 1e12 if do == "ceiling_sample" else next(self.seconds)
+
+    def stop(self) -> None:
+        pass
 
 
 @pytest.fixture
 def play(monkeypatch):
-    """Measures a field whose processes answer what they are given: {who: (loss or what it dies of, seconds)}."""
+    """Compares {who: (last loss or what it fails of, seconds)}, for as many rounds as there are seconds."""
 
-    def measure(parts: dict[str, tuple], rounds: int = 3) -> dict[str, dict]:
-        def command(contestant, case, precision):
-            loss, seconds = ("", [1.0]) if contestant.who == "ceiling" else parts[contestant.who]
-            prepared = {"loss_50": loss, "step_bytes": 1000} if isinstance(loss, float) else loss
-            times = [{"seconds": s} for s in seconds * rounds * 2]
-            return [sys.executable, "-c", CHILD.format(answers={"prepare": prepared, "time": times})]
+    def compare(parts: dict, trial: Trial = TRIAL) -> dict:
+        field = [Peer(who, "eager", True) for who in parts if who != "fits"]
+        rounds = len(next(iter(parts.values()))[1])
+        monkeypatch.setattr(peers, "Worker", lambda: Actor(parts))
+        rows = Comparison(lambda: lambda done: done < rounds, say=lambda line: None).run(trial, field)
+        return {row.peer.split()[0]: row for row in rows}
 
-        monkeypatch.setattr(peers.Contestant, "command", command)
-        monkeypatch.setattr(peers, "CONTESTANTS", tuple((who, False, True) for who in parts))
-        return {row["contestant"]: row for row in peers.measure(CASE, "fp32", rounds, lambda line: None)}
-
-    return measure
+    return compare
 
 
 def test_ratios_are_taken_within_a_round(play):
     rows = play({"ours": (10.0, [1.0, 2.0, 4.0]), "reference": (10.0, [2.0, 4.0, 8.0])})
-    assert rows["reference"]["times_ours"] == {"median": 2.0, "min": 2.0, "max": 2.0}
-    assert rows["ours"]["step_ms"] == {"median": 2000.0, "min": 1000.0, "max": 4000.0}
-    assert "times_ours" not in rows["ours"]
+    assert rows["reference"].figures["time / ours"][:4] == (2.0, "x", 2.0, 2.0)
+    assert rows["ours"].figures["speed"][:4] == (2.0, "x", 2.0, 2.0)
+    assert rows["ours"].figures["step"][:2] == (2.0, "s")
+    assert rows["ours"].value("tokens") == 4 * 8 / 2.0
+    assert "time / ours" not in rows["ours"].figures
 
 
 def test_who_does_not_agree_is_not_timed(play):
-    rows = play({"ours": (10.0, [1.0]), "reference": (10.01, [1.0]), "transformers": (float("nan"), [1.0])})
-    for who in ("reference", "transformers"):
-        assert rows[who]["status"] == "failed"
-        assert "must be ours, 10.00000" in rows[who]["reason"]
-        assert "step_ms" not in rows[who]
+    rows = play({"ours": (10.0, [1.0]), "reference": (10.01, [1.0]), "transformers": (math.nan, [1.0])})
+    for who, by in (("reference", "1.0e-03"), ("transformers", "nan")):
+        assert rows[who].status == "failed"
+        assert rows[who].reason == f"its losses must be the reference's to 1e-04, they differ by up to {by}"
+        assert "step" not in rows[who].figures
+    assert rows["ours"].status == "measured"
 
 
-def test_who_dies_is_named_and_the_others_go_on(play):
-    rows = play({"ours": (10.0, [1.0]), "reference": ("out of memory", [1.0]), "transformers": (10.0, [3.0])})
-    assert rows["reference"]["status"] == "failed"
-    assert rows["reference"]["reason"] == "the process ended with 1: out of memory"
-    assert rows["transformers"]["times_ours"]["median"] == 3.0
-    assert "| reference eager, memory kept | failed: the process ended" in peers.table(list(rows.values()))
+def test_ours_is_held_against_the_reference_too(play):
+    assert play({"ours": (10.1, [1.0]), "reference": (10.0, [1.0])})["ours"].status == "failed"
+
+
+def test_who_fails_is_named_and_the_others_go_on(play):
+    rows = play(
+        {"ours": (10.0, [1.0]), "reference": ("the process ended with 1", [1.0]), "transformers": (10.0, [3.0])}
+    )
+    assert (rows["reference"].status, rows["reference"].reason) == ("failed", "the process ended with 1")
+    assert rows["transformers"].value("time / ours") == 3.0
+    assert "failed: the process ended with 1" in peers.table([*rows.values()])
+
+
+def test_what_runs_out_of_memory_is_tried_at_a_smaller_batch_and_says_so(play):
+    choices = ((4, "none"), (4, "block"), (2, "none"))
+    trial = Trial.of((1, 64, 8, 4), "fp32", on_gpu=True, choices=choices)
+    row = play({"ours": (10.0, [1.0]), "fits": 2}, trial)["ours"]
+    assert (row.status, row.facts["batch"]) == ("measured", 2)
+    assert row.note == "out of memory at B = 4; out of memory at B = 4, recompute block"
+    assert row.value("tokens") == 2 * 8
+    row = play({"ours": (10.0, [1.0]), "fits": 1}, trial)["ours"]
+    assert row.status == "failed"
+    assert row.reason.endswith("CUDA out of memory")
 
 
 def test_goals_are_judged_by_the_fastest_and_the_leanest_peer(play):
     rows = play({"ours": (10.0, [1.0]), "reference": (10.0, [3.0]), "transformers": (10.0, [0.5])})
     for who, size in (("ours", 500), ("reference", 1000), ("transformers", 2000)):
-        rows[who]["step_bytes"] = size
-    (said,) = peers.verdicts(list(rows.values()))
-    speed, ceiling, memory = said.split("; ")
-    assert speed == (
-        "ours eager, memory kept: 0.50x the speed of the fastest peer (0.50 to 0.50), the goal is 1.0: not met"
-    )
+        rows[who].figures["step memory"] = exact(size, "B")
+    speed, ceiling, memory = map(str, goals.cpu_goals([*rows.values()]))
+    assert speed == "ours eager, malloc tuned, speed against the fastest peer: 0.500x, the goal is at least 1x: not met"
     assert ceiling.endswith("not met")
-    assert memory == "0.50 of the leanest peer's memory, the goal is 0.5: met"
-
-
-def test_saving_replaces_the_same_case_and_keeps_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
-    for case, ms in (("a", 1), ("b", 2), ("a", 3)):
-        peers.save({"commit": "c", "command": f"{case} {ms}"}, [{"case": case, "precision": "fp32", "step_ms": ms}])
-    stored = json.loads((tmp_path / machine.slug() / "peers.json").read_text())
-    assert {row["case"]: row["step_ms"] for row in stored["rows"]} == {"a": 3, "b": 2}
-    assert {row["command"] for row in stored["rows"]} == {"a 3", "b 2"}  # each row's own
+    assert memory.endswith("against the leanest peer: 0.500x, the goal is at most 0.500x: met")
 
 
 @pytest.mark.parametrize("text", ["1,64,8", "1,64,8,0", "1,65,8,1", "a,b,c,d", ""])
@@ -98,17 +124,19 @@ def test_a_bad_case_is_a_sentence(text, capsys):
     assert "must be L,C,T,B, with C a multiple of 64" in capsys.readouterr().err
 
 
-def losses(who: str, precision: str = "fp32") -> list[float]:
-    config = GPT2Config(2, 2, 32, n_positions=16, vocab_size=61)
-    step = TrainingStep(who, config, initial_weights(config), "cpu", is_compiled=False, precision=precision)
-    torch.manual_seed(1)
-    batches = torch.randint(61, (10, 4, 17))
-    return [step(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()).item() for rows in batches]
+def losses(who: str, precision: str = "fp32", parts: int = 1) -> list[float]:
+    """Of ten updates; each batch in so many micro-batches."""
+    setup = steps.Setup(who, precision=precision)
+    step = steps.build(setup, CONFIG, steps.initial_weights(CONFIG), torch.device("cpu"))
+    batches = torch.randint(61, (10, 4, 17), generator=torch.Generator().manual_seed(1))
+    split = [[(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in b.chunk(parts)] for b in batches]
+    return [step(micro_batches).item() for micro_batches in split]
 
 
 @pytest.mark.parametrize("who", ["reference", "transformers"])
-def test_contestants_learn_the_same_from_the_same_weights(who):
+def test_peers_learn_the_same_from_the_same_weights(who):
     assert losses(who) == pytest.approx(losses("ours"), rel=2e-6)
+    assert losses(who, parts=2) == pytest.approx(losses("ours", parts=4), rel=2e-6)
 
 
 def test_under_autocast_a_peer_is_as_close_as_bfloat16_allows():
@@ -124,10 +152,9 @@ def test_another_model_would_not_agree(monkeypatch):
     assert losses("reference") != pytest.approx(losses("ours"), rel=2e-6)
 
 
-def test_every_contestant_has_an_optimizer_over_every_weight():
+def test_every_peer_has_an_optimizer_over_every_weight():
     config = GPT2Config(1, 1, 16, n_positions=8, vocab_size=13)
     for who in ("ours", "reference", "transformers"):
-        model = contestants.build(who, config, initial_weights(config))
-        groups = contestants.adamw(model).param_groups
-        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) == 16, who
-        assert [len(group["params"]) for group in groups] == [6, 10], who
+        model = steps.build_model(who, config, steps.initial_weights(config))
+        optimizer = optim.build(model, OptimConfig()) if who == "ours" else steps.adamw(model)
+        assert [len(group["params"]) for group in optimizer.param_groups] == [6, 10], who

@@ -1,4 +1,4 @@
-"""README's tables come from bench/results, and say so where there is nothing."""
+"""The tables of README.md and docs/ come from bench/results, and say so where there is nothing."""
 
 import json
 import sys
@@ -8,85 +8,131 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench import machine, report
+from bench import machine, report, results
+from bench.results import Figure, Row, exact
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
+def write(tmp_path, monkeypatch):
     """Writes a result file of a machine."""
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
 
-    def write(directory: str, name: str, content: dict) -> None:
-        (tmp_path / directory).mkdir(exist_ok=True)
-        (tmp_path / directory / name).write_text(json.dumps(content))
+    def write(name: str, facts: dict, rows: list[Row]) -> None:
+        results.write(tmp_path / "results" / "here" / name, results.dumps(facts, rows))
 
     return write
 
 
-def test_readme_holds_what_the_results_give():
+@pytest.fixture
+def root(tmp_path, write):
+    """A repository whose README has every table but one, which is in docs."""
+    (tmp_path / "docs").mkdir()
+    names = [*report.TABLES]
+    (tmp_path / "README.md").write_text("before\n" + "".join(map(region, names[:-1])) + "after\n")
+    (tmp_path / "docs" / "benchmarks.md").write_text(region(names[-1]))
+    return tmp_path
+
+
+def region(name: str, content: str = "old") -> str:
+    return f"<!-- bench:{name} -->\n{content}\n<!-- /bench -->\n"
+
+
+def test_every_table_has_its_place_and_holds_what_the_results_give():
     assert report.main(["--check"]) == 0
-    regions = report.REGION.finditer(report.README.read_text())
-    assert [region[2] for region in regions] == list(report.TABLES)  # each table has its place
 
 
-def test_nothing_measured_is_said(results):
-    assert report.cpu() == report.scaling() == "not yet measured"
-    first = report.gpu().splitlines()[2]
-    assert first.startswith("| **this engine**, bf16 | H200 | not yet measured | not yet measured |")
-
-
-def test_a_measured_step_takes_the_place_of_the_promise(results):
-    step = {"section": "step", "op": "gpt2 bf16", "precision": "bf16", "batch": 64, "status": "measured"}
-    rows = [
-        step | {"contestant": "triton compiled", "tokens_per_s": 123456.7, "mfu": 0.456},
-        step | {"contestant": "reference compiled", "tokens_per_s": 1000.0, "mfu": None},
-        step | {"contestant": "transformers compiled", "status": "failed", "reason": "x"},
+def test_nothing_measured_is_said(write):
+    assert (
+        report.cpu() == report.peers() == report.scaling() == report.suites() == report.roofline() == "not yet measured"
+    )
+    table = report.gpu().splitlines()
+    assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
+        *("**this engine**, bf16", "H200", "not yet measured", "not yet measured")
     ]
-    results("nvidia-h200", "gpu.json", {"machine": {"gpu": "NVIDIA H200"}, "rows": rows})
+    assert any("8 x H100" in line and "468,000" in line and "40.5%" in line for line in table)
+
+
+def test_a_measured_step_takes_the_place_of_the_promise(write):
+    def row(peer: str, tokens: float, **figures) -> Row:
+        found = {"tokens": exact(tokens, "tokens/s")} | figures
+        return Row("step", "gpt2 B=64 bf16", peer, facts={"precision": "bf16", "batch": 64}, figures=found)
+
+    rows = [row("ours compiled", 123456.7, mfu=exact(0.456, "%")), row("reference compiled", 1000.0)]
+    rows += [Row("step", "gpt2 B=64 bf16", "transformers compiled", "failed", "x")]
+    write("gpu.json", {"gpu": "NVIDIA H200"}, rows)
     table = report.gpu()
     assert "not yet measured" not in table
-    assert "| **this engine** on Triton, bf16, compiled, B = 64 | NVIDIA H200 | 123,457 | 45.6% |" in table
-    assert "| plain PyTorch, bf16, compiled, B = 64 | NVIDIA H200 | 1,000 |  |" in table
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()[2:4]]
+    assert cells[0] == ["**this engine**, bf16, compiled, B = 64", "NVIDIA H200", "123,457", "45.6%"]
+    assert cells[1] == ["plain PyTorch, bf16, compiled, B = 64", "NVIDIA H200", "1,000", ""]
     assert "`transformers`" not in table
 
 
-def test_a_cpu_case_is_held_against_its_fastest_and_its_leanest_peer(results):
-    def row(who, mode, ms, size, ratio=None):
-        spread = {"median": ms, "min": ms, "max": ms}
-        found = {"case": "L=4", "precision": "fp32", "contestant": who, "mode": mode, "memory": "kept"}
-        found |= {"status": "measured", "step_ms": spread, "step_bytes": size, "share_of_ceiling": 0.75}
-        return found | {"speed": {"median": ratio, "min": 1.0, "max": 9.0}}
+def test_a_cpu_case_is_held_against_its_fastest_and_its_leanest_peer(write):
+    def row(peer: str, ms: float, size: float, speed: float | None = None, case: str = report.GOAL_CASE) -> Row:
+        figures = {"step": exact(ms / 1e3, "s"), "step memory": exact(size, "B"), "of ceiling": exact(0.75, "%")}
+        figures |= {"speed": Figure(speed, "x", 1.0, 9.0, 5)} if speed else {}
+        return Row("step", case, peer, facts={"precision": "fp32"}, figures=figures)
 
     rows = [
-        row("ours", "eager", 100, 3e6, 1.8),
-        row("ours", "compiled", 90, 4e6, 2.0),
-        row("reference", "eager", 300, 9e6),
-        row("transformers", "compiled", 180, 20e6),
-        row("ours", "eager", 100, 2e6, 1.8) | {"memory": "as it comes"},
-        row("reference", "compiled", 400, 9e6) | {"memory": "as it comes"},
-        {"case": "L=4", "precision": "fp32", "contestant": "reference", "status": "failed"},
+        row("ours eager, malloc tuned", 100, 3e6, 1.8),
+        row("ours compiled, malloc tuned", 90, 4e6, 2.0),
+        row("reference eager, malloc tuned", 300, 9e6),
+        row("transformers compiled, malloc tuned", 180, 20e6),
+        row("ours eager", 100, 2e6, 1.8),
+        row("reference compiled", 400, 9e6),
+        Row("step", report.GOAL_CASE, "reference eager", "failed"),
+        row("ours eager", 100, 2e6, 1.8, case="another"),
+        row("reference compiled", 400, 9e6, case="another"),
     ]
-    facts = {"machine": "one core", "torch": "t", "transformers": "f"}
-    results("here", "peers.json", {"facts": facts, "rows": rows})
-    line = report.cpu().splitlines()[2]
-    assert "all without memory kept | 100 | 400 (plain PyTorch compiled) | 4.00x | 75% | 2 / 9 |" in report.cpu()
-    assert line == (
-        "| L=4, fp32 | 90 | 180 (`transformers` compiled, memory kept) | **2.00x** (1.00 to 9.00) | 75% | 4 / 9 |"
+    write("peers.json", {"machine": "one core", "torch": "t", "transformers": "f"}, rows)
+    tuned, plain = ([cell.strip() for cell in line.split("|")[1:-1]] for line in report.cpu().splitlines()[2:4])
+    assert tuned[1:] == [
+        *("90 ms", "180 ms (`transformers` compiled, malloc tuned)", "**2x (1x to 9x)**", "75.0%", "4 MB / 9 MB")
+    ]
+    assert plain[1:] == ["100 ms", "400 ms (plain PyTorch compiled)", "4x", "75.0%", "2 MB / 9 MB"]
+    assert "another" not in report.cpu()
+    assert "another, malloc as it comes" in report.peers()
+
+
+def test_a_suite_s_case_has_a_line(tmp_path, write):
+    stats = {"median": 0.002, "q1": 0.001, "q3": 0.003, "rounds": 7}
+    info = {"throughput": exact(5e9, "B/s")._asdict(), "note": "n"}
+    case = {
+        "fullname": "bench/suites/bench_ops.py::test_op[x]",
+        "name": "test_op[x]",
+        "stats": stats,
+        "extra_info": info,
+    }
+    facts = {"machine": "m", "torch": "t", "command": "python -m pytest bench"}
+    write("other.json", {}, [])
+    (tmp_path / "results" / "here" / "bench.json").write_text(json.dumps({"machine_info": facts, "benchmarks": [case]}))
+    line = report.suites().splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["ops: op[x]", "2 ms (1 to 3 ms)", "5 GB/s", "n"]
+
+
+def test_only_what_is_between_the_markers_changes_in_whatever_file(root, capsys):
+    assert report.main(["--check"], root) == 1
+    assert "README.md must hold what bench/results gives; run python -m bench.report" in capsys.readouterr().err
+    assert report.main([], root) == 0
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert region("cpu", "not yet measured") in readme
+    assert region([*report.TABLES][-1], "not yet measured") == (root / "docs" / "benchmarks.md").read_text()
+    assert report.main(["--check"], root) == 0
+
+
+def test_a_table_without_a_place_is_a_sentence(root, capsys):
+    (root / "docs" / "benchmarks.md").unlink()
+    report.main([], root)
+    assert report.main(["--check"], root) == 1
+    assert (
+        f"every table must stand in README.md or docs/*.md, {[*report.TABLES][-1]} in none" in capsys.readouterr().err
     )
 
 
-def test_only_what_is_between_the_markers_changes(tmp_path, results, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:cpu -->\nold\n<!-- /bench -->\nafter\n")
-    assert report.main(["--check"], readme) == 1
-    assert "run python -m bench.report" in capsys.readouterr().err
-    assert report.main([], readme) == 0
-    assert readme.read_text() == "before\n<!-- bench:cpu -->\nnot yet measured\n<!-- /bench -->\nafter\n"
-    assert report.main(["--check"], readme) == 0
-
-
-def test_a_marker_that_names_no_table_is_a_sentence(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- bench:cpus -->\n<!-- /bench -->\n")
-    assert report.main([], readme) == 2
-    assert "a table must be one of gpu, cpu, scaling" in capsys.readouterr().err
+def test_a_marker_that_names_no_table_is_a_sentence(root, capsys):
+    (root / "README.md").write_text(region("cpus"))
+    assert report.main([], root) == 2
+    assert "a table must be one of gpu, cpu, peers" in capsys.readouterr().err

@@ -19,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
 from bench.chips import Chip
-from bench.communication import ITEMSIZE, num_parameters, parameter_shapes
+from bench.communication import ITEMSIZE
 from bench.reference import ReferenceGPT2
-from bench.roofline_ops import Op, head_rows, step_ops
-from engine import distributed, metrics
+from bench.roofline_ops import Op, StepShape, head_rows, step_ops
+from engine import distributed
 from kernels import cross_entropy
 from model.gpt2 import GPT2
-from model.presets import PRESETS, GPT2Config
+from model.presets import PRESETS, GPT2Config, flops_per_token, num_parameters, parameter_shapes
 
 SMALL = GPT2Config(n_layer=3, n_head=2, n_embd=48, n_positions=20, vocab_size=200)
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::mm.out", "aten::addmm_")
@@ -139,7 +139,7 @@ STEPS = pytest.mark.parametrize(
 
 @STEPS
 def test_every_op_has_the_calls_and_bytes_that_a_step_really_makes(step):
-    found, ops = counted(*step).found, step_ops(*step)
+    found, ops = counted(*step).found, step_ops(StepShape(*step))
     for suffix, phase in (("", "forward"), (" again", "backward"), ("_backward", "backward")):
         kinds = ("layer_norm",) if suffix == "_backward" else ("layer_norm", "add_layer_norm")
         norms = sum((found.get(kind + suffix, Counter()) for kind in kinds), Counter())
@@ -157,7 +157,7 @@ def test_every_op_has_the_calls_and_bytes_that_a_step_really_makes(step):
 
 @STEPS
 def test_every_matrix_product_has_the_flops_and_bytes_that_a_step_really_makes(step):
-    calls, ops = counted(*step), step_ops(*step)
+    calls, ops = counted(*step), step_ops(StepShape(*step))
     products: Counter[tuple[int, int]] = Counter()
     for op in ops:
         if op.flops and op.group not in ("attention", "head"):
@@ -190,7 +190,7 @@ def test_the_whole_update_passes_over_every_parameter_as_often_as_counted():
     with Updates():
         distributed.clip(model, 1.0)
         optimizer.step()
-    ops = step_ops(SMALL, 1, 8, "fp32")
+    ops = step_ops(StepShape(SMALL, 1, 8, "fp32"))
     assert sum(p.numel() for p in parameters) == num_parameters(SMALL)
     assert seen["aten::_fused_adamw_"] == total(ops, "AdamW")["bytes"]
     assert seen["aten::_foreach_mul_.Tensor"] == total(ops, "scaling of the gradient")["bytes"]
@@ -216,7 +216,7 @@ def test_flops_are_those_that_pytorch_counts_in_a_real_step(monkeypatch, kind, r
     }
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         model(tokens, tokens).backward()
-    ops = step_ops(config, 3, 24, "fp32", recompute)
+    ops = step_ops(StepShape(config, 3, 24, "fp32", recompute))
     # PyTorch counts every pair of positions, and five products in the backward pass as the roofline does.
     want = sum(op.flops * (2 if op.name.startswith("attention") else 1) for op in ops)
     assert counter.get_total_flops() == want
@@ -243,11 +243,11 @@ class SeenInside(torch.autograd.Function):
 def test_products_sum_to_the_convention_of_mfu_less_what_it_adds(name, T):
     config, B = PRESETS[name], 3
     L, C = config.n_layer, config.n_embd
-    flops = sum(op.flops for op in step_ops(config, B, T))
+    flops = sum(op.flops for op in step_ops(StepShape(config, B, T)))
     # The convention multiplies biases and LayerNorms like matrices, and counts attention whole: 12 L C T. Half of it
     # is causal, 6 L C T, and flash attention works out the scores again in the backward pass, which adds L C T.
     added = 6 * (L * 13 * C + 2 * C) + 12 * L * C * T - 7 * L * C * T
-    assert flops == B * T * (metrics.flops_per_token(config, T) - added)
+    assert flops == B * T * (flops_per_token(config, T) - added)
 
 
 def test_a_bound_is_the_larger_of_two_times_and_says_which():
