@@ -1,8 +1,7 @@
 """The one op list: inputs, definition and implementations of each op, its check, and the work that no version avoids.
 
-Suites, bench.gpu and the roofline all read it. FLOPs count a multiply and an add as two, and the causal half of
-attention once. Bytes count each input of the definition read once and each output written once; a row's saved mean is
-the kernel's affair.
+FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each input of the definition
+read once and each output written once.
 """
 
 import functools
@@ -198,9 +197,6 @@ def _inputs(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -
         return [randn(B, T, 4 * C)] + [randn(4 * C, std=0.1)] * (name == "bias_gelu")
     streams = [randn(B, T, C) for _ in range(2 if name == "add_layer_norm" else 1)]
     return [*streams, randn(C, mean=1.0, std=0.1), randn(C, std=0.1)]
-
-
-# ---- Running an op --------------------------------------------------------------------------------------------------
 
 
 def outputs_of(fn: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,18 +1,13 @@
-"""What a chip can do at most: matrix FLOP/s, bytes/s of its memory, bytes/s of its links.
+"""What a chip can do at most: matrix FLOP/s, bytes/s of its memory and of its links.
 
-`CHIPS` holds NVIDIA's data sheets: dense (no sparsity), at boost clock, which no program reaches. `measure` finds what
-the machine at hand reaches (bench.measure.Ceiling); `from_rows` takes the same from a record of bench.gpu.
+`CHIPS` holds NVIDIA's data sheets: dense (no sparsity), at boost clock, which no program reaches.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from bench import machine
-from bench.measure import Ceiling
 from bench.results import Row, find
-from engine.device import PEAK_TFLOPS, apply_precision
+from engine.device import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Chip:
     @property
     def kind(self) -> str:
         """Where the ceilings come from, in two words."""
-        return "measured here" if self.is_measured else "data sheet"
+        return "measured" if self.is_measured else "data sheet"
 
 
 def _sheet(name: str, source: str, tf32: float, fp32: float, gigabytes_per_s: float, **links: float) -> Chip:
@@ -52,16 +47,6 @@ CHIPS: dict[str, Chip] = {
     "A100": _sheet("A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, 2039, NVLink=600, PCIe=64),
     "RTX A6000": _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, 768, NVLink=112.5, PCIe=64),
 }
-
-
-def measure(device: torch.device, precision: str) -> Chip:
-    """The machine at hand, now. Takes a few seconds."""
-    dtype = apply_precision(precision)
-    found = {kind: Ceiling(kind, device, dtype).measure().high for kind in ("matmul", "copy")}
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    source = "a large matrix product and a large copy, 80th percentile of 8 samples"
-    name = machine.name(device.type) + threads
-    return Chip(name, source, {precision: found["matmul"]}, found["copy"], is_measured=True)
 
 
 def from_rows(facts: dict[str, str], rows: Sequence[Row]) -> Chip | None:

@@ -1,15 +1,7 @@
 """The collectives of one training step: what each rank sends, computed from shapes and checked against counted bytes.
 
-    for each in communication(PRESETS["gpt2"], world_size=8, parallel="ddp", precision="bf16"):
-        print(each.name, each.calls, each.payload_bytes, each.wire_bytes)
-
-payload_bytes are those of the whole tensors: what an all-reduce sums, what an all-gather puts together, what a
-reduce-scatter takes apart. wire_bytes are what one rank sends (and receives) when the collective runs around a ring,
-which no algorithm on equal links beats: (W - 1) / W of the payload for an all-gather or a reduce-scatter, twice that
-for an all-reduce, which is one after the other. Switches that add in the network (NVLink SHARP) send less.
-
-Not counted, since no step waits for it in the long run: what the start sends, DDP's broadcast of the weights and of
-its bucket order, logging, the comparison of replicas, and evaluation.
+payload_bytes are those of the whole tensors; wire_bytes are what one rank sends when the collective runs around a ring,
+which no algorithm on equal links beats. Not counted: what the start sends, logging, comparing replicas, evaluation.
 Source: Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
 """
 
@@ -81,11 +73,7 @@ def communication(
     found = [
         Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * elements * weight_bytes, shards),
         Collective(
-            "weights, backward",
-            "all_gather",
-            passes * blocks,
-            passes * blocks * block_elements * weight_bytes,
-            shards,
+            "weights, backward", "all_gather", passes * blocks, passes * blocks * block_elements * weight_bytes, shards
         ),
         Collective("gradients", "reduce_scatter", passes * (blocks + 1), passes * elements * 4, shards),
         Collective("norm of the gradient", "all_reduce", 1, 8, shards),  # engine.distributed.clip's float64

@@ -1,7 +1,6 @@
-"""What one call does, counted instead of timed: calls of PyTorch's operators, tensors' allocations and their bytes.
+"""What one call does, counted: calls of PyTorch's operators, tensors' allocations and their bytes.
 
-The same function in the same state gives the same counts, whatever else the machine does. They depend on the versions
-of Python and PyTorch. bench/suites/bench_step.py keeps those of a training step.
+Counts repeat whatever else the machine does. They depend on the versions of Python and PyTorch.
 """
 
 import contextlib

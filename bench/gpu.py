@@ -1,16 +1,12 @@
 """This engine on one CUDA GPU, whole and in parts, against its peers: `python -m bench.gpu --out DIR [--minutes 9]`.
 
-    python -m bench.gpu --out DIR --resume              # measures what the first call left out
-    python -m bench.gpu --out DIR --only step,attention # some sections of the plan
-    python -m bench.gpu --out DIR --dry-run             # runs every case on a CPU at a tiny size and keeps no times
+    --resume: measure what an earlier call left out    --only step,attention: some sections of the plan
+    --dry-run: run every case on a CPU at a tiny size and keep no times
 
-Ceilings of the machine, accuracy of the kernels against float64, training steps of GPT-2 124M against the plain
-reference and `transformers` (bench.peers), each op against PyTorch's (bench.cases), and the larger presets: in the order
-of PLAN and as far as the minutes go; what did not fit is listed. DIR/gpu.json and DIR/gpu.md (the tables) are rewritten
-after every result, so a kill leaves what was measured. Needs torch and triton, and transformers for it to be a peer.
-
-This process asks others to do the work (bench.worker), one at a time; each may die or hang without taking the rest
-along. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
+The parts of PLAN run in order of priority, as far as the minutes go; what did not fit is listed. DIR/gpu.json and
+DIR/gpu.md (the tables) are rewritten after every result, so a kill leaves what was measured. This process asks others to
+do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton, and transformers
+for it to be a peer. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
 """
 
 import argparse
@@ -27,7 +23,7 @@ from bench.gpu_record import Part, Record
 from bench.measure import within
 from bench.peers import Comparison, Peer, Trial
 from bench.processes import Failed, Worker
-from bench.results import Figure, Row, exact, find, rate
+from bench.results import Figure, Row, exact, find, rate, spread
 from kernels.dispatch import MODULES
 from model.presets import PRESETS
 
@@ -118,6 +114,9 @@ class Run:
                 with contextlib.suppress(OutOfTime):
                     kinds.get(part.section, self.ops)(part)
                     self.record.finish(part)
+                for worker in (self.worker, *self.peers):
+                    with contextlib.suppress(Failed):
+                        _ = worker.process and worker.ask("release", 60.0)
         finally:
             for worker in (self.worker, *self.peers):
                 worker.stop()
@@ -134,20 +133,19 @@ class Run:
             self.put(row)
             return None
 
-    def put(self, row: Row, said: str = "") -> None:
+    def put(self, row: Row) -> None:
         """Records a row and says so."""
         row = self.record.put(row)
-        self.say(f"{row.section}: {row.case}, {row.peer}: {row.status} {row.reason or said}".rstrip())
-
-    # ---- The parts of the plan --------------------------------------------------------------------------------------
+        self.say(f"{row.section}: {row.case}, {row.peer}: {row.status} {row.reason}".rstrip())
 
     def ceilings(self, part: Part) -> None:
         """What this machine reaches at most."""
         for kind in ("matmul", "copy"):
             row = Row("ceilings", "this GPU", kind)
-            found = self.ask(part, row, "ceiling", kind=kind, precision="fp32" if self.record.is_dry else "bf16")
-            if found is not None:
-                row.figures["rate"] = Figure(*found)
+            precision, unit = "fp32" if self.record.is_dry else "bf16", "FLOP/s" if kind == "matmul" else "B/s"
+            samples = [self.ask(part, row, "ceiling", kind=kind, precision=precision) for _ in range(8)]
+            if None not in samples:
+                row.figures["rate"] = spread(samples[1:], unit)
                 self.put(row)
 
     def accuracy(self, part: Part) -> None:
@@ -203,9 +201,6 @@ class Run:
             raise OutOfTime
 
 
-# ---- The command ----------------------------------------------------------------------------------------------------
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the plan and prints the table; the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -222,7 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            return refuse("a CUDA device must be here, there is none; add --dry-run to check on a CPU")
+            print(
+                "bench.gpu: a CUDA device must be here, there is none; add --dry-run to check on a CPU", file=sys.stderr
+            )
+            return 2
     facts = machine.facts("cpu" if args.dry_run else "cuda")
     facts |= {
         "command": shlex.join(["python", "-m", "bench.gpu", *arguments]),
@@ -231,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record = open_record(args, facts)
     except ValueError as error:
-        return refuse(str(error))
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return 2
     left = [part for part in PLAN if str(part) not in record.done]
     chosen = [part for part in left if part.section in args.only]
     record.reasons = {str(part): "not among --only" for part in left if part not in chosen}
@@ -260,12 +259,6 @@ def open_record(args: argparse.Namespace, facts: dict[str, str]) -> Record:
         raise ValueError(f"--resume needs --dry-run exactly if the results in {args.out} are of a dry run")
     record.facts["command"] += f"; {facts['command']}"
     return record
-
-
-def refuse(what: str) -> int:
-    """Says what must hold; the exit code."""
-    print(f"bench.gpu: {what}", file=sys.stderr)
-    return 2
 
 
 def sections(text: str) -> list[str]:

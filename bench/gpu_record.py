@@ -1,8 +1,7 @@
 """What bench.gpu has found so far: gpu.json, gpu.md (the tables), and the parts of the plan that are left.
 
 gpu.json is in the form of bench.results, with "dry_run", "started", "minutes", "plan", "done" (names of parts),
-"reasons" (of those left out) and "goals". Rows are in section
-"ceilings", "accuracy" (case "<op> <precision>"), "ops" (case the op) and "step" (as bench.peers has them).
+"reasons" (of those left out) and "goals". Rows are in section "ceilings", "accuracy", "ops" or "step" (bench.peers).
 """
 
 import json

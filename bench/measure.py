@@ -12,8 +12,6 @@ from typing import TypeVar
 
 import torch
 
-from bench.results import Figure, spread
-
 Name = TypeVar("Name", bound=Hashable)
 Prepare = Callable[[], Callable[[], object]]  # runs untimed and returns what is timed
 
@@ -133,7 +131,7 @@ class Ceiling:
         self.watch = Stopwatch(device, is_cold=False)
         if kind == "matmul":
             left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-            self.amount, self.unit, out = 2 * n**3, "FLOP/s", torch.empty_like(left)
+            self.amount, out = 2 * n**3, torch.empty_like(left)
             self.call = lambda: torch.mm(left, right, out=out)
             got, truth = self.call()[:64].double(), left[:64].double() @ right.double()
             error = ((got - truth).norm() / truth.norm()).item()
@@ -142,7 +140,7 @@ class Ceiling:
             return
         source = torch.randn(elements, device=device, dtype=dtype)
         target = torch.empty_like(source)
-        self.amount, self.unit = 2 * source.nbytes, "B/s"  # read and written
+        self.amount = 2 * source.nbytes  # read and written
         self.call = lambda: target.copy_(source)
         if not torch.equal(self.call(), source):
             raise ArithmeticError("the copy must equal its source, it does not")
@@ -150,8 +148,3 @@ class Ceiling:
     def sample(self) -> float:
         """FLOPs or bytes per second."""
         return self.amount / min(self.watch(lambda: self.call, calls=1) for _ in range(4))
-
-    def measure(self, rounds: int = 8) -> Figure:
-        """Several samples, the first of which does not count."""
-        samples = in_turns({"": self.sample}, lambda done: done <= rounds)[""]
-        return spread(samples[1:], self.unit)

@@ -1,16 +1,10 @@
-"""A training step here against a plain PyTorch GPT-2 and `transformers`: `python -m bench.peers`, on a GPU if there is one.
-
-    python -m bench.peers [--case L,C,T,B ...] [--precision fp32] [--rounds 5] [--only NAME ...] [--save]
+"""A training step here against a plain PyTorch GPT-2 and `transformers`, on a GPU if there is one: `python -m bench.peers`.
 
 Each peer lives in a process of its own, because peak memory belongs to the process, and waits while another works. All
-begin with the same weights; first each makes the same updates, and whose losses do not agree with the plain reference's
-in float32 is not timed. Then, round by round, each is timed in turn, beside the machine's ceiling: the rate of a large
-matrix product. Ratios are taken within a round.
-
-"malloc tuned" is what this engine does on a CPU (engine.device.tune_malloc): glibc keeps freed memory. All are timed
-both as they come and with it. "step memory" is a step's peak above weights and optimizer state. FLOPs are
-6 (N - wpe) + 12 L C T per token (model.presets). --save writes peers.json to this machine's directory in bench/results.
-Exit codes: 0 done, 1 a peer failed or disagreed, 2 bad input.
+begin with the same weights and make the same updates; whose losses are not those of the plain reference in float32 is
+not timed. Then each is timed in turn, beside the machine's ceiling, a large matrix product; ratios are taken within a
+round. "malloc tuned" is engine.device.tune_malloc: all are timed with it and without. "step memory" is a step's peak
+above weights and optimizer state. Exit codes: 0 done, 1 a peer failed or disagreed, 2 bad input.
 """
 
 import argparse
@@ -222,7 +216,7 @@ class Comparison:
             return {}
         first, ceiling = next(iter(ready.values())), Row("step", trial.name, "ceiling")
         precision = trial.precision
-        samplers["ceiling"] = lambda: sample(ceiling, first, "ceiling_sample", kind="matmul", precision=precision)
+        samplers["ceiling"] = lambda: sample(ceiling, first, "ceiling", kind="matmul", precision=precision)
         return in_turns(samplers, self.goes_on())
 
 

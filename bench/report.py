@@ -1,8 +1,7 @@
 """The tables of README.md and docs/*.md, made from what bench/results holds: `python -m bench.report [--check]`.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` such a file holds the table NAME; this program writes them all again.
-What was not measured is said to be so. --check changes nothing. Exit codes: 0 done, 1 a table is out of date or has no
-place in any file, 2 a marker names no table or a result file is not in the form of bench.results.
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` such a file holds the table NAME. --check changes nothing. Exit codes:
+0 done, 1 a table is out of date or stands in no file, 2 a marker names no table.
 """
 
 import argparse
@@ -133,23 +132,7 @@ def suites() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def roofline() -> str:
-    """Bounds beside what was measured, for every model that was."""
-    parts = [
-        tables.of(rows, ("calls", "bound", "measured", "step, eager")) + note(facts, "bench.roofline")
-        for _, facts, rows in found("roofline.json")
-    ]
-    return "\n\n".join(parts) or NOT_MEASURED
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "gpu": gpu,
-    "cpu": cpu,
-    "peers": peers,
-    "scaling": scaling,
-    "suites": suites,
-    "roofline": roofline,
-}
+TABLES: dict[str, Callable[[], str]] = {"gpu": gpu, "cpu": cpu, "peers": peers, "scaling": scaling, "suites": suites}
 
 
 def rewritten(text: str) -> str:

@@ -1,10 +1,7 @@
-"""The one format of results: figures with unit and spread, in rows, in a JSON file beside the machine's facts.
+"""The one format of results: {"facts": {...}, "rows": [...]}, rows with figures that have a unit and a spread.
 
-    {"facts": {...}, "rows": [{"section", "case", "peer", "status", "reason", "note", "facts", "figures": {...}}]}
-
-A figure is {"value", "unit", "low", "high", "n"}: median, 20th and 80th percentile of n samples; a number that was
-counted or computed has low = value = high and n = 1. No two rows share section, case and peer. status: "measured",
-"checked" (right, not timed), "failed" or "skipped" (both with a reason).
+No two rows share section, case and peer. status: "measured", "checked" (right, not timed), "failed" or "skipped" (both
+with a reason).
 """
 
 import json

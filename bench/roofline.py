@@ -1,14 +1,11 @@
 """What a training step must cost at least on a chip, op by op, beside what was measured.
 
     python -m bench.roofline gpt2 --chip H200 --out roofline.png        bounds from the data sheet
-    python -m bench.roofline gpt2 --chip H200 --measured gpu.json       with the kernel times of a record of bench.gpu
-    python -m bench.roofline bench --chip this --measure --save         with times that are measured on this machine
+    python -m bench.roofline gpt2 --chip H200 --measured gpu.json       with the kernel times of bench.gpu
 
-An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum, since they run one after the other. It
-is a bound of the ops as this engine runs them: a compiler that fuses two of them, or an input that is still in a
-cache, can go below. Counts are those of bench.roofline_ops, ceilings those of bench.chips. MFU counts
-6 (N - wpe) + 12 L C T FLOPs per token (model.presets), attention without its causal half. Communication is that of
-bench.communication over the fastest link, on its own and at best hidden behind the rest.
+An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum. A compiler that fuses two ops, or an input
+that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its causal
+half. Communication goes over the fastest link, at best hidden behind the rest.
 """
 
 import argparse
@@ -17,20 +14,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from bench import chips, machine, results, roofline_plot, tables
+from bench import chips, results, roofline_plot, tables
 from bench.chips import CHIPS, Chip
 from bench.communication import ITEMSIZE, communication
 from bench.results import Figure, Row, exact
-from bench.roofline_measure import Measured, from_gpu_rows, measure, per_step
-from bench.roofline_ops import HEAD, RECOMPUTE, StepShape, head_rows, step_ops
+from bench.roofline_ops import HEAD, RECOMPUTE, Measured, StepShape, from_gpu_rows, per_step, step_ops
 from engine.config import TrainConfig, batch_shape
 from engine.errors import BAD_INPUT, BadInput, nearest
-from model.presets import PRESETS, GPT2Config, flops_per_token
+from model.presets import PRESETS, flops_per_token
 
-MODELS = {**PRESETS, "bench": GPT2Config(4, 4, 256, n_positions=256)}  # the last one is timed on a CPU in seconds
-MICRO_BATCH_SIZE = {"bench": 4, "tiny": 4, "mini": 4}  # sequences; 64 for all others
+MICRO_BATCH_SIZE = {"tiny": 4, "mini": 4}  # sequences; 64 for all others
 GPU_STEP = (PRESETS["gpt2"], 64, 1024, "bf16")  # what bench.gpu's ops are timed at
 WHOLE_HEAD = "head, all its products"
 
@@ -166,13 +159,13 @@ class Roofline:
         return roofline_plot.draw(path, self.bars(), title, f"{source}\n{most}")
 
 
-def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShape:
+def shape_of(args: argparse.Namespace) -> StepShape:
     """The step that the command line asks for. Raises BadInput."""
-    if args.model not in MODELS:
-        raise BadInput(f"roofline: the model must be one that exists, got {args.model!r}{nearest(args.model, MODELS)}")
+    if args.model not in PRESETS:
+        raise BadInput(f"roofline: the model must be one that exists, got {args.model!r}{nearest(args.model, PRESETS)}")
     changed = {name: getattr(args, name) for name in ("n_layer", "n_embd", "n_head") if getattr(args, name) is not None}
     try:
-        config = dataclasses.replace(MODELS[args.model], **changed)
+        config = dataclasses.replace(PRESETS[args.model], **changed)
     except ValueError as error:
         raise BadInput(f"roofline: {error}") from error
     T = min(1024, config.n_positions) if args.context is None else args.context
@@ -181,12 +174,11 @@ def shape_of(args: argparse.Namespace, precision: str, on_cpu: bool) -> StepShap
     asked = asked if args.tokens_per_step is None else args.tokens_per_step
     step = TrainConfig(context=T, micro_batch_size=B, tokens_per_step=asked, model=config)
     wrong = step.problems() + ([f"--gpus must be at least 1, got {args.gpus}"] if args.gpus < 1 else [])
-    if args.measure and (args.chip != "this" or args.measured is not None):
-        wrong.append("--measure must come with --chip this, which is this machine, and without --measured")
+    if args.chip == "this" and args.measured is None:
+        wrong.append("--chip this must come with --measured, whose ceilings it takes")
     if wrong:
         raise BadInput("roofline: " + "\n  ".join(wrong))
-    rows, micro_batches = head_rows(config, not on_cpu), batch_shape(step, args.gpus)[1]
-    return StepShape(config, B, T, precision, args.recompute, micro_batches, args.gpus, rows)
+    return StepShape(config, B, T, args.precision, args.recompute, batch_shape(step, args.gpus)[1], args.gpus)
 
 
 def build(args: argparse.Namespace) -> Roofline:
@@ -196,22 +188,16 @@ def build(args: argparse.Namespace) -> Roofline:
         found = None if args.measured is None else results.read(args.measured)
     except (OSError, ValueError) as error:
         raise BadInput(f"roofline: --measured must be gpu.json of bench.gpu, got {args.measured}: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = args.chip == "this" and device.type == "cpu" and found is None
-    precision = args.precision or ("fp32" if on_cpu else "bf16")
-    shape = shape_of(args, precision, on_cpu)
+    shape = shape_of(args)
     if args.chip not in (*CHIPS, "this"):
         known = nearest(args.chip, [*CHIPS, "this"])
         raise BadInput(f"roofline: --chip must be one that is known, got {args.chip!r}{known}")
-    chip = CHIPS.get(args.chip) or (chips.from_rows(*found) if found else chips.measure(device, precision))
-    if chip is None or precision not in chip.flops_per_s:
-        raise BadInput(f"roofline: {args.measured or '--chip this'} must have ceilings in {precision}, got none")
+    chip = CHIPS.get(args.chip) or chips.from_rows(*found)
+    if chip is None or args.precision not in chip.flops_per_s:
+        raise BadInput(f"roofline: {args.measured} must have ceilings in {args.precision}, got none")
     roofline = Roofline(args.model, shape, chip)
     if found is not None:
         take_measured(roofline, *found, args.measured)
-    if args.measure:
-        per_call, roofline.step["eager"] = measure(shape, device)
-        roofline.take(per_step(roofline.ops, per_call))
     return roofline
 
 
@@ -236,31 +222,24 @@ def take_measured(roofline: Roofline, facts: dict[str, str], rows: list[Row], pa
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", default="gpt2", metavar="PRESET", help=f"one of {', '.join(MODELS)}")
-    parser.add_argument("--chip", default="H200", help=f"one of {', '.join(CHIPS)}, or this: measured")
+    parser.add_argument("model", nargs="?", default="gpt2", metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--chip", default="H200", help=f"one of {', '.join(CHIPS)}, or this: that of --measured")
     parser.add_argument("--micro-batch-size", type=int, help="sequences per forward pass; 64, or 4 for small models")
     parser.add_argument("--context", type=int, help="tokens per sequence; 1,024 or what the model has")
-    parser.add_argument("--precision", choices=list(ITEMSIZE), help="bf16; fp32 on a CPU")
+    parser.add_argument("--precision", choices=list(ITEMSIZE), default="bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="activations made again")
     parser.add_argument("--tokens-per-step", type=int, help="of all GPUs: 524,288, or a micro-batch of small models")
     parser.add_argument("--gpus", type=int, default=1, help="data-parallel replicas (DDP)")
     for name in ("n-layer", "n-embd", "n-head"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
     parser.add_argument("--measured", type=Path, metavar="FILE.json", help="gpu.json of bench.gpu")
-    parser.add_argument("--measure", action="store_true", help="time ops and a step here and now, with --chip this")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the picture")
-    parser.add_argument("--save", action="store_true", help="roofline.json and .png in bench/results, by chip")
     args = parser.parse_args(arguments)
     try:
         roofline = build(args)
         print(roofline.table())
         if args.out is not None:
             print(f"wrote {roofline.draw(args.out)}")
-        if args.save:
-            device = "cuda" if args.chip == "this" and torch.cuda.is_available() else "cpu"
-            place = machine.slug(device) if args.chip == "this" else f"nvidia-{args.chip.lower().replace(' ', '-')}"
-            path = results.save("roofline", machine.facts(device), [*roofline.rows, roofline.whole()], place)
-            print(f"wrote {path}, {roofline.draw(path.with_suffix('.png'))}")
     except (BadInput, OSError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT

@@ -1,14 +1,8 @@
-"""What synchronization costs a training step on this machine's CPU, counted, computed and timed.
+"""What synchronization costs a training step on this machine's CPU, counted, computed and timed: `python -m bench.scaling`.
 
-`python -m bench.scaling [--processes 1,2,4] [--model mini] [--seconds 45] [--save]`
-
-- Bytes: those of every collective that engine.step's update calls, as PyTorch's profiler saw them, must equal
-  bench.communication's, by kind, on every rank; if not, the exit code is 1.
-- Time: the step, and the same step without any collective, by as many processes at once. With DDP the difference is
-  what synchronization costs; for fsdp the step without is a whole replica's. A time is that of all ranks together.
-
-Each process has one thread and its own batch of the same size, so that as many processes as cores should be that many
-times as fast; more share them, and can at best hold the rate. --save writes bench/results/<machine>/scaling.json.
+The collectives that engine.step's update calls, as PyTorch's profiler sees them, must be bench.communication's in calls
+and bytes, by kind, on every rank; if not, the exit code is 1. Each process has one thread and its own batch. A time is
+that of all ranks together; without synchronization as many processes make the same step alone.
 """
 
 import argparse
@@ -71,9 +65,6 @@ class Request:
     sequences: int = 1
     micro_batches: int = 1
     seconds: float = 0.0
-
-
-# ---- In each process ------------------------------------------------------------------------------------------------
 
 
 class Unsynchronized(nn.Module):
@@ -175,9 +166,6 @@ def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path
         if ranks.is_first:
             out.write_text(json.dumps(report), encoding="utf-8")
         ranks.barrier()  # none leaves before it is written
-
-
-# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def launch(world_size: int, request: Request) -> dict:

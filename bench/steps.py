@@ -1,8 +1,7 @@
-"""Training steps to compare: this engine's own, the plain reference's, and that of `transformers`.
+"""Training steps to compare: this engine's own, engine.step.Step, and small ones around the reference and `transformers`.
 
-All start from the same weights, use fused AdamW in two groups, clip to the same norm and see the same batches. Ours is
-engine.step.Step, the update that trains; the others keep a small one. Each is eager or compiled, in fp32, tf32, bf16 or
-fp16: this engine's model casts by itself, the others run under autocast.
+All start from the same weights, use fused AdamW in two groups and clip to the same norm. This engine's model casts by
+itself, the others run under autocast.
 """
 
 import contextlib

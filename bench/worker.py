@@ -1,7 +1,6 @@
 """The process that does the work of bench.gpu and bench.peers: `python -m bench.worker [--dry-run]`.
 
-It answers requests (bench.processes) and never decides what comes next. With --dry-run everything runs on a CPU at tiny
-sizes in float32, Triton's kernels in the interpreter, each sample once.
+With --dry-run everything runs on a CPU at tiny sizes in float32, Triton's kernels in the interpreter, each sample once.
 """
 
 import os
@@ -19,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench import machine, steps
-from bench.cases import Op, Sizes, ops, outputs_of, phase_of, relative_error, values
+from bench import steps
+from bench.cases import Sizes, ops, outputs_of, phase_of, relative_error, values
 from bench.measure import Ceiling, Stopwatch, in_turns, peak_memory, release_freed_memory, within
 from bench.processes import serve
 from bench.results import Figure, spread
@@ -42,8 +41,7 @@ class Handlers:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not is_dry else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.compiler = "aot_eager" if is_dry else "inductor"
-        self.op: Op | None = None
-        self.kept_ceiling: tuple[tuple[str, str], Ceiling] | None = None
+        self.release()
 
     def clean_up(self) -> bool:
         """Gives memory back. False if the CUDA context is lost, after which nothing runs in this process."""
@@ -55,20 +53,17 @@ class Handlers:
             return False
         return True
 
-    def facts(self) -> dict[str, str]:
-        """Facts of the device."""
-        return machine.facts(self.device.type)
+    def release(self) -> None:
+        """Forgets what was kept, so that other processes have the memory."""
+        self.op = self.inputs = self.douts = self.exact = self.kept_ceiling = None
+        self.step = self.micro_batches = self.watch = None
+        torch.compiler.reset()  # compiled functions hold on to models and buffers
+        self.clean_up()
 
-    # ---- Ceilings and ops -------------------------------------------------------------------------------------------
-
-    def ceiling(self, kind: str, precision: str) -> Figure:
-        """A ceiling of this machine."""
-        found = Ceiling(kind, self.device, COMPUTE_DTYPES[precision], is_small=self.is_dry)
-        return found.measure(rounds=1 if self.is_dry else 8)
-
-    def ceiling_sample(self, kind: str, precision: str) -> float:
-        """One sample of a ceiling."""
+    def ceiling(self, kind: str, precision: str) -> float:
+        """One sample of a ceiling of this machine, in FLOP/s or B/s."""
         if self.kept_ceiling is None or self.kept_ceiling[0] != (kind, precision):
+            self.kept_ceiling = None  # its memory may be needed
             found = Ceiling(kind, self.device, COMPUTE_DTYPES[precision], is_small=self.is_dry)
             self.kept_ceiling = (kind, precision), found
         return self.kept_ceiling[1].sample()
@@ -136,23 +131,17 @@ class Handlers:
         """Makes the op and its inputs, unless they are those of the last request."""
         if self.op is not None and self.op.name == op:
             return
-        self.op = self.inputs = self.douts = self.exact = None
-        torch.compiler.reset()  # compiled functions hold on to buffers
-        self.clean_up()
+        self.release()
         torch.manual_seed(0)
         definition = ops(DRY if self.is_dry else GPT2, self.device.type == "cuda", self.compiler)[op]
         self.inputs, self.douts = definition.fresh(self.dtype, self.device)
         self.op = definition
 
-    # ---- Training steps ---------------------------------------------------------------------------------------------
-
     def build(self, model: dict, batch: int, is_tuned: bool, setup: dict) -> float | None:
         """Makes a model and its step; the data-sheet peak of this device in FLOP/s, if it is known."""
         if is_tuned:
             tune_malloc()
-        self.step = self.micro_batches = self.watch = None  # the last one's memory is needed
-        torch.compiler.reset()
-        self.clean_up()
+        self.release()
         self.config, self.batch = GPT2Config(**model), batch
         with self.device:  # a CPU would take seconds to draw the weights of a large model
             weights = steps.initial_weights(self.config)
@@ -169,12 +158,10 @@ class Handlers:
         """Makes the timed batch and compiles for it; bytes of a step above weights and moments, and in all."""
         tokens = self._tokens(2, 1, self.batch, self.config.n_positions)
         self.micro_batches = self._split(tokens[0])
-        for _ in range(1 if self.is_dry else 2):
-            self.step(self.micro_batches)
+        self.step(self.micro_batches)
         release_freed_memory()
         with peak_memory(self.device) as peak:
-            for _ in range(1 if self.is_dry else 2):
-                self.step(self.micro_batches)
+            self.step(self.micro_batches)
         self.watch = Stopwatch(self.device, is_cold=False)
         return {"step": peak.above, "peak": peak.most}
 

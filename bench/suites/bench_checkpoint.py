@@ -1,8 +1,7 @@
 """Checkpoints: a save that training waits for, one that a thread writes while training goes on, and loading one.
 
-`mini` is quick; the full suite has GPT-2 124M and AdamW's moments, 1.5 GB. Files go to the disk of /var/tmp. The stall
-is the call of Saver.save with nothing to wait for: the copy in memory. Each checkpoint must verify and hold the numbers
-of its call, although after the thread's call all of them change.
+Files go to the disk of /var/tmp. The stall is the call of Saver.save with nothing to wait for: the copy in memory. Each
+checkpoint must verify and hold the numbers of its call, although after the thread's call all of them change.
 """
 
 import shutil

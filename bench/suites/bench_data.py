@@ -1,9 +1,7 @@
 """Text to token ids, `gpt2 prepare`, opening token shards, and the batches of a step as fast as they come.
 
-The text is the standard library's of the running Python; text_sha256 in the JSON says whether two runs had the same.
-Ids are first checked against the text that they decode to, and GPT-2's of a known sentence against those published. Batches, of `tiny` (1,024 tokens in windows of 64) and of GPT-2 (524,288 in
-windows of 1,024), are checked against slices of the tokens that were written. The files were just written and are in
-memory. `pytest bench/suites/bench_data.py`
+The text is the standard library's of the running Python. Ids are first checked against the text that they decode to, and
+GPT-2's of a known sentence against those published; batches against slices of the tokens that were written.
 """
 
 import functools
@@ -21,8 +19,6 @@ from engine.tokens import sources, tokenizer
 from engine.tokens.batches import Batches, step_windows
 from engine.tokens.prepare import PrepareConfig, prepare
 from engine.tokens.shards import TokenStream, open_shard, write_shard
-
-# ---- Tokens ---------------------------------------------------------------------------------------------------------
 
 TEXT_BYTES = {"1MB": 1_000_000, "16MB": 16_000_000}
 TEXTS = [case("1MB", is_quick=True), case("16MB", is_quick=False)]
@@ -89,8 +85,6 @@ def test_prepare(name: str, size: str, measure, tmp_path):
         work=(len(text.encode()), "B/s"),
     )
 
-
-# ---- Shards and batches ---------------------------------------------------------------------------------------------
 
 VOCAB_SIZE = 50257
 SHARDS = 4

@@ -1,8 +1,4 @@
-"""Sampling with model.generate: tokens per second of one sequence after a prompt, and of several at once.
-
-The ids are first checked: the prompt is kept, every new id is the likeliest one of the logits of the tokens before it,
-and the same seed draws the same sample. `pytest bench/suites/bench_generation.py`
-"""
+"""Tokens per second of model.generate, for one sequence and for several at once."""
 
 import pytest
 import torch

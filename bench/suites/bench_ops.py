@@ -1,8 +1,4 @@
-"""Each of the six ops, forward and backward, by every implementation of bench.cases, at the shapes of presets.
-
-Outputs and gradients are first checked against the op's definition on the same inputs. The throughput counts the work
-that no version can avoid. `pytest bench/suites/bench_ops.py`
-"""
+"""Each of the six ops, forward and backward, by every implementation of bench.cases, at the shapes of presets."""
 
 from itertools import product
 

@@ -1,8 +1,4 @@
-"""How long one waits: for `gpt2 --help`, for what the training program imports, and for a run of one step.
-
-Each is a process of its own, from its start to its end. What it printed or wrote is checked first. The run of one step
-also opens its data, evaluates, samples and saves.
-"""
+"""How long one waits: for `gpt2 --help`, for what the training program imports, and for a run of one step."""
 
 import importlib.util
 import json

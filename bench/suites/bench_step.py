@@ -1,8 +1,7 @@
 """One training step, as engine.step makes it: by preset, backend and precision, eager and compiled.
 
 First the losses of three steps on one batch, the later two of which need every gradient, are checked against the plain
-reference model in float64. Memory is that of a step, above weights and moments. The eager step in float32 is counted
-too: extra_info has bench.counts. `pytest bench/suites/bench_step.py`
+reference in float64. extra_info of the eager step in float32 has bench.counts.
 """
 
 import functools

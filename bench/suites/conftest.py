@@ -1,14 +1,10 @@
 """What the suites share: check first, then time; what goes into the report.
 
-    make bench [OUT=FILE]                      # quick: small sizes on a CPU, GPT-2 124M on a GPU
-    make bench-full [OUT=FILE]                 # all sizes
+    make bench [OUT=FILE]                      # quick: small sizes on a CPU, GPT-2 124M on a GPU; bench-full: all
     make bench-compare A=OLD.json B=NEW.json   # pytest-benchmark's own comparison
-    python -m pytest bench/suites/bench_step.py -k tiny --benchmark-json=FILE
 
-A case is timed after one call whose result has passed the case's own check; a case that fails it has no figures. Peak
-memory is that of one more call, above what was held before. FILE is pytest-benchmark's JSON: machine_info holds
-bench.machine.facts, extra_info the figures "throughput" and "peak" in the form of bench.results; the times of single
-rounds are left out.
+FILE is pytest-benchmark's JSON: machine_info holds bench.machine.facts, extra_info the figures "throughput" and "peak"
+(memory of one call, above what was held before) in the form of bench.results.
 """
 
 import contextlib
@@ -42,8 +38,6 @@ BUDGET_S = 0.7  # of timed calls per case
 ROUNDS = (5, 200)  # at least and at most
 ROUND_S = 2e-3  # calls that are shorter share a round
 FIGURES = ("throughput", "peak", "whole save")  # of extra_info
-
-# ---- Measuring ------------------------------------------------------------------------------------------------------
 
 
 class Measure:
@@ -126,9 +120,6 @@ def fresh_compiler() -> Iterator[None]:
     release_freed_memory()
 
 
-# ---- Cases ----------------------------------------------------------------------------------------------------------
-
-
 def case(*values: str, is_quick: bool) -> Any:
     """A parameter set that is named by its values; what is not quick runs in the full suite alone."""
     return pytest.param(*values, id="-".join(values), marks=() if is_quick else pytest.mark.slow)
@@ -142,8 +133,6 @@ def require_triton(dtype: torch.dtype, head_dim: int) -> None:
         if (reason := triton_obstacle(op, DEVICE, dtype, head_dim)) is not None:
             pytest.skip(f"Triton: {reason}")
 
-
-# ---- Report ---------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {"benchmark_columns": ["median", "iqr", "rounds"], "benchmark_sort": "name", "benchmark_group_by": "group"}
 

@@ -43,7 +43,7 @@ class Actor:
             if self.batch > fits:
                 raise Failed("CUDA out of memory", out_of_memory=True)
             return {"step": 1000, "peak": 2000}
-        return 1e12 if do == "ceiling_sample" else next(self.seconds)
+        return 1e12 if do == "ceiling" else next(self.seconds)
 
     def stop(self) -> None:
         pass
