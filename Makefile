@@ -33,12 +33,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
 # Both write pytest-benchmark's JSON: make bench OUT=bench/results/MACHINE/bench.json
 bench: setup
-	$(BIN)/python -m pytest bench/suites --benchmark-json=$(or $(OUT),.benchmarks/bench.json) $(ARGS)
+	$(BIN)/python -m pytest bench/suites $(TABLE) --benchmark-json=$(or $(OUT),.benchmarks/bench.json) $(ARGS)
 
 bench-full: setup
-	$(BIN)/python -m pytest bench/suites -m "" --benchmark-json=$(or $(OUT),.benchmarks/bench-full.json) $(ARGS)
+	$(BIN)/python -m pytest bench/suites $(TABLE) -m "" --benchmark-json=$(or $(OUT),.benchmarks/bench-full.json) $(ARGS)
 
 # make bench-compare A=old.json B=new.json
 bench-compare: setup

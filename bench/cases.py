@@ -1,7 +1,7 @@
-"""The one op list: inputs, definition and implementations of each op, its check, and the work that no version avoids.
+"""The one op list: inputs, definition, implementations, check, and the work that no version avoids.
 
-FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each input of the definition
-read once and each output written once.
+FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each input of the
+definition read once and each output written once.
 """
 
 import functools

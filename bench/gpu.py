@@ -4,8 +4,8 @@
     --dry-run: run every case on a CPU at a tiny size and keep no times
 
 The parts of PLAN run in order of priority, as far as the minutes go; what did not fit is listed. DIR/gpu.json and
-DIR/gpu.md (the tables) are rewritten after every result, so a kill leaves what was measured. This process asks others to
-do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton, and transformers
+DIR/gpu.md (the tables) are rewritten after every result, so a kill leaves what was measured. This process asks others
+to do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton, and transformers
 for it to be a peer. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
 """
 

@@ -1,4 +1,4 @@
-"""A training step here against a plain PyTorch GPT-2 and `transformers`, on a GPU if there is one: `python -m bench.peers`.
+"""A training step here against a plain PyTorch GPT-2 and `transformers`: `python -m bench.peers`, on a GPU or a CPU.
 
 Each peer lives in a process of its own, because peak memory belongs to the process, and waits while another works. All
 begin with the same weights and make the same updates; whose losses are not those of the plain reference in float32 is

@@ -1,7 +1,7 @@
 """The tables of README.md and docs/*.md, made from what bench/results holds: `python -m bench.report [--check]`.
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` such a file holds the table NAME. --check changes nothing. Exit codes:
-0 done, 1 a table is out of date or stands in no file, 2 a marker names no table.
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` such a file holds the table NAME. --check changes nothing. Exit
+codes: 0 done, 1 a table is out of date or stands in no file, 2 a marker names no table.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def cpu(*, only_goal: bool = True) -> str:
     if not lines:
         return NOT_MEASURED
     heads = ["step of", "ours", "fastest peer", "speed", "of matmul ceiling", "step memory: ours / leanest peer"]
-    goal = f"\n\nGoals: {goals.SPEED['fp32']}x the speed, {goals.CEILING:.0%} of the ceiling, {goals.MEMORY} of the memory."
+    goal = f"\n\nGoals: {goals.SPEED['fp32']}x the speed, {goals.CEILING:.0%} of the ceiling, {goals.MEMORY} of memory."
     return tables.markdown(heads, lines) + "".join(notes) + (goal if only_goal else "")
 
 

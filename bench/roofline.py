@@ -3,8 +3,8 @@
     python -m bench.roofline gpt2 --chip H200 --out roofline.png        bounds from the data sheet
     python -m bench.roofline gpt2 --chip H200 --measured gpu.json       with the kernel times of bench.gpu
 
-An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum. A compiler that fuses two ops, or an input
-that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its causal
+An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum. A compiler that fuses two ops, or an
+input that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its causal
 half. Communication goes over the fastest link, at best hidden behind the rest.
 """
 

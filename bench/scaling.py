@@ -1,4 +1,4 @@
-"""What synchronization costs a training step on this machine's CPU, counted, computed and timed: `python -m bench.scaling`.
+"""What synchronization costs a training step on this machine's CPU: counted, computed and timed.
 
 The collectives that engine.step's update calls, as PyTorch's profiler sees them, must be bench.communication's in calls
 and bytes, by kind, on every rank; if not, the exit code is 1. Each process has one thread and its own batch. A time is

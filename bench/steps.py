@@ -1,4 +1,4 @@
-"""Training steps to compare: this engine's own, engine.step.Step, and small ones around the reference and `transformers`.
+"""Training steps to compare: this engine's own, engine.step.Step, and small ones of the reference and `transformers`.
 
 All start from the same weights, use fused AdamW in two groups and clip to the same norm. This engine's model casts by
 itself, the others run under autocast.
@@ -141,20 +141,11 @@ def build_model(who: str, config: GPT2Config, weights: dict[str, Tensor]) -> nn.
         return model
     import transformers
 
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.n_positions,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    shape = {name: getattr(config, name) for name in names} | dict.fromkeys(
+        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
     )
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, use_cache=False, attn_implementation="sdpa"))
     released = {"transformer." + name: t.T if name.endswith(TRANSPOSED) else t for name, t in unpadded.items()}
     model.load_state_dict(released | {"lm_head.weight": unpadded["wte.weight"]})
     return model.train()

@@ -190,7 +190,7 @@ class Handlers:
 def judged(
     names: tuple[str, ...], ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], floor: float
 ) -> dict[str, tuple[float, float]]:
-    """Relative errors, ours and PyTorch's, by name. Raises ArithmeticError if ours exceeds the floor and twice theirs."""
+    """Relative errors, ours and PyTorch's, by name. Raises ArithmeticError if ours is above floor and twice theirs."""
     found = {}
     for name, one, other, truth in zip(names, ours, theirs, exact, strict=True):
         found[name] = relative_error(one, truth), relative_error(other, truth)

@@ -1,7 +1,7 @@
 """Text to token ids, `gpt2 prepare`, opening token shards, and the batches of a step as fast as they come.
 
-The text is the standard library's of the running Python. Ids are first checked against the text that they decode to, and
-GPT-2's of a known sentence against those published; batches against slices of the tokens that were written.
+The text is the standard library's of the running Python. Ids are first checked against the text that they decode to,
+and GPT-2's of a known sentence against those published; batches against slices of the tokens that were written.
 """
 
 import functools

@@ -134,17 +134,8 @@ def require_triton(dtype: torch.dtype, head_dim: int) -> None:
             pytest.skip(f"Triton: {reason}")
 
 
-DEFAULTS = {"benchmark_columns": ["median", "iqr", "rounds"], "benchmark_sort": "name", "benchmark_group_by": "group"}
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """A narrow table, unless the command line asks for another; a directory for the JSON; no list of slow tests."""
-    given = [word.partition("=")[0] for word in config.invocation_params.args if isinstance(word, str)]
-    for option, value in DEFAULTS.items():
-        if "--" + option.replace("_", "-") not in given:
-            setattr(config.option, option, value)
-    if "--durations" not in given:
-        config.option.durations = None
+    """Makes the directory of the JSON."""
     if config.getoption("benchmark_json", None):
         Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 from bench.chips import Chip
 from bench.communication import ITEMSIZE
 from bench.reference import ReferenceGPT2
-from bench.roofline_ops import Op, StepShape, head_rows, step_ops
+from bench.roofline_ops import Op, StepShape, step_ops
 from engine import distributed
 from kernels import cross_entropy
 from model.gpt2 import GPT2
@@ -255,8 +255,3 @@ def test_a_bound_is_the_larger_of_two_times_and_says_which():
     product, copy = Op("a", "a", "forward", 1, 3 * 10**12, 10**9), Op("b", "b", "forward", 1, 10**9, 2 * 10**9)
     assert (product.bound_ms(chip, "bf16"), product.bound_by(chip, "bf16")) == (3000, "compute")
     assert (copy.bound_ms(chip, "bf16"), copy.bound_by(chip, "bf16")) == (2000, "memory")
-
-
-def test_the_heads_chunks_are_those_of_the_kernels():
-    weight = torch.empty(50304, 1)
-    assert head_rows(PRESETS["gpt2"], on_gpu=False) == cross_entropy._rows(weight)[0]
