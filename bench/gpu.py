@@ -5,8 +5,8 @@
 
 The parts of PLAN run in order of priority, as far as the minutes go; what did not fit is listed. DIR/gpu.json and
 DIR/gpu.md (the tables) are rewritten after every result, so a kill leaves what was measured. This process asks others
-to do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton, and transformers
-for it to be a peer. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
+to do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton,
+and transformers for it to be a peer. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
 """
 
 import argparse

@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 WORDS = {
     "step": "Forward, backward, clipping and fused AdamW, the same for all; B sequences of T = 1,024 tokens. MFU "
-    "counts 6 (N - wpe) + 12 L C T FLOPs per token, over the data sheet's dense bf16 peak. Memory is what PyTorch allocated.",
+    "counts 6 (N - wpe) + 12 L C T FLOPs per token, over the data sheet's dense bf16 peak. Memory: PyTorch's.",
     "ceilings": "",
     "ops": "Of ceiling: of the matrix product's FLOP/s or the copy's B/s. Peak memory: above the inputs.",
     "accuracy": "||out - ref|| / ||ref||, ref in float64.",

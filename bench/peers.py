@@ -158,8 +158,7 @@ class Comparison:
                 setup |= {"precision": trial.precision, "recompute": recompute if peer.is_ours else "none"}
                 if peer.is_ours:
                     setup |= {"backend": "torch"} if "torch" in peer.who else self.setup
-                peak_flops = self._build(worker, trial, setup, batch, peer.is_tuned)
-                losses = self._losses(worker, trial)
+                peak_flops, losses = self._train(worker, trial, setup, batch, peer.is_tuned)
                 memory = self._ask(worker, "warm_up")
                 break
             except Failed as error:
@@ -184,19 +183,17 @@ class Comparison:
         key = (trial.config, trial.updates, trial.checked)
         if key not in self.truths:
             batch = min(TRUTH_SEQUENCES, trial.checked[0])
-            self._build(worker, trial, {"who": "reference"}, batch, is_tuned=False)
-            self.truths[key] = self._losses(worker, trial)
+            self.truths[key] = self._train(worker, trial, {"who": "reference"}, batch)[1]
             if self.workers is None:
                 worker.stop()  # its memory would be missing from the step's
         return self.truths[key]
 
-    def _build(self, worker: Worker, trial: Trial, setup: dict, batch: int, is_tuned: bool) -> float | None:
-        model = dataclasses.asdict(trial.config)
-        return self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
-
-    def _losses(self, worker: Worker, trial: Trial) -> list[float]:
-        sequences, context = trial.checked
-        return self._ask(worker, "losses", updates=trial.updates, sequences=sequences, context=context)
+    def _train(self, worker: Worker, trial: Trial, setup: dict, batch: int, is_tuned: bool = False) -> tuple:
+        """Builds a step and makes the checked updates: the device's peak FLOP/s or None, and the losses."""
+        model, (sequences, context) = dataclasses.asdict(trial.config), trial.checked
+        peak_flops = self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
+        shape = {"updates": trial.updates, "sequences": sequences, "context": context}
+        return peak_flops, self._ask(worker, "losses", **shape)
 
     def _time(self, trial: Trial, ready: dict[Peer, Worker], rows: dict[Peer, Row]) -> dict[Peer | str, list[float]]:
         """Seconds per update of every peer and the ceiling's FLOP/s, in turns; NaN of one that failed meanwhile."""

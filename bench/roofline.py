@@ -4,8 +4,8 @@
     python -m bench.roofline gpt2 --chip H200 --measured gpu.json       with the kernel times of bench.gpu
 
 An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum. A compiler that fuses two ops, or an
-input that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its causal
-half. Communication goes over the fastest link, at best hidden behind the rest.
+input that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its
+causal half. Communication goes over the fastest link, at best hidden behind the rest.
 """
 
 import argparse
@@ -102,11 +102,9 @@ class Roofline:
         )
         bound, measured = tables.cell(row, "bound"), tables.cell(row, "measured")
         if not timed:
-            return (
-                f"Nothing is measured here. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
-            )
+            return f"Nothing is measured. The op with the largest bound is {row.peer}: {bound} a step, by {row.note}."
         ratio = row.value("measured") / row.value("bound")
-        return f"{row.peer} costs the most above its bound: {measured} a step, {ratio:.2f} times the {bound} by {row.note}."
+        return f"{row.peer} costs the most above its bound: {measured} a step, {ratio:.2f} times {bound} by {row.note}."
 
     def title(self) -> tuple[str, str]:
         """What is bounded, and by what."""

@@ -23,13 +23,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessException
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from bench import machine, results, tables
-from bench.communication import Collective, communication
+from bench.communication import communication
 from bench.counts import silenced
 from bench.measure import in_turns
 from bench.processes import end_with_parent
@@ -67,32 +65,17 @@ class Request:
     seconds: float = 0.0
 
 
-class Unsynchronized(nn.Module):
-    """DDP with gradient all-reduce always off."""
-
-    def __init__(self, model: DistributedDataParallel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        with self.model.no_sync():  # DDP decides in the forward
-            return self.model(tokens, targets)
-
-
 def build(request: Request, way: str, ranks: Ranks) -> Step:
-    """engine.step's update under one way of `--parallel`."""
+    """engine.step's update under one way of `--parallel`, or "alone": without any collective."""
     torch.manual_seed(0)
-    raw_model = GPT2(request.config)
-    model = distributed.wrap(raw_model, ranks, **WAYS[way])
+    raw_model = model = GPT2(request.config)
+    if way == "alone":
+        ranks = replace(ranks, world_size=1)
+    else:
+        model = distributed.wrap(raw_model, ranks, **WAYS[way])
     raw_model.configure("torch", torch.float32)
     optimizer, scaler = optim.build(raw_model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
     return Step(model, optimizer, scaler, Guard(ranks.device), 1, 1.0, ranks, Clock(ranks.device))
-
-
-def alone(step: Step) -> Step:
-    """The same model and optimizer without any collective."""
-    model = Unsynchronized(step.model) if isinstance(step.model, DistributedDataParallel) else step.model
-    return replace(step, model=model, ranks=replace(step.ranks, world_size=1))
 
 
 def count(step: Callable[[], object]) -> dict[str, list[int]]:
@@ -147,8 +130,8 @@ def measure(request: Request, ranks: Ranks) -> dict:
         counted[way] = ranks.gather(count(run))
     if not request.seconds:
         return {"counted": counted}
-    without = alone(steps["ddp"])
-    runs["alone"] = lambda: without(0, batch, 0.0)
+    alone = build(request, "alone", ranks)
+    runs["alone"] = lambda: alone(0, batch, 0.0)
     deadline = time.monotonic() + request.seconds
     samplers = {name: lambda run=run: elapsed(run, ranks) for name, run in runs.items()}
     goes_on = lambda done: ranks.broadcast_object(done < LEAST_ROUNDS or time.monotonic() < deadline)  # noqa: E731
@@ -181,15 +164,10 @@ def launch(world_size: int, request: Request) -> dict:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def predicted(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[Collective]:
-    """bench.communication's collectives of a step."""
-    return communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way])
-
-
-def by_kind(collectives: list[Collective]) -> dict[str, list[int]]:
-    """Calls and bytes of each kind, as `count` has them."""
+def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> dict[str, list[int]]:
+    """bench.communication's calls and bytes of a step by kind, as `count` has them."""
     found: dict[str, list[int]] = {}
-    for each in collectives:
+    for each in communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way]):
         calls = found.setdefault(each.kind, [0, 0])
         calls[0] += each.calls
         calls[1] += each.payload_bytes
@@ -229,7 +207,7 @@ def compare(processes: list[int], model: GPT2Config, args: argparse.Namespace) -
         print(f"{case_of(world_size)} took {time.monotonic() - began:.0f} s", file=sys.stderr)
         for way in ways:
             expected, tokens = (
-                by_kind(predicted(model, world_size, way)),
+                computed(model, world_size, way),
                 world_size * args.sequences * model.n_positions,
             )
             rows.append(row_of(world_size, way, report, expected, tokens))

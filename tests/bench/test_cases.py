@@ -60,5 +60,5 @@ def test_accuracy_is_held_to_twice_pytorch_s_error():
         if allowed:
             assert worker.judged(*arguments)["y"] == pytest.approx((3e-5, 2e-5), rel=1e-3)
         else:
-            with pytest.raises(ArithmeticError, match="the error of y must be at most 4.0e-05"):
+            with pytest.raises(ArithmeticError, match=r"the error of y must be at most 4\.0e-05"):
                 worker.judged(*arguments)

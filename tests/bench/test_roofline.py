@@ -152,7 +152,7 @@ def test_results_of_another_step_are_refused(capsys, gpu_json, tmp_path):
 def test_without_measured_times_it_says_so_and_draws(capsys, tmp_path):
     code, out, _ = said(capsys, "gpt2", "--gpus", "8", "--micro-batch-size", "16", "--out", str(tmp_path / "r.png"))
     assert code == 0
-    assert "Nothing is measured here. The op with the largest bound is head " in out
+    assert "Nothing is measured. The op with the largest bound is head " in out
     assert "communication: 871 MB sent by each device" in out
     picture = (tmp_path / "r.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"

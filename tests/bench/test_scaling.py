@@ -39,7 +39,7 @@ def reports() -> dict[int, dict]:
 
 @pytest.mark.parametrize(("n", "way"), EACH_WAY)
 def test_each_rank_sends_the_computed_bytes_in_the_computed_calls(reports, n, way):
-    expected = scaling.by_kind(scaling.predicted(MODEL, n, way, micro_batches=2))
+    expected = scaling.computed(MODEL, n, way, micro_batches=2)
     assert reports[n]["counted"][way] == [expected] * n
     kinds = {"all_reduce"} if way == "ddp" else {"all_reduce", "all_gather", "reduce_scatter"}
     assert expected.keys() == kinds
@@ -47,7 +47,7 @@ def test_each_rank_sends_the_computed_bytes_in_the_computed_calls(reports, n, wa
 
 def synthetic_report(world_size: int) -> dict:
     """Steps of 100 ms, 60 ms without synchronization."""
-    expected = scaling.by_kind(scaling.predicted(MODEL, world_size, "ddp"))
+    expected = scaling.computed(MODEL, world_size, "ddp")
     times = {"ddp": [0.09, 0.1, 0.11], "alone": [0.05, 0.06, 0.07]}
     return {"counted": {"ddp": [expected] * world_size}, "times": times}
 
