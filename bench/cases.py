@@ -164,22 +164,17 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
         others = {"plain": plain}
     if name == "attention":  # a CPU lacks some of the backends: each may fall back to the plain one there
         fallback = () if on_gpu else (SDPBackend.MATH,)
-        others = {
-            title: functools.partial(sdpa_packed, backends=(backend, *fallback))
-            for title, backend in SDPA_BACKENDS.items()
-        }
+        others = {n: functools.partial(sdpa_packed, backends=(b, *fallback)) for n, b in SDPA_BACKENDS.items()}
     ours = {way: functools.partial(getattr(file, f"{name}_{way}"), **options) for way in ("triton", "torch")}
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
-    return Op(
-        name,
-        sizes,
+    inputs, reference = (
         functools.partial(_inputs, name, sizes),
         functools.partial(getattr(file, f"{name}_reference"), **options),
-        {**ours, "compile": compiled, **others},
-        tuple(TENSORS[name].split()),
-        # Ours works out the head's gradients in its forward pass.
-        ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING,
     )
+    # Ours works out the head's gradients in its forward pass.
+    phases = ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING
+    peers, tensors = {**ours, "compile": compiled, **others}, tuple(TENSORS[name].split())
+    return Op(name, sizes, inputs, reference, peers, tensors, phases)
 
 
 def _inputs(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -5,8 +5,8 @@
 
 The parts of PLAN run in order of priority, as far as the minutes go; what did not fit is listed. DIR/gpu.json and
 DIR/gpu.md (the tables) are rewritten after every result, so a kill leaves what was measured. This process asks others
-to do the work (bench.worker); each may die or hang without taking the rest along. Needs torch and triton,
-and transformers for it to be a peer. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
+to do the work (bench.worker); each may die or hang without taking the rest along. Needs torch, triton and, for it to be
+a peer, transformers. Exit codes: 0 done, 1 something failed (see the table), 2 bad input or no CUDA device.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from bench import machine
@@ -83,7 +82,7 @@ class Run:
         log = record.out / "workers.log"
         self.worker, *self.peers = (Worker(*flags, environment=environment, log=log) for _ in range(1 + len(EAGER)))
         self.comparison = Comparison(
-            self.timing,
+            lambda: within(0, 1, 1) if record.is_dry else within(self.seconds(), 2, 10),
             say=self.say,
             put=record.put,
             workers=self.peers,
@@ -91,10 +90,9 @@ class Run:
             deadline=deadline + GRACE_S,
         )
 
-    def timing(self) -> Callable[[int], bool]:
-        """Whether a comparison's rounds go on."""
-        seconds = min(TIMING_S, self.deadline - time.time() - 2.0)
-        return within(0, 1, 1) if self.record.is_dry else within(seconds, 2, 10)
+    def seconds(self) -> float:
+        """What peers may be timed for, in turns."""
+        return min(TIMING_S, self.deadline - time.time() - 2.0)
 
     def say(self, line: str) -> None:
         """One line of progress."""
@@ -172,8 +170,8 @@ class Run:
                 row.figures = {"error": exact(found["error"], ""), "peak memory": exact(found["peak"], "B")}
                 self.put(row)
                 right[peer] = row
-        seconds = min(TIMING_S, self.deadline - time.time() - 2.0)
-        times = self.ask(part, turns, "time", op=part.name, peers=[*right], seconds=seconds) if right else None
+        what = {"op": part.name, "peers": [*right], "seconds": self.seconds()}
+        times = self.ask(part, turns, "time", **what) if right else None
         for peer, phases in (times or {}).items():
             right[peer].status = "measured"
             for phase, (figure, amount, unit) in phases.items():

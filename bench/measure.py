@@ -94,19 +94,13 @@ def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
         torch.cuda.synchronize()
         peak.most = torch.cuda.max_memory_allocated()
         return
-    try:
+    status, can_ask = Path("/proc/self/status"), False
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-        peak.before = _resident("VmRSS")
-    except OSError:
-        yield peak
-        return
+        peak.before, can_ask = 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]), True
     yield peak
-    peak.most = _resident("VmHWM")
-
-
-def _resident(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)[1])
+    if can_ask:
+        peak.most = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 def release_freed_memory() -> None:

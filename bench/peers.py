@@ -21,11 +21,11 @@ from typing import NamedTuple
 from bench import goals, machine, results, tables
 from bench.measure import in_turns, within
 from bench.processes import Failed, Worker
-from bench.results import Figure, Row, exact, rate, spread
+from bench.results import Row, exact, rate, spread
 from bench.steps import OURS, absence
 from model.presets import PRESETS, GPT2Config, flops_per_token
 
-HEAD_DIM = 64
+HEAD_DIM, MODES = 64, ("eager", "compiled")
 CPU_CASES = ((4, 256, 256, 8), (4, 256, 256, 2), (4, 512, 256, 4), (6, 384, 512, 4))  # L, C, T, B; the goal's is first
 GPU_CASES = ((12, 768, 1024, 64),)  # GPT-2 124M
 LOSS_TOLERANCE = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 1e-2, "bf16": 2e-2}  # relative, of every loss
@@ -57,9 +57,6 @@ def everyone(on_gpu: bool) -> list[Peer]:
     ours = [Peer(OURS, "eager", True), Peer(OURS, "compiled", True), Peer(OURS, "eager"), Peer(OURS, "compiled")]
     others = [Peer(who, mode, t) for who in ("reference", "transformers") for t in (False, True) for mode in MODES]
     return ours + others
-
-
-MODES = ("eager", "compiled")
 
 
 @dataclass(frozen=True)
@@ -172,9 +169,7 @@ class Comparison:
             raise Failed(f"its losses must be the reference's to {allowed:.0e}, they differ by up to {largest:.1e}")
         row.facts |= {"precision": trial.precision, "batch": batch, "recompute": recompute, "peak_flops": peak_flops}
         row.note = "; ".join(notes)
-        row.figures |= {
-            name: exact(memory[key], "B") for key, name in (("step", "step memory"), ("peak", "peak memory"))
-        }
+        row.figures |= {f"{key} memory": exact(memory[key], "B") for key in ("step", "peak")}
         row.figures |= {"loss": exact(losses[-1], "nats"), "loss difference": exact(largest, "")}
         self.say(f"{trial.name}, {peer}: loss {losses[-1]:.5f}, {memory['step'] / 1e6:,.0f} MB")
 
@@ -229,18 +224,13 @@ def summarize(trial: Trial, rows: dict[Peer, Row], samples: dict[Peer | str, lis
         row.status = "measured"
         row.figures |= {"step": step, "tokens": rate(step, tokens, "tokens/s")}
         row.figures |= {"ceiling": spread(samples["ceiling"], "FLOP/s")}
-        row.figures |= {"of ceiling": share(step, tokens * flops, row.figures["ceiling"].value)}
+        row.figures |= {"of ceiling": rate(step, tokens * flops / row.value("ceiling"), "%")}
         if peak_flops := row.facts.pop("peak_flops"):
-            row.figures["mfu"] = share(step, tokens * flops, peak_flops)
+            row.figures["mfu"] = rate(step, tokens * flops / peak_flops, "%")
         if peer.is_ours and fastest:
             row.figures["speed"] = spread([f / s for f, s in zip(fastest, times, strict=True)], "x")
         elif ours:
             row.figures["time / ours"] = spread([s / o for s, o in zip(times, ours, strict=True)], "x")
-
-
-def share(step: Figure, flops: float, top: float) -> Figure:
-    """The part of `top` FLOP/s that a step reaches."""
-    return rate(step, flops / top, "%")
 
 
 def table(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import shutil
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -38,24 +39,19 @@ def text_of(size: str) -> str:
     return "".join(parts)[: TEXT_BYTES[size]]
 
 
-def check_ids(name: str, encoder: tokenizer.Tokenizer, text: str, ids: np.ndarray) -> None:
-    """Raises AssertionError unless the ids are the text's."""
-    if name == "gpt2":
-        assert encoder.encode(KNOWN[0]).tolist() == KNOWN[1]
-    else:
-        assert ids.tolist() == list(text.encode()), "ids must be the bytes"
-    assert int(ids.max()) < encoder.end_of_text
-    assert encoder.decode(ids) == text, "the ids must decode to the text"
-
-
 @pytest.mark.parametrize("size", TEXTS)
 @pytest.mark.parametrize("name", tokenizer.TOKENIZERS)
 def test_encode(name: str, size: str, measure):
     encoder, text = tokenizer.load(name), text_of(size)
     measure.info["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    measure(
-        lambda: encoder.encode(text), lambda ids: check_ids(name, encoder, text, ids), work=(len(text.encode()), "B/s")
-    )
+
+    def check(ids: np.ndarray) -> None:
+        known = KNOWN if name == "gpt2" else (text, list(text.encode()))
+        assert encoder.encode(known[0]).tolist() == known[1]
+        assert int(ids.max()) < encoder.end_of_text
+        assert encoder.decode(ids) == text, "the ids must decode to the text"
+
+    measure(lambda: encoder.encode(text), check, work=(len(text.encode()), "B/s"))
 
 
 @pytest.mark.parametrize("size", TEXTS)
@@ -78,44 +74,34 @@ def test_prepare(name: str, size: str, measure, tmp_path):
         assert sorted(found) == sorted(documents), "the shards must decode to the documents"
 
     measure.info["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    measure(
-        lambda: prepare([str(source)], config),
-        check,
-        before=lambda: shutil.rmtree(out, ignore_errors=True),
-        work=(len(text.encode()), "B/s"),
-    )
+    remove = functools.partial(shutil.rmtree, out, ignore_errors=True)
+    measure(lambda: prepare([str(source)], config), check, before=remove, work=(len(text.encode()), "B/s"))
 
 
-VOCAB_SIZE = 50257
-SHARDS = 4
-QUICK_TOKENS, FULL_TOKENS = 1 << 20, 25_000_000  # of a shard
+VOCAB_SIZE, SHARDS = 50257, 4
 STEPS = {"tiny": (64, 16, 1), "gpt2": (1024, 16, 32)}  # T, sequences of a micro-batch, micro-batches
+SIZES = [case("4M-tokens", is_quick=True), case("100M-tokens", is_quick=False)]
+SHARD_TOKENS = {"4M-tokens": 1 << 20, "100M-tokens": 25_000_000}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Writes shards of random tokens once per size: (directory, all of the tokens)."""
-    made: dict[int, tuple[Path, np.ndarray]] = {}
 
-    def write(shard_tokens: int) -> tuple[Path, np.ndarray]:
-        if shard_tokens not in made:
-            directory = tmp_path_factory.mktemp("shards")
-            tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=SHARDS * shard_tokens, dtype=np.uint16)
-            for number, part in enumerate(np.split(tokens, SHARDS)):
-                write_shard(directory / f"random_train_{number:06d}.bin", part)
-            made[shard_tokens] = directory, tokens
-        return made[shard_tokens]
+    @functools.cache
+    def write(size: str) -> tuple[Path, np.ndarray]:
+        directory = tmp_path_factory.mktemp("shards")
+        tokens = np.random.default_rng(0).integers(VOCAB_SIZE, size=SHARDS * SHARD_TOKENS[size], dtype=np.uint16)
+        for number, part in enumerate(np.split(tokens, SHARDS)):
+            write_shard(directory / f"random_train_{number:06d}.bin", part)
+        return directory, tokens
 
     return write
 
 
-SIZES = [case("4M-tokens", is_quick=True), case("100M-tokens", is_quick=False)]
-SHARD_TOKENS = {"4M-tokens": QUICK_TOKENS, "100M-tokens": FULL_TOKENS}
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_open(size: str, written, measure):
-    directory, tokens = written(SHARD_TOKENS[size])
+    directory, tokens = written(size)
 
     def check(stream: TokenStream) -> None:
         assert len(stream) == len(tokens)
@@ -142,16 +128,9 @@ def check_batches(batches: Batches, tokens: np.ndarray) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("preset", STEPS)
 def test_batches(preset: str, size: str, written, measure):
-    directory, tokens = written(SHARD_TOKENS[size])
+    directory, tokens = written(size)
     T, B, accumulation = STEPS[preset]
     stream = TokenStream.open(directory, "train", VOCAB_SIZE)
-    batches = Batches(stream, T, B, accumulation, seed=1, pin=ON_GPU)
-    steps = count()
-    try:
-        measure(
-            lambda: batches.at(next(steps)),
-            lambda first: check_batches(batches, tokens),
-            work=(T * batches.sequences, "tokens/s"),
-        )
-    finally:
-        batches.close()
+    with closing(Batches(stream, T, B, accumulation, seed=1, pin=ON_GPU)) as batches:
+        steps, work = count(), (T * batches.sequences, "tokens/s")
+        measure(lambda: batches.at(next(steps)), lambda first: check_batches(batches, tokens), work=work)

@@ -157,22 +157,17 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """One line a case, then what was not measured and why."""
     session = getattr(config, "_benchmarksession", None)
     timed = [each for each in session.benchmarks if each and not each.has_error] if session is not None else []
-    skipped = Counter(reason(report) for report in terminalreporter.stats.get("skipped", []))
+    skipped = Counter(
+        str(report.longrepr[-1]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
+    )
     if timed or skipped:
         terminalreporter.section(f"{machine.name(DEVICE.type)}, torch {machine.version('torch')}", sep="-")
     if timed:
-        terminalreporter.write_line(tables.of([row_of(each.name, each.stats.data, each.extra_info) for each in timed]))
+        rows = []
+        for each in timed:
+            figures = {name: Figure(**each.extra_info[name]) for name in FIGURES if name in each.extra_info}
+            case, note = each.name.removeprefix("test_"), each.extra_info.get("note", "")
+            rows.append(Row("", case, "", note=note, figures={"time": spread(each.stats.data, "s"), **figures}))
+        terminalreporter.write_line(tables.of(rows))
     for why, count in skipped.items():
         terminalreporter.write_line(f"not measured: {count} case{'s' if count > 1 else ''}: {why}")
-
-
-def reason(report: pytest.TestReport) -> str:
-    """Why a case was skipped."""
-    said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return said.removeprefix("Skipped: ")
-
-
-def row_of(name: str, seconds: list[float], info: dict) -> Row:
-    """A case with its time, throughput and peak memory."""
-    figures = {"time": spread(seconds, "s")} | {what: Figure(**info[what]) for what in FIGURES if what in info}
-    return Row("suites", name.removeprefix("test_"), "", note=info.get("note", ""), figures=figures)
