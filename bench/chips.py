@@ -3,10 +3,8 @@
 `CHIPS` holds NVIDIA's data sheets: dense (no sparsity), at boost clock, which no program reaches.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.results import Row, find
 from engine.device import PEAK_TFLOPS
 
 
@@ -19,12 +17,6 @@ class Chip:
     flops_per_s: dict[str, float]  # of matrix products, by precision
     bytes_per_s: float  # of its memory, reads and writes together
     links: dict[str, float] = field(default_factory=dict)  # bytes/s in one direction, to all other devices together
-    is_measured: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Where the ceilings come from, in two words."""
-        return "measured" if self.is_measured else "data sheet"
 
 
 def _sheet(name: str, source: str, tf32: float, fp32: float, gigabytes_per_s: float, **links: float) -> Chip:
@@ -47,12 +39,3 @@ CHIPS: dict[str, Chip] = {
     "A100": _sheet("A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, 2039, NVLink=600, PCIe=64),
     "RTX A6000": _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, 768, NVLink=112.5, PCIe=64),
 }
-
-
-def from_rows(facts: dict[str, str], rows: Sequence[Row]) -> Chip | None:
-    """The ceilings that bench.gpu measured in bf16, or None where there are none."""
-    found = [find(rows, "ceilings", "this GPU", kind) for kind in ("matmul", "copy")]
-    if not all(row is not None and "rate" in row.figures for row in found):
-        return None
-    product, copy = (row.value("rate") for row in found)
-    return Chip(facts.get("gpu", "a GPU"), "bench.gpu, ceilings", {"bf16": product}, copy, is_measured=True)

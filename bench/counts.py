@@ -20,33 +20,14 @@ def counts(function: Callable[[], object]) -> dict:
 
     Each is taken twice; those that differ are named under "uneven" instead.
     """
-    first, second = (_once(function) for _ in range(2))
+    is_on = gc.isenabled()
+    gc.disable()  # collections come when they like
+    try:
+        first, second = (operators(function) | memory(function) for _ in range(2))
+    finally:
+        gc.enable() if is_on else None
     uneven = [name for name in first if first[name] != second[name]]
     return {name: value for name, value in first.items() if name not in uneven} | {"uneven": uneven}
-
-
-def _once(function: Callable[[], object]) -> dict:
-    calls = operators(function)
-    allocations, allocated_bytes, peak_bytes = memory(function)
-    return {
-        "op_calls": calls.total(),
-        "op_calls_by_name": dict(sorted(calls.items())),
-        "allocations": allocations,
-        "allocated_bytes": allocated_bytes,
-        "peak_bytes": peak_bytes,
-    }
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Garbage collection off."""
-    is_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_on:
-            gc.enable()
 
 
 @contextlib.contextmanager
@@ -63,8 +44,8 @@ def silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def operators(function: Callable[[], object]) -> Counter:
-    """Calls of ATen and registered operators by name, those of the backward pass among them."""
+def operators(function: Callable[[], object]) -> dict:
+    """Calls of ATen and registered operators, those of the backward pass among them."""
     found: Counter = Counter()
 
     class Count(TorchDispatchMode):
@@ -72,16 +53,16 @@ def operators(function: Callable[[], object]) -> Counter:
             found[str(op)] += 1
             return op(*args, **(kwargs or {}))
 
-    with undisturbed(), Count():
+    with Count():
         function()
-    return found
+    return {"op_calls": found.total(), "op_calls_by_name": dict(sorted(found.items()))}
 
 
-def memory(function: Callable[[], object]) -> tuple[int, int, int]:
+def memory(function: Callable[[], object]) -> dict:
     """Allocations of tensors, the bytes of all of them, and the most bytes at once above what was held before."""
-    with undisturbed(), silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         function()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    taken = [change for change in changes if change > 0]
-    return len(taken), sum(taken), max(accumulate(changes, initial=0))
+    taken, peak = [change for change in changes if change > 0], max(accumulate(changes, initial=0))
+    return {"allocations": len(taken), "allocated_bytes": sum(taken), "peak_bytes": peak}

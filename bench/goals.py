@@ -11,6 +11,7 @@ SPEED = {"fp32": 1.0, "bf16": 1.2}  # times the speed of the fastest peer, on a 
 CEILING, MEMORY = 0.85, 0.5  # of the rate of a matrix product; of the leanest peer's step memory
 MEMORY_BOUND = ("layer_norm", "add_layer_norm", "gelu", "bias_gelu")
 SHARES = {"forward": 0.9, "backward": 0.8}  # of the copy ceiling, for those
+OURS = ("triton", "torch", "plain")  # implementations that ours on Triton is not held against
 HEADS = ("goal", "measured", "wanted", "")
 
 
@@ -83,10 +84,7 @@ def gpu_goals(rows: Sequence[Row], gpu: str) -> list[Goal]:
         Goal(f"{HEADLINE} step, times less peak memory than the compiled reference", ratio(*memory), 2.0),
     ]
     for op in ("attention", *MEMORY_BOUND, "linear_cross_entropy"):
-        others = [
-            row.peer for row in rows if row.key[:2] == ("ops", op) and row.peer not in ("triton", "torch", "plain")
-        ]
-        theirs = [t for peer in others if (t := value("ops", op, peer, "both")) is not None]
+        theirs = [r.value("both") for r in rows if r.key[:2] == ("ops", op) and r.peer not in OURS and r.value("both")]
         speed = ratio(min(theirs, default=None), value("ops", op, "triton", "both"))
         found.append(Goal(f"{op}, forward + backward, against PyTorch's best", speed, 1.0))
         for phase, wanted in SHARES.items() if op in MEMORY_BOUND else ():

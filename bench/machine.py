@@ -38,11 +38,10 @@ def version(package: str) -> str:
 
 def cpu() -> str:
     """The CPU's name, with its generation where the name alone hides it."""
-    fields = {}
+    fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
+        pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in pairs}
     name = fields.get("model name") or platform.processor() or platform.machine()
     if name == "AMD EPYC" and fields.get("cpu family") == "25":  # a virtual machine's: models below 16 are Milan
         name += " Milan" if int(fields.get("model", "0")) < 16 else " Genoa"
@@ -87,16 +86,13 @@ def facts(device: str = "cpu") -> dict[str, str]:
 def _gpu_facts() -> dict[str, str]:
     import torch
 
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    gpu, query = (
+        torch.cuda.get_device_properties(0),
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+    )
     try:
         driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):
         driver = "not known"
-    return {
-        "gpu": properties.name,
-        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
-        "multiprocessors": str(properties.multi_processor_count),
-        "driver": driver.strip(),
-        "cuda": str(torch.version.cuda),
-    }
+    memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+    return {"gpu": gpu.name, "memory": memory, "driver": driver.strip(), "cuda": str(torch.version.cuda)}

@@ -4,14 +4,12 @@ Only matrix products count FLOPs, and the causal half of attention once. Bytes c
 each output written once (bench.cases). tests/bench/test_roofline_ops.py holds all of it against counted calls.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from bench.cases import Sizes, work
 from bench.chips import Chip
 from bench.communication import ITEMSIZE
-from bench.results import Figure, Row, scaled
 from model.presets import GPT2Config, num_parameters
 
 HEAD = "head"  # the group that is measured as one op
@@ -180,32 +178,3 @@ def _update(shape: StepShape) -> list[Op]:
         Op("scaling of the gradient", "clip", "optimizer", 1, 0, 8 * P),
         Op("AdamW", "AdamW", "optimizer", 1, 0, 28 * P),  # reads p, g, m, v; writes p, m, v
     ]
-
-
-Measured = dict[tuple[str, str], Figure]  # seconds by (op's name, phase); (HEAD, "") is the whole head
-SAME_OP = {"add_layer_norm, ln_f": "add_layer_norm"}  # its backward has one input less
-
-
-def per_step(ops: Sequence[Op], per_call: Measured) -> Measured:
-    """Seconds of a step from those of one call; the whole head is one call per micro-batch."""
-    found = {}
-    for op in ops:
-        key = (op.name.removesuffix(" again"), "forward" if op.name.endswith(" again") else op.phase)
-        key = (SAME_OP[key[0]], key[1]) if key[0] in SAME_OP and op.phase == "forward" else key
-        if key in per_call:
-            found[op.name, op.phase] = scaled(per_call[key], op.calls, "s")
-        if op.name == "head scaling" and (HEAD, "") in per_call:  # once per micro-batch
-            found[HEAD, ""] = scaled(per_call[HEAD, ""], op.calls, "s")
-    return found
-
-
-def from_gpu_rows(rows: Sequence[Row]) -> Measured:
-    """Seconds of one call of each op that bench.gpu timed, as this project's kernels run it."""
-    found: Measured = {}
-    for row in (row for row in rows if row.section == "ops" and row.peer == "triton"):
-        for phase, figure in row.figures.items():
-            if row.case == "linear_cross_entropy" and phase == "both":
-                found[HEAD, ""] = figure
-            elif row.case != "linear_cross_entropy" and phase in ("forward", "backward"):
-                found[row.case, phase] = figure
-    return found

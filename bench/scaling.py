@@ -35,7 +35,7 @@ from bench.results import Row, exact, find, rate, spread
 from engine import distributed, optim
 from engine.config import OptimConfig
 from engine.distributed import Ranks
-from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput
+from engine.errors import BAD_INPUT, DONE, INTERRUPTED
 from engine.health.timing import Clock
 from engine.step import Guard, Step
 from model.gpt2 import GPT2
@@ -158,9 +158,7 @@ def launch(world_size: int, request: Request) -> dict:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
         out = Path(directory, "report.json")
-        torch.multiprocessing.start_processes(
-            rank_main, (world_size, port, request, out), nprocs=world_size, start_method="spawn"
-        )
+        torch.multiprocessing.spawn(rank_main, (world_size, port, request, out), nprocs=world_size)
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -174,15 +172,10 @@ def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 
     return found
 
 
-def case_of(world_size: int) -> str:
-    """A number of processes in words."""
-    return f"{world_size} process{'es' if world_size > 1 else ''}"
-
-
 def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int]], tokens: int) -> Row:
     """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not expected."""
     counted, steps, without = report["counted"][way], report["times"][way], report["times"]["alone"]
-    row = Row("scaling", case_of(world_size), way if world_size > 1 else "none", facts={"processes": world_size})
+    row = Row("scaling", f"{world_size} processes", way if world_size > 1 else "none", facts={"processes": world_size})
     row.figures = {
         "step": spread(steps, "s"),
         "without sync": spread(without, "s"),
@@ -204,36 +197,19 @@ def compare(processes: list[int], model: GPT2Config, args: argparse.Namespace) -
         ways, began = [*WAYS] if world_size > 1 else ["ddp"], time.monotonic()
         seconds = args.seconds if world_size > 1 else args.seconds / 3  # one step alone
         report = launch(world_size, Request(model, tuple(ways), args.sequences, seconds=seconds))
-        print(f"{case_of(world_size)} took {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print(f"{world_size} processes took {time.monotonic() - began:.0f} s", file=sys.stderr)
         for way in ways:
             expected, tokens = (
                 computed(model, world_size, way),
                 world_size * args.sequences * model.n_positions,
             )
             rows.append(row_of(world_size, way, report, expected, tokens))
-    one = find(rows, "scaling", case_of(1), "none")
+    one = find(rows, "scaling", "1 processes", "none")
     for row in rows if one is not None else []:
         speedup, world_size = row.value("tokens") / one.value("tokens"), row.facts["processes"]
         row.figures["efficiency"] = exact(speedup / world_size, "%")
         row.figures["per core"] = exact(speedup / min(world_size, machine.cores()), "%")
     return rows
-
-
-def read(args: argparse.Namespace) -> tuple[list[int], GPT2Config]:
-    """The numbers of processes and the model. Raises BadInput."""
-    wrong, words = [], args.processes.split(",")
-    if not all(word.strip().isdecimal() and 1 <= int(word) <= MOST_PROCESSES for word in words):
-        known = f"numbers from 1 to {MOST_PROCESSES} with commas between"
-        wrong.append(f"--processes must be {known}, got {args.processes!r}")
-    if args.model not in PRESETS:
-        wrong.append(f"--model must be one of {', '.join(PRESETS)}, got {args.model!r}")
-    if args.sequences < 1:
-        wrong.append(f"--sequences must be at least 1, got {args.sequences}")
-    if not 0 < args.seconds < math.inf:
-        wrong.append(f"--seconds must be above 0, got {args.seconds}")
-    if wrong:
-        raise BadInput("\n".join(f"bench.scaling: {each}" for each in wrong))
-    return sorted({int(word) for word in words}), PRESETS[args.model]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -245,12 +221,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=45.0, help="of timing for each number of processes")
     parser.add_argument("--save", action="store_true", help="also write bench/results/<machine>/scaling.json")
     args = parser.parse_args(arguments)
+    words, model, wrong = args.processes.split(","), PRESETS.get(args.model), []
+    if not all(word.strip().isdecimal() and 1 <= int(word) <= MOST_PROCESSES for word in words):
+        wrong.append(f"--processes must be numbers from 1 to {MOST_PROCESSES}, as in 1,2,4, got {args.processes!r}")
+    if model is None:
+        wrong.append(f"--model must be one of {', '.join(PRESETS)}, got {args.model!r}")
+    if args.sequences < 1 or not 0 < args.seconds < math.inf:
+        wrong.append(f"--sequences and --seconds must be above 0, got {args.sequences} and {args.seconds}")
+    if wrong:
+        print("\n".join(f"bench.scaling: {each}" for each in wrong), file=sys.stderr)
+        return BAD_INPUT
     try:
-        processes, model = read(args)
-        rows = compare(processes, model, args)
-    except (BadInput, ProcessException) as error:
+        rows = compare(sorted({int(word) for word in words}), model, args)
+    except ProcessException as error:
         print(error, file=sys.stderr)
-        return BAD_INPUT if isinstance(error, BadInput) else FAILED
+        return FAILED
     except KeyboardInterrupt:
         print("bench.scaling: interrupted; nothing is saved", file=sys.stderr)
         return INTERRUPTED

@@ -7,10 +7,9 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench import chips, results, roofline
+from bench import results, roofline
 from bench.chips import CHIPS
 from bench.results import Row, exact
-from bench.roofline_ops import HEAD
 from engine import device
 from model.presets import PRESETS, flops_per_token, num_parameters
 
@@ -61,33 +60,16 @@ def built(monkeypatch):
 
 
 def test_kernel_times_of_a_gpu_stand_beside_their_ops_as_often_as_a_step_calls_them(built, gpu_json):
-    found = built("--measured", str(gpu_json), "--recompute", "attention")
+    found = built("--measured", str(gpu_json))
     assert found.shape.micro_batches == 8
-    assert {key: figure.value for key, figure in found.measured.items()} == {
-        ("attention", "forward"): 8 * 12 * 1.0,
-        ("attention again", "backward"): 8 * 12 * 1.0,
-        ("attention", "backward"): 8 * 12 * 2.0,
-        ("add_layer_norm", "forward"): 8 * 23 * 0.5,
-        ("add_layer_norm", "backward"): 8 * 23 * 0.25,
-        ("add_layer_norm, ln_f", "forward"): 8 * 0.5,
-        (HEAD, ""): 8 * 30.0,
+    assert {row.case: row.value("measured") for row in found.rows if "measured" in row.figures} == {
+        "attention, forward": 8 * 12 * 1.0,
+        "attention, backward": 8 * 12 * 2.0,
+        "add_layer_norm, forward": 8 * 23 * 0.5,
+        "add_layer_norm, backward": 8 * 23 * 0.25,
     }
-    timed = [row for row in found.rows if "measured" in row.figures]
-    slowest = max(timed, key=lambda row: row.value("measured") - row.value("bound"))
-    assert found.verdict().startswith(f"{slowest.peer} costs the most above its bound")
-    head = [row.value("bound") for each, row in zip(found.ops, found.rows, strict=False) if each.group == HEAD]
-    assert found.rows[-1].value("bound") == pytest.approx(sum(head))
-
-
-def test_a_step_of_a_gpu_stands_beside_its_bound(built, gpu_json):
-    assert built("--measured", str(gpu_json), "--tokens-per-step", "65536").step == {"ours compiled": exact(0.2, "s")}
-
-
-def test_ceilings_come_from_the_measured_rows_where_the_chip_is_this(built, gpu_json):
-    chip = built("--measured", str(gpu_json), "--chip", "this").chip
-    assert (chip.name, chip.flops_per_s, chip.bytes_per_s) == ("NVIDIA H200", {"bf16": 8e14}, 8e11)
-    assert chip.is_measured
-    assert chips.from_rows({}, ROWS[:1]) is None
+    row = next(row for row in found.rows if row.case == "attention, forward")
+    assert row.value("measured / bound") == pytest.approx(96.0 / row.value("bound"))
 
 
 def test_totals_follow_from_the_ops(built):
@@ -95,9 +77,7 @@ def test_totals_follow_from_the_ops(built):
     whole, peak = found.whole(), 312e12
     bound_s = sum(each.bound_ms(found.chip, "bf16") for each in found.ops) / 1e3
     assert whole.value("bound") == pytest.approx(bound_s)
-    assert sum(whole.value(f"{phase} bound") for phase in ("forward", "backward", "optimizer")) == pytest.approx(
-        bound_s
-    )
+    assert sum(whole.value(phase) for phase in ("forward", "backward", "optimizer")) == pytest.approx(bound_s)
     assert whole.value("tokens") == pytest.approx(524_288 / bound_s)
     flops = flops_per_token(PRESETS["gpt2"], 1024)
     assert whole.value("mfu") == pytest.approx(flops * whole.value("tokens") / (8 * peak))
@@ -118,15 +98,14 @@ def said(capsys, *args: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["gpt5"], "the model must be one that exists, got 'gpt5'"),
-        (["--chip", "H20"], """--chip must be one that is known, got 'H20'; did you mean "H200"?"""),
+        (["gpt5"], "the model must be one that is known, got 'gpt5'"),
+        (["--chip", "H20"], """the chip must be one that is known, got 'H20'; did you mean "H200"?"""),
         (["--context", "2048"], "--context must be at most the model's 1024 positions"),
         (["--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--n-head", "7"], "n_embd must be a multiple of n_head"),
         (["--gpus", "3"], "--tokens-per-step must be a multiple"),
-        (["--chip", "this"], "--chip this must come with --measured"),
-        (["--measured", "none.json"], "must be gpu.json of bench.gpu, got none.json"),
+        (["--measured", "none.json"], "No such file or directory: 'none.json'"),
     ],
 )
 def test_bad_input_is_a_sentence_and_code_2(capsys, args, sentence):
@@ -136,33 +115,24 @@ def test_bad_input_is_a_sentence_and_code_2(capsys, args, sentence):
     assert "Traceback" not in err
 
 
-def test_results_of_another_step_are_refused(capsys, gpu_json, tmp_path):
-    code, _, err = said(capsys, "gpt2-medium", "--measured", str(gpu_json))
+@pytest.mark.parametrize("other", [["gpt2-medium"], ["--chip", "A100"], ["--precision", "fp16"]])
+def test_results_of_another_step_are_refused(capsys, gpu_json, other):
+    code, _, err = said(capsys, *other, "--measured", str(gpu_json))
     assert code == 2
-    assert "is of gpt2, 64 sequences" in err
-    code, _, err = said(capsys, "--chip", "A100", "--measured", str(gpu_json))
-    assert code == 2
-    assert "was measured on, NVIDIA H200, got A100" in err
-    (tmp_path / "half.json").write_text('{"facts": {}}')
-    code, _, err = said(capsys, "--measured", str(tmp_path / "half.json"))
-    assert code == 2
-    assert "must hold facts and rows" in err
+    assert "got those of NVIDIA H200, gpt2, 64 sequences of 1,024 in bf16" in err
 
 
 def test_without_measured_times_it_says_so_and_draws(capsys, tmp_path):
     code, out, _ = said(capsys, "gpt2", "--gpus", "8", "--micro-batch-size", "16", "--out", str(tmp_path / "r.png"))
     assert code == 0
-    assert "Nothing is measured. The op with the largest bound is head " in out
-    assert "communication: 871 MB sent by each device" in out
+    assert "The op with the largest bound is head " in out
+    assert " 871 MB " in out  # on the wire
     picture = (tmp_path / "r.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(picture[16:20], "big") == 1200  # pixels wide
-    assert len({len(line) for line in out.splitlines() if line.startswith("|")}) == 1, "columns must line up"
+    assert len({len(line) for line in out.split("\n\n")[1].splitlines()}) == 1, "columns must line up"
 
 
-def test_bars_hold_the_whole_bound_and_what_was_measured(built, gpu_json):
-    found = built("--measured", str(gpu_json))
-    bars = found.bars().values()
-    assert sum(bar["compute"] + bar["memory"] for bar in bars) == pytest.approx(1e3 * found.bound_s)
-    measured = sum(figure.value for figure in found.measured.values())
-    assert sum(bar.get("measured", 0.0) for bar in bars) == pytest.approx(1e3 * measured)
+def test_bars_hold_the_whole_bound(built):
+    found = built("gpt2")
+    assert sum(sum(bar.values()) for bar in found.bars().values()) == pytest.approx(1e3 * found.bound_s)

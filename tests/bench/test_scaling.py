@@ -74,12 +74,9 @@ def test_bytes_that_were_not_computed_fail_the_run(monkeypatch, capsys, broken):
 def test_bad_input_is_all_told_at_once(capsys):
     assert scaling.main(["--processes", "0,x", "--model", "huge", "--sequences", "0", "--seconds", "nan"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "bench.scaling: --processes must be numbers from 1 to 16 with commas between, got '0,x'"
+    assert lines[0] == "bench.scaling: --processes must be numbers from 1 to 16, as in 1,2,4, got '0,x'"
     assert lines[1].startswith("bench.scaling: --model must be one of tiny, mini, gpt2, ")
-    assert lines[2:] == [
-        "bench.scaling: --sequences must be at least 1, got 0",
-        "bench.scaling: --seconds must be above 0, got nan",
-    ]
+    assert lines[2:] == ["bench.scaling: --sequences and --seconds must be above 0, got 0 and nan"]
 
 
 def children(pid: int) -> set[int]:
