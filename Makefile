@@ -33,7 +33,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-TABLE := --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+TABLE := -rs --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 # Both write pytest-benchmark's JSON: make bench OUT=bench/results/MACHINE/bench.json
 bench: setup

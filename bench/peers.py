@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,12 +51,8 @@ class Peer(NamedTuple):
 
 def everyone(on_gpu: bool) -> list[Peer]:
     """All peers, ours first."""
-    if on_gpu:
-        names = (OURS, "ours on torch", "reference", "transformers")
-        return [Peer(who, mode) for mode in ("compiled", "eager") for who in names]
-    ours = [Peer(OURS, "eager", True), Peer(OURS, "compiled", True), Peer(OURS, "eager"), Peer(OURS, "compiled")]
-    others = [Peer(who, mode, t) for who in ("reference", "transformers") for t in (False, True) for mode in MODES]
-    return ours + others
+    names = (OURS, *(["ours on torch"] if on_gpu else []), "reference", "transformers")
+    return [Peer(who, mode, t) for who in names for t in ((False,) if on_gpu else (True, False)) for mode in MODES]
 
 
 @dataclass(frozen=True)
@@ -106,8 +102,8 @@ class Comparison:
     def run(self, trial: Trial, peers: Sequence[Peer]) -> list[Row]:
         """A row for each peer."""
         rows = {peer: Row("step", trial.name, str(peer), "failed") for peer in peers}
-        with self._processes(len(peers)) as workers:
-            ready: dict[Peer, Worker] = {}
+        workers, ready = self.workers or [Worker() for _ in peers], {}
+        try:
             for peer, worker in zip(peers, workers, strict=False):
                 if reason := absence(peer.who):
                     rows[peer].status, rows[peer].reason = "skipped", reason
@@ -116,20 +112,13 @@ class Comparison:
                     rows[peer].status = "checked"
                 self.put(rows[peer])
             samples = self._time(trial, ready, rows)
+        finally:
+            for worker in workers if self.workers is None else ():
+                worker.stop()
         summarize(trial, rows, samples)
         for row in rows.values():
             self.put(row)
         return list(rows.values())
-
-    @contextlib.contextmanager
-    def _processes(self, count: int) -> Iterator[list[Worker]]:
-        workers = self.workers if self.workers is not None else [Worker() for _ in range(count)]
-        try:
-            yield workers
-        finally:
-            if self.workers is None:
-                for worker in workers:
-                    worker.stop()
 
     def _ask(self, worker: Worker, do: str, **what):
         seconds = min(self.limit_s, self.deadline - time.time())

@@ -1,4 +1,4 @@
-"""What a training step must cost at least on a chip, op by op: `python -m bench.roofline gpt2 --chip H200 --out FILE.png`.
+"""What a training step must cost at least on a chip: `python -m bench.roofline gpt2 --chip H200 --out FILE.png`.
 
 An op's bound is max(FLOPs / peak, bytes / bandwidth); the step's is their sum. A compiler that fuses two ops, or an
 input that is still in a cache, can go below. MFU counts 6 (N - wpe) + 12 L C T FLOPs per token, attention without its
@@ -87,7 +87,7 @@ class Roofline:
         """All of it as text."""
         what, source, bound = self.title()
         largest = max(self.rows, key=lambda row: row.value("bound"))
-        said = f"The op with the largest bound is {largest.case}: {tables.cell(largest, 'bound')} a step, by {largest.note}."
+        said = f"The op with the largest bound is {largest.case}: {tables.cell(largest, 'bound')}, by {largest.note}."
         return "\n".join(
             [what, source, "", tables.of(self.rows), "", tables.of([self.whole()]), "", f"{bound}\n{said}"]
         )

@@ -108,10 +108,8 @@ class PeerStep:
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """Fused AdamW as the GPT-3 paper has it; matrices and embeddings decay."""
     parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = ([p for p in parameters if (p.ndim >= 2) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
 
 

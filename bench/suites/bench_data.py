@@ -1,4 +1,4 @@
-"""Text to token ids, `gpt2 prepare`, opening token shards, and the batches of a step as fast as they come.
+"""Text to token ids, `gpt2 prepare`, and the batches of a step as fast as they come.
 
 The text is the standard library's of the running Python. Ids are first checked against the text that they decode to,
 and GPT-2's of a known sentence against those published; batches against slices of the tokens that were written.
@@ -97,17 +97,6 @@ def written(tmp_path_factory):
         return directory, tokens
 
     return write
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_open(size: str, written, measure):
-    directory, tokens = written(size)
-
-    def check(stream: TokenStream) -> None:
-        assert len(stream) == len(tokens)
-        assert np.array_equal(stream.read(0, len(tokens)), tokens), "the stream must be the tokens that were written"
-
-    measure(lambda: TokenStream.open(directory, "train", VOCAB_SIZE), check)
 
 
 def check_batches(batches: Batches, tokens: np.ndarray) -> None:

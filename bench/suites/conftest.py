@@ -12,7 +12,6 @@ import math
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine, tables
+from bench import machine
 from bench.measure import Peak, peak_memory, release_freed_memory
-from bench.results import Figure, Row, exact, rate, spread
+from bench.results import exact, rate, spread
 from engine.device import tune_malloc
 from kernels.dispatch import MODULES, triton_obstacle
 from kernels.launch import INTERPRETED
@@ -37,7 +36,6 @@ QUICK = next(iter(SEQUENCES))  # the preset whose cases all run in the quick sui
 BUDGET_S = 0.7  # of timed calls per case
 ROUNDS = (5, 200)  # at least and at most
 ROUND_S = 2e-3  # calls that are shorter share a round
-FIGURES = ("throughput", "peak", "whole save")  # of extra_info
 
 
 class Measure:
@@ -150,24 +148,3 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     """Leaves out the time of each round."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
-
-
-@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """One line a case, then what was not measured and why."""
-    session = getattr(config, "_benchmarksession", None)
-    timed = [each for each in session.benchmarks if each and not each.has_error] if session is not None else []
-    skipped = Counter(
-        str(report.longrepr[-1]).removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])
-    )
-    if timed or skipped:
-        terminalreporter.section(f"{machine.name(DEVICE.type)}, torch {machine.version('torch')}", sep="-")
-    if timed:
-        rows = []
-        for each in timed:
-            figures = {name: Figure(**each.extra_info[name]) for name in FIGURES if name in each.extra_info}
-            case, note = each.name.removeprefix("test_"), each.extra_info.get("note", "")
-            rows.append(Row("", case, "", note=note, figures={"time": spread(each.stats.data, "s"), **figures}))
-        terminalreporter.write_line(tables.of(rows))
-    for why, count in skipped.items():
-        terminalreporter.write_line(f"not measured: {count} case{'s' if count > 1 else ''}: {why}")

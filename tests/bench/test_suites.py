@@ -36,7 +36,7 @@ import pytest
 for marks in ("not slow", ""):
     pytest.main(["bench/suites", "--collect-only", "-q", "-o", "addopts=", "-m", marks])
     print("---- next ----", flush=True)
-sys.exit(pytest.main(["-p", "faulty_layer_norm", *sys.argv[1:]]))
+sys.exit(pytest.main(["-rs", "-p", "faulty_layer_norm", *sys.argv[1:]]))
 """
 OPS = ("gelu-tiny-fp32-torch", "layer_norm-tiny-fp32-torch", "gelu-tiny-fp32-triton")
 
@@ -108,7 +108,7 @@ def test_wrong_result_fails_and_is_not_timed(run: Run):
 
 @ON_CPU
 def test_interpreter_is_not_timed(run: Run):
-    assert "not measured: 1 case: Triton's interpreter runs here, whose time means nothing" in run.output
+    assert "Triton's interpreter runs here, whose time means nothing" in run.output
 
 
 @ON_CPU
