@@ -7,7 +7,6 @@ definition read once and each output written once.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +55,7 @@ class Sizes:
         return self.H * self.D
 
 
-class Work(NamedTuple):
-    """What one call must do."""
-
-    flops: int
-    bytes: int
+Work = tuple[int, int]  # FLOPs, bytes
 
 
 def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:
@@ -70,19 +65,19 @@ def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]
     product, factors = 2 * sizes.N * C * Vp, e * (x + Vp * C)
     forward, backward = {
         # Two products of T x T x D for each of H heads, halved; backward five. qkv -> out; dout, qkv, out -> dqkv.
-        "attention": (Work(2 * B * T * T * C, e * 4 * x), Work(5 * B * T * T * C, e * 8 * x)),
+        "attention": ((2 * B * T * T * C, e * 4 * x), (5 * B * T * T * C, e * 8 * x)),
         # x, weight, bias -> y; dy, x, weight -> dx, dweight, dbias.
-        "layer_norm": (Work(0, e * 2 * x + p * 2 * C), Work(0, e * 3 * x + p * 3 * C)),
+        "layer_norm": ((0, e * 2 * x + p * 2 * C), (0, e * 3 * x + p * 3 * C)),
         # x, residual, weight, bias -> y, summed; dy, dsummed, summed, weight -> dx (dresidual is it), dweight, dbias.
-        "add_layer_norm": (Work(0, e * 4 * x + p * 2 * C), Work(0, e * 4 * x + p * 3 * C)),
+        "add_layer_norm": ((0, e * 4 * x + p * 2 * C), (0, e * 4 * x + p * 3 * C)),
         # x -> y; dy, x -> dx.
-        "gelu": (Work(0, e * 2 * f), Work(0, e * 3 * f)),
+        "gelu": ((0, e * 2 * f), (0, e * 3 * f)),
         # x, bias -> y; dy, x, bias -> dx, dbias.
-        "bias_gelu": (Work(0, e * 2 * f + p * 4 * C), Work(0, e * 3 * f + p * 8 * C)),
+        "bias_gelu": ((0, e * 2 * f + p * 4 * C), (0, e * 3 * f + p * 8 * C)),
         # One product for the logits, two for the gradients of its factors.
-        "linear_cross_entropy": (Work(product, factors + 8 * sizes.N), Work(2 * product, 2 * factors)),
+        "linear_cross_entropy": ((product, factors + 8 * sizes.N), (2 * product, 2 * factors)),
     }[op]
-    return {"forward": forward, "backward": backward, "both": Work(*map(sum, zip(forward, backward, strict=True)))}
+    return {"forward": forward, "backward": backward, "both": tuple(map(sum, zip(forward, backward, strict=True)))}
 
 
 @dataclass(frozen=True)
@@ -99,8 +94,8 @@ class Op:
 
     def amount(self, phase: str, itemsize: int) -> tuple[int, str]:
         """The work of a phase that its rate counts, and the rate's unit: FLOPs if there are any, else bytes."""
-        done = work(self.name, self.sizes, itemsize)["forward" if phase == "forward_no_grad" else phase]
-        return (done.flops, "FLOP/s") if done.flops else (done.bytes, "B/s")
+        flops, num_bytes = work(self.name, self.sizes, itemsize)[phase.removesuffix("_no_grad")]
+        return (flops, "FLOP/s") if flops else (num_bytes, "B/s")
 
     def fresh(self, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """New random inputs, and incoming gradients: standard normal, and 1 for a loss."""
@@ -140,11 +135,6 @@ def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
 
-def ops(sizes: Sizes, on_gpu: bool, compiler: str = "inductor") -> dict[str, Op]:
-    """Every op at these sizes, by name. compiler: the backend of torch.compile."""
-    return {name: _op(name, sizes, on_gpu, compiler) for name in MODULES}
-
-
 TENSORS = {
     "attention": "out dqkv",
     "layer_norm": "y dx dweight dbias",
@@ -175,6 +165,11 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
     phases = ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING
     peers, tensors = {**ours, "compile": compiled, **others}, tuple(TENSORS[name].split())
     return Op(name, sizes, inputs, reference, peers, tensors, phases)
+
+
+def ops(sizes: Sizes, on_gpu: bool, compiler: str = "inductor") -> dict[str, Op]:
+    """Every op at these sizes, by name. compiler: the backend of torch.compile."""
+    return {name: _op(name, sizes, on_gpu, compiler) for name in MODULES}
 
 
 def _inputs(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -65,16 +65,13 @@ def communication(
     shards = world_size if parallel == "fsdp" else shard_size
     if shards is None or shards < 1 or world_size % shards:
         raise ValueError(f"communication: hsdp's shard_size must divide {world_size} processes, got {shard_size}")
-    blocks, root = config.n_layer, [s for name, s in parameter_shapes(config).items() if not name.startswith("h.")]
-    block = [shape for name, shape in parameter_shapes(config).items() if name.startswith("h.0.")]
-    block_elements, root_elements = padded_elements(block, shards), padded_elements(root, shards)
-    elements = blocks * block_elements + root_elements
-    weight_bytes, passes = ITEMSIZE[precision], micro_batches
+    shapes, blocks, size = parameter_shapes(config), config.n_layer, ITEMSIZE[precision]
+    root = padded_elements([shape for name, shape in shapes.items() if not name.startswith("h.")], shards)
+    block = padded_elements([shape for name, shape in shapes.items() if name.startswith("h.0.")], shards)
+    elements, passes = blocks * block + root, micro_batches
     found = [
-        Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * elements * weight_bytes, shards),
-        Collective(
-            "weights, backward", "all_gather", passes * blocks, passes * blocks * block_elements * weight_bytes, shards
-        ),
+        Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * elements * size, shards),
+        Collective("weights, backward", "all_gather", passes * blocks, passes * blocks * block * size, shards),
         Collective("gradients", "reduce_scatter", passes * (blocks + 1), passes * elements * 4, shards),
         Collective("norm of the gradient", "all_reduce", 1, 8, shards),  # engine.distributed.clip's float64
     ]

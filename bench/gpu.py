@@ -106,12 +106,12 @@ class Run:
                 left, needed = self.deadline - time.time(), 0.0 if self.record.is_dry else part.seconds
                 if left <= needed:
                     self.say(f"{part}: left out")
-                    self.record.leave_out(part, f"needs up to {needed:.0f} s, {max(0.0, left):.0f} s were left")
+                    self.record.note(part, f"needs up to {needed:.0f} s, {max(0.0, left):.0f} s were left")
                     continue
-                self.record.leave_out(part, "begun, not finished")
+                self.record.note(part, "begun, not finished")
                 with contextlib.suppress(OutOfTime):
                     kinds.get(part.section, self.ops)(part)
-                    self.record.finish(part)
+                    self.record.note(part, None)
                 for worker in (self.worker, *self.peers):
                     with contextlib.suppress(Failed):
                         _ = worker.process and worker.ask("release", 60.0)

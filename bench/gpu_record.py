@@ -77,15 +77,11 @@ class Record:
         self.save()
         return row
 
-    def leave_out(self, part: Part, reason: str) -> None:
-        """Notes why a part of the plan was not measured."""
-        self.reasons[str(part)] = reason
-        self.save()
-
-    def finish(self, part: Part) -> None:
-        """A part of the plan is over, well or badly."""
-        self.done.append(str(part))
-        self.reasons.pop(str(part), None)
+    def note(self, part: Part, reason: str | None) -> None:
+        """Notes why a part of the plan is not done, or, without a reason, that it is."""
+        self.done += [] if reason else [str(part)]
+        self.reasons = {name: said for name, said in self.reasons.items() if name != str(part)}
+        self.reasons |= {str(part): reason} if reason else {}
         self.save()
 
     def table(self) -> str:

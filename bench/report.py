@@ -62,20 +62,18 @@ def gpu() -> str:
     return tables.markdown(["T = 1,024", "GPU", "tokens/s per GPU", "MFU", "source"], [*rows, *PUBLISHED])
 
 
-def cpu(*, only_goal: bool = True) -> str:
-    """Each case of bench.peers in two lines, malloc tuned and not; only the goal's case, or all."""
-    lines, notes = [], []
+def cpu() -> str:
+    """The goal's case of bench.peers in two lines, malloc tuned and not."""
+    parts = []
     for _, facts, rows in found("peers.json"):
-        cases = [case for case in dict.fromkeys(row.case for row in rows) if case == GOAL_CASE or not only_goal]
-        for case in cases:
-            measured = [row for row in rows if row.case == case]
-            lines += [cpu_line(ours, goals.peers_of(measured)) for ours in goals.best_of(measured)]
-        notes.append(note(facts, "bench.peers"))
-    if not lines:
-        return NOT_MEASURED
-    heads = ["step of", "ours", "fastest peer", "speed", "of matmul ceiling", "step memory: ours / leanest peer"]
-    goal = f"\n\nGoals: {goals.SPEED['fp32']}x the speed, {goals.CEILING:.0%} of the ceiling, {goals.MEMORY} of memory."
-    return tables.markdown(heads, lines) + "".join(notes) + (goal if only_goal else "")
+        measured = [row for row in rows if row.case == GOAL_CASE]
+        lines = [cpu_line(ours, goals.peers_of(measured)) for ours in goals.best_of(measured)]
+        goal = (
+            f"goals: {goals.SPEED['fp32']}x the speed, {goals.CEILING:.0%} of the ceiling, {goals.MEMORY} of the memory"
+        )
+        heads = ["step of", "ours", "fastest peer", "speed", "of matmul ceiling", "step memory: ours / leanest peer"]
+        parts += [tables.markdown(heads, lines) + note(facts, "bench.peers", goal)] if lines else []
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def cpu_line(ours: Row, peers: list[Row]) -> tuple[str, ...]:
@@ -96,8 +94,10 @@ def cpu_line(ours: Row, peers: list[Row]) -> tuple[str, ...]:
 
 
 def peers() -> str:
-    """All cases of bench.peers."""
-    return cpu(only_goal=False)
+    """All that bench.peers measured."""
+    names = ("step", "tokens", "of ceiling", "step memory", "time / ours", "speed", "loss")
+    parts = [tables.of(rows, names) + note(facts, "bench.peers") for _, facts, rows in found("peers.json")]
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def scaling() -> str:
@@ -107,9 +107,11 @@ def scaling() -> str:
         for row in rows:
             sizes = [f"{row.value(name) / 1e6:,.3f}" for name in ("bytes counted", "bytes computed")]
             row.note = f"{sizes[0]} MB {'=' if row.status == 'measured' else '!='} {sizes[1]} MB"
-        shape = f"gloo, `{facts['model']}` with {facts['tokens']} tokens on each process, one thread each"
+        shape = (
+            f"gloo, `{facts['model']}` with {facts['tokens']} tokens on each process; note: bytes counted = computed"
+        )
         table = tables.of(rows, ("step", "without sync", "tokens", "efficiency", "per core", "calls counted"))
-        parts.append(table + note(facts, "bench.scaling", shape, "note: bytes per step counted = computed"))
+        parts.append(table + note(facts, "bench.scaling", shape))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -119,14 +121,13 @@ def suites() -> str:
     for path in sorted(machine.RESULTS.glob("*/bench.json")):
         content, rows = json.loads(path.read_text(encoding="utf-8")), []
         for each in content["benchmarks"]:
-            name = Path(each["fullname"].partition("::")[0]).stem.removeprefix("bench_")
-            row = Row(
-                name, f"{name}: {each['name'].removeprefix('test_')}", "", note=each["extra_info"].get("note", "")
-            )
-            stats, info = each["stats"], each["extra_info"]
-            row.figures["median (quartiles)"] = Figure(stats["median"], "s", stats["q1"], stats["q3"], stats["rounds"])
-            row.figures |= {key: exact(*[*info[key].values()][:2]) for key in ("throughput", "peak") if key in info}
-            rows.append(row)
+            case, stats, info = each["name"].removeprefix("test_"), each["stats"], each["extra_info"]
+            rows.append(Row("suites", case, "", note=info.get("note", "")))
+            time = Figure(stats["median"], "s", stats["q1"], stats["q3"], stats["rounds"])
+            figures = {
+                key: exact(info[key]["value"], info[key]["unit"]) for key in ("throughput", "peak") if key in info
+            }
+            rows[-1].figures = {"median (quartiles)": time, **figures}
         facts = content["machine_info"]
         parts.append(tables.of(rows) + note(facts, facts["command"].removeprefix("python -m ")))
     return "\n\n".join(parts) or NOT_MEASURED
@@ -160,17 +161,14 @@ def main(arguments: list[str] | None = None, root: Path = machine.ROOT) -> int:
         return 2
     homeless = TABLES.keys() - {match[2] for text in before.values() for match in REGION.finditer(text)}
     if homeless:
-        print(
-            f"report: every table must stand in README.md or docs/*.md, {', '.join(homeless)} in none", file=sys.stderr
-        )
+        names = ", ".join(sorted(homeless))
+        print(f"report: every table must stand in README.md or docs/*.md, {names} in none", file=sys.stderr)
     stale = [path for path in before if after[path] != before[path]]
     for path in stale:
-        if args.check:
-            print(
-                f"report: {path.name} must hold what bench/results gives; run python -m bench.report", file=sys.stderr
-            )
-        else:
+        if not args.check:
             results.write(path, after[path])
+            continue
+        print(f"report: {path.name} must hold what bench/results gives; run python -m bench.report", file=sys.stderr)
     return int(bool(homeless or (args.check and stale)))
 
 

@@ -90,9 +90,9 @@ def _blocks(shape: StepShape) -> list[Op]:
     for phase in ("forward", "backward"):
         kernels = {}
         for name in ("attention", "bias_gelu", "layer_norm", "add_layer_norm"):  # weights and biases are float32
-            done = work(name, Sizes.of(shape.config, shape.B, shape.T), e, 4)[phase]
+            flops, num_bytes = work(name, Sizes.of(shape.config, shape.B, shape.T), e, 4)[phase]
             group = "layer_norm" if name.endswith("layer_norm") else name
-            kernels[name] = Op(name, group, phase, 1, done.flops, done.bytes)
+            kernels[name] = Op(name, group, phase, 1, flops, num_bytes)
         found += [times(kernels["attention"], L), times(kernels["bias_gelu"], L), kernels["layer_norm"]]
         found.append(times(kernels["add_layer_norm"], 2 * L - 1))
         last = "add_layer_norm" if phase == "forward" else "layer_norm"  # nobody differentiates the last sum

@@ -144,7 +144,7 @@ def test_some_sections_and_then_the_rest(tmp_path, monkeypatch, capsys):
     def measure(run, parts):
         asked.append([str(each) for each in parts])
         for each in parts:
-            run.record.finish(each)
+            run.record.note(each, None)
 
     monkeypatch.setattr(gpu.Run, "all", measure)
     dry = ["--out", str(tmp_path), "--dry-run", "--commit", "abc"]

@@ -90,7 +90,7 @@ def test_a_cpu_case_is_held_against_its_fastest_and_its_leanest_peer(write):
     ]
     assert plain[1:] == ["100 ms", "400 ms (plain PyTorch compiled)", "4x", "75.0%", "2 MB / 9 MB"]
     assert "another" not in report.cpu()
-    assert "another, malloc as it comes" in report.peers()
+    assert "another" in report.peers()
 
 
 def test_a_suite_s_case_has_a_line(tmp_path, write):
@@ -106,7 +106,7 @@ def test_a_suite_s_case_has_a_line(tmp_path, write):
     write("other.json", {}, [])
     (tmp_path / "results" / "here" / "bench.json").write_text(json.dumps({"machine_info": facts, "benchmarks": [case]}))
     line = report.suites().splitlines()[2]
-    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["ops: op[x]", "2 ms (1 to 3 ms)", "5 GB/s", "n"]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["op[x]", "2 ms (1 to 3 ms)", "5 GB/s", "n"]
 
 
 def test_only_what_is_between_the_markers_changes_in_whatever_file(root, capsys):
