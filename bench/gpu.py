@@ -22,17 +22,12 @@ from bench.gpu_record import Part, Record
 from bench.measure import within
 from bench.peers import Comparison, Peer, Trial
 from bench.processes import Failed, Worker
-from bench.results import Figure, Row, exact, find, rate, spread
+from bench.results import Figure, Row, exact, rate, spread
 from kernels.dispatch import MODULES
 from model.presets import PRESETS
 
+LONG = ("attention", "linear_cross_entropy")  # ops with more implementations
 PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
-SECTIONS_OF_OPS = {
-    "attention": ("attention",),
-    "layer_norm": ("layer_norm", "add_layer_norm"),
-    "gelu": ("gelu", "bias_gelu"),
-    "cross_entropy": ("linear_cross_entropy",),
-}
 COMPILED = tuple(Peer(who, "compiled") for who in ("ours", "reference", "transformers"))
 EAGER = tuple(Peer(who, "eager") for who in ("ours", "reference", "transformers", "ours on torch"))
 STEPS = {
@@ -51,12 +46,9 @@ SIZES = {
 # In order of priority: what no longer fits is left out, and the next part is tried.
 PLAN = (
     Part("ceilings", "matmul and copy", 20),
-    Part("accuracy", "attention", 40),
-    *(Part("accuracy", op, 12) for op in MODULES if op != "attention"),
+    *(Part("accuracy", op, 40 if op == "attention" else 12) for op in MODULES),
     Part("step", "bf16 compiled", 220),
-    Part("attention", "attention", 50),
-    *(Part(section, op, 25) for section in ("layer_norm", "gelu") for op in SECTIONS_OF_OPS[section]),
-    Part("cross_entropy", "linear_cross_entropy", 50),
+    *(Part(MODULES[op].__name__.rpartition(".")[2], op, 50 if op in LONG else 25) for op in MODULES),
     Part("step", "bf16 eager", 80),
     *(Part("step", name, 80) for name in [*STEPS][2:]),
     Part("sizes", "gpt2-medium", 120),
@@ -167,21 +159,17 @@ class Run:
                 row.figures = {"error": exact(found["error"], ""), "peak memory": exact(found["peak"], "B")}
                 self.put(row)
                 right[peer] = row
+        ceilings = {row.peer: row.value("rate") for row in self.record.rows if row.section == "ceilings"}
         what = {"op": part.name, "peers": [*right], "seconds": self.seconds()}
         times = self.ask(part, turns, "time", **what) if right else None
         for peer, phases in (times or {}).items():
             right[peer].status = "measured"
             for phase, (figure, amount, unit) in phases.items():
-                right[peer].figures |= self.phase(phase, Figure(*figure), amount, unit)
+                seconds, ceiling = Figure(*figure), ceilings.get("matmul" if unit == "FLOP/s" else "copy")
+                right[peer].figures |= {phase: seconds, f"{phase} rate": rate(seconds, amount, unit)}
+                if ceiling:
+                    right[peer].figures[f"{phase} of ceiling"] = rate(seconds, amount / ceiling, "%")
             self.put(right[peer])
-
-    def phase(self, name: str, seconds: Figure, amount: float, unit: str) -> dict[str, Figure]:
-        """A phase's time, rate and share of the ceiling."""
-        found = {name: seconds, f"{name} rate": rate(seconds, amount, unit)}
-        ceiling = find(self.record.rows, "ceilings", "this GPU", "matmul" if unit == "FLOP/s" else "copy")
-        if ceiling is not None and "rate" in ceiling.figures:
-            found[f"{name} of ceiling"] = rate(seconds, amount / ceiling.value("rate"), "%")
-        return found
 
     def steps(self, part: Part) -> None:
         """Whole training steps; of a larger preset ours alone."""

@@ -116,7 +116,7 @@ def release_freed_memory() -> None:
 class Ceiling:
     """What the machine reaches at most: a large matrix product, in FLOP/s, or a large copy, in B/s.
 
-    A sample is the best of four. The result is checked first; raises ArithmeticError if it is wrong.
+    A sample is the best of four. Raises AssertionError if the result is wrong.
     """
 
     def __init__(self, kind: str, device: torch.device, dtype: torch.dtype, *, is_small: bool = False):
@@ -127,17 +127,13 @@ class Ceiling:
             left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
             self.amount, out = 2 * n**3, torch.empty_like(left)
             self.call = lambda: torch.mm(left, right, out=out)
-            got, truth = self.call()[:64].double(), left[:64].double() @ right.double()
-            error = ((got - truth).norm() / truth.norm()).item()
-            if not error <= 2e-2:
-                raise ArithmeticError(f"the error of the product must be at most 2e-02, got {error:.1e}")
-            return
-        source = torch.randn(elements, device=device, dtype=dtype)
-        target = torch.empty_like(source)
-        self.amount = 2 * source.nbytes  # read and written
-        self.call = lambda: target.copy_(source)
-        if not torch.equal(self.call(), source):
-            raise ArithmeticError("the copy must equal its source, it does not")
+            exact = left[:64].double() @ right.double()
+            torch.testing.assert_close(self.call()[:64].double(), exact, rtol=2e-2, atol=2e-2 * n**0.5)
+        else:
+            source = torch.randn(elements, device=device, dtype=dtype)
+            self.amount, target = 2 * source.nbytes, torch.empty_like(source)  # read and written
+            self.call = lambda: target.copy_(source)
+            torch.testing.assert_close(self.call(), source, rtol=0, atol=0)
 
     def sample(self) -> float:
         """FLOPs or bytes per second."""

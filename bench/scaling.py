@@ -44,7 +44,7 @@ from model.presets import PRESETS, GPT2Config
 FAILED = 1
 MOST_PROCESSES, LEAST_ROUNDS, WARM_UP = 16, 5, 3  # DDP sorts its buckets after the first step
 WAYS = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}}
-WAYS["fsdp no reshard"] = {"parallel": "fsdp", "reshard": False}
+WAYS |= {"fsdp no reshard": {"parallel": "fsdp", "reshard": False}}
 ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
 # Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
 # which argument.
@@ -199,11 +199,8 @@ def compare(processes: list[int], model: GPT2Config, args: argparse.Namespace) -
         report = launch(world_size, Request(model, tuple(ways), args.sequences, seconds=seconds))
         print(f"{world_size} processes took {time.monotonic() - began:.0f} s", file=sys.stderr)
         for way in ways:
-            expected, tokens = (
-                computed(model, world_size, way),
-                world_size * args.sequences * model.n_positions,
-            )
-            rows.append(row_of(world_size, way, report, expected, tokens))
+            tokens = world_size * args.sequences * model.n_positions
+            rows.append(row_of(world_size, way, report, computed(model, world_size, way), tokens))
     one = find(rows, "scaling", "1 processes", "none")
     for row in rows if one is not None else []:
         speedup, world_size = row.value("tokens") / one.value("tokens"), row.facts["processes"]

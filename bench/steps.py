@@ -6,6 +6,7 @@ itself, the others run under autocast.
 
 import contextlib
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,24 +57,11 @@ def build(
     runs = torch.compile(model, dynamic=False, backend=setup.compiler) if setup.is_compiled else model
     scaler = torch.amp.GradScaler(device.type, enabled=setup.precision == "fp16")
     if setup.who == OURS:
-        return OurStep(model, runs, scaler, device)
+        optimizer, ranks, updates = optim.build(model, OptimConfig(lr=LR)), Ranks(0, 0, 1, device), itertools.count()
+        step = Step(runs, optimizer, scaler, Guard(device), 1, CLIP, ranks, Clock(device))
+        return lambda micro_batches: step(next(updates), micro_batches, LR)[0]
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     return PeerStep(model, runs, scaler, autocast)
-
-
-class OurStep:
-    """engine.step.Step, called as the peers' steps are."""
-
-    def __init__(self, model: GPT2, runs: nn.Module, scaler: torch.amp.GradScaler, device: torch.device):
-        optimizer, ranks = optim.build(model, OptimConfig(lr=LR)), Ranks(0, 0, 1, device)
-        self.model = model
-        self.step = Step(runs, optimizer, scaler, Guard(device), 1, CLIP, ranks, Clock(device))
-        self.updates = 0
-
-    def __call__(self, micro_batches: MicroBatches) -> Tensor:
-        numbers = self.step(self.updates, micro_batches, LR)
-        self.updates += 1
-        return numbers[0]
 
 
 class PeerStep:

@@ -144,14 +144,12 @@ class Handlers:
         return peak_flops(self.device, setup.precision)
 
     def losses(self, updates: int, sequences: int, context: int) -> list[float]:
-        """The losses of updates on the same batches for all, of log-uniform tokens, which a model soon learns."""
-        tokens = self._tokens(1, updates, sequences, context)
-        return [self.step(self._split(rows)).item() for rows in tokens]
+        """The losses of updates on the same batches for all."""
+        return [self.step(batch).item() for batch in self._batches(1, updates, sequences, context)]
 
     def warm_up(self) -> dict[str, int]:
         """Makes the timed batch and compiles for it; bytes of a step above weights and moments, and in all."""
-        tokens = self._tokens(2, 1, self.batch, self.config.n_positions)
-        self.micro_batches = self._split(tokens[0])
+        (self.micro_batches,) = self._batches(2, 1, self.batch, self.config.n_positions)
         self.step(self.micro_batches)
         release_freed_memory()
         with peak_memory(self.device) as peak:
@@ -171,14 +169,12 @@ class Handlers:
             torch.cuda.empty_cache()  # the next peer needs the memory
         return seconds
 
-    def _tokens(self, seed: int, updates: int, sequences: int, context: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(updates, sequences, context + 1, generator=generator)
-        return ((self.config.vocab_size**uniform).long() - 1).to(self.device)  # 0 to V - 1
-
-    def _split(self, rows: Tensor) -> steps.MicroBatches:
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        return list(zip(inputs.split(self.batch), targets.split(self.batch), strict=True))
+    def _batches(self, seed: int, updates: int, sequences: int, context: int) -> list[steps.MicroBatches]:
+        """Log-uniform tokens, which a model soon learns, in micro-batches of this step's size."""
+        uniform = torch.rand(updates, sequences, context + 1, generator=torch.Generator().manual_seed(seed))
+        tokens = ((self.config.vocab_size**uniform).long() - 1).to(self.device)  # 0 to V - 1
+        parts = [rows.split(self.batch) for rows in tokens]
+        return [[(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows] for rows in parts]
 
 
 def judged(

@@ -4,6 +4,7 @@ First the losses of three steps on one batch, the later two of which need every 
 reference in float64. extra_info of the eager step in float32 has bench.counts.
 """
 
+import contextlib
 import functools
 from dataclasses import replace
 from itertools import product
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.counts import counts
-from bench.steps import CLIP, Setup, adamw, build, build_model, initial_weights
+from bench.steps import PeerStep, Setup, build, build_model, initial_weights
 from bench.suites.conftest import DEVICE, ON_GPU, QUICK, SEQUENCES, case, require_triton
 from engine.device import COMPUTE_DTYPES, choose_precision
 from model.presets import PRESETS, GPT2Config
@@ -49,20 +50,10 @@ def exact_losses(preset: str) -> list[float]:
     """The reference's, in float64."""
     config, weights, tokens, targets = start(preset)
     model = build_model("reference", config, weights).to(DEVICE, torch.float64)
-    optimizer = adamw(model)
+    step = PeerStep(model, model, torch.amp.GradScaler(DEVICE.type, enabled=False), contextlib.nullcontext())
     rows = max(1, REFERENCE_TOKENS // config.n_positions)
-    losses = []
-    for _ in range(STEPS):
-        loss = 0.0
-        for some, theirs in zip(tokens.split(rows), targets.split(rows), strict=True):
-            part = model(some, theirs) * (len(some) / len(tokens))
-            part.backward()
-            loss += part.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-    return losses
+    batch = [*zip(tokens.split(rows), targets.split(rows), strict=True)]
+    return [step(batch).item() for _ in range(STEPS)]
 
 
 @pytest.mark.parametrize(("preset", "precision", "how"), cases())
