@@ -49,7 +49,6 @@ class Run:
         self.wait, self.close = self.savers[True].wait, self.savers[True].close
 
     def fresh(self) -> tuple[GPT2, torch.optim.Optimizer]:
-        """Another model and its optimizer."""
         model = GPT2(self.config.model)
         optimizer = optim.build(model, self.config.optim)
         optim.allocate_state(optimizer)
@@ -79,7 +78,6 @@ class Run:
 
 @pytest.fixture
 def run(preset: str) -> Iterator[Run]:
-    """A run whose checkpoints are deleted at the end."""
     with (
         tempfile.TemporaryDirectory(prefix="bench_checkpoint_", dir=DIRECTORY) as out,
         closing(Run(preset, out)) as run,

@@ -30,7 +30,6 @@ def all_cases() -> list:
 
 
 def sizes(preset: str) -> cases.Sizes:
-    """A micro-batch of a preset."""
     if preset == HEAD:
         return cases.Sizes.of(PRESETS["gpt2"], B=8)
     return cases.Sizes.of(PRESETS[preset], SEQUENCES[preset])

@@ -96,7 +96,6 @@ class Measure:
 
 @pytest.fixture
 def measure(benchmark) -> Measure:
-    """Checks and times this case's function."""
     benchmark.group = benchmark.fullname.partition("::")[0]  # the table's, unless the case names another
     return Measure(benchmark)
 
@@ -133,7 +132,6 @@ def require_triton(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes the directory of the JSON."""
     if config.getoption("benchmark_json", None):
         Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
 
@@ -145,6 +143,5 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, s
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    """Leaves out the time of each round."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)

@@ -16,8 +16,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
 from bench import goals, gpu, processes
-from bench.gpu import PLAN
-from bench.gpu_record import Record
+from bench.gpu import PLAN, Record
 from bench.processes import Failed, Worker
 from bench.results import Figure, Row, exact, find
 

@@ -8,8 +8,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
 from bench import results, roofline
-from bench.chips import CHIPS
 from bench.results import Row, exact
+from bench.roofline_ops import CHIPS
 from engine import device
 from model.presets import PRESETS, flops_per_token, num_parameters
 

@@ -18,10 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench.chips import Chip
 from bench.communication import ITEMSIZE
 from bench.reference import ReferenceGPT2
-from bench.roofline_ops import Op, StepShape, step_ops
+from bench.roofline_ops import Chip, Op, StepShape, step_ops
 from engine import distributed
 from kernels import cross_entropy
 from model.gpt2 import GPT2
