@@ -121,7 +121,8 @@ class Record:
         if self.is_dry:
             status = "checked" if row.status == "measured" else row.status
             row = Row(*row.key, status, row.reason)
-        results.put(self.rows, row)
+        place = next((i for i, other in enumerate(self.rows) if other.key == row.key), len(self.rows))
+        self.rows[place : place + 1] = [row]
         self.save()
         return row
 

@@ -85,12 +85,6 @@ def find(rows: Sequence[Row], section: str, case: str, peer: str) -> Row | None:
     return next((row for row in rows if row.key == (section, case, peer)), None)
 
 
-def put(rows: list[Row], row: Row) -> None:
-    """Adds a row, or replaces the one of the same key."""
-    place = next((i for i, other in enumerate(rows) if other.key == row.key), len(rows))
-    rows[place : place + 1] = [row]
-
-
 def write(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a kill at any moment leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)

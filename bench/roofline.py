@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import results, tables
 from bench.communication import ITEMSIZE, communication
 from bench.results import Row, exact, find, scaled
-from bench.roofline_ops import CHIPS, HEAD, RECOMPUTE, Chip, StepShape, step_ops
+from bench.roofline_ops import ACCUMULATION, CHIPS, HEAD, RECOMPUTE, Chip, StepShape, step_ops
 from engine.config import TrainConfig, batch_shape
 from engine.errors import BAD_INPUT, BadInput, nearest
 from model.presets import PRESETS, flops_per_token
@@ -24,14 +24,6 @@ MICRO_BATCH_SIZE = {"tiny": 4, "mini": 4}  # sequences; 64 for all others
 GPU_STEP = (PRESETS["gpt2"], 64, 1024, "bf16")  # what bench.gpu's ops are timed at
 COLORS = {"compute": "#4477aa", "memory": "#ddaa33"}
 LABELS = {"compute": "bound by matrix FLOP/s", "memory": "by memory"}
-NAMES = {
-    HEAD: "head + loss, forward + backward",
-    "casts": "casts of the weights",
-    "accumulation": "gradient accumulation",
-    "buckets": "copy into DDP's buckets",
-    "clip": "norm and clip",
-    "layer_norm": "LayerNorm + residual add",
-}
 
 
 @dataclass
@@ -105,7 +97,7 @@ class Roofline:
         """Milliseconds of bounds by group and phase, and by what limits them."""
         found: dict[str, dict[str, float]] = {}
         for op, row in zip(self.ops, self.rows, strict=True):
-            has_phase = op.phase != "optimizer" and op.group not in ("accumulation", "head")
+            has_phase = op.phase != "optimizer" and op.group not in (ACCUMULATION, HEAD)
             bar = found.setdefault(op.group + (f", {op.phase}" if has_phase else ""), {"compute": 0.0, "memory": 0.0})
             bar[row.note] += 1e3 * row.value("bound")
         return found
@@ -129,8 +121,7 @@ def draw(path: Path, bars: dict[str, dict[str, float]], title: str, subtitle: st
         axes.text(
             bound + 0.006 * longest, place, f"{tables.number(bound)} ms", va="center", fontsize=9, color="#333333"
         )
-    labels = [NAMES.get(name.split(",")[0], name.split(",")[0]) + name[len(name.split(",")[0]) :] for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=10)
+    axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.set(ylim=(-0.6, len(bars) - 0.4), xlim=(0, longest * 1.1))
     axes.set_xlabel("milliseconds per step")
     axes.grid(axis="x", alpha=0.25)

@@ -12,7 +12,8 @@ from bench.communication import ITEMSIZE
 from engine.device import PEAK_TFLOPS
 from model.presets import GPT2Config, num_parameters
 
-HEAD = "head"  # the group that is measured as one op
+ACCUMULATION = "gradient accumulation"
+HEAD = "head + loss, forward + backward"  # the group that is measured as one op
 RECOMPUTE = ("none", "attention", "block")
 Phase = Literal["forward", "backward", "optimizer"]
 GPU_HEAD_ROWS = 8192  # rows of logits that the head's Triton version holds at once
@@ -124,14 +125,14 @@ def _blocks(shape: StepShape) -> list[Op]:
         kernels = {}
         for name in ("attention", "bias_gelu", "layer_norm", "add_layer_norm"):  # weights and biases are float32
             flops, num_bytes = work(name, Sizes.of(shape.config, shape.B, shape.T), e, 4)[phase]
-            group = "layer_norm" if name.endswith("layer_norm") else name
+            group = "LayerNorm + residual add" if name.endswith("layer_norm") else name
             kernels[name] = Op(name, group, phase, 1, flops, num_bytes)
         found += [times(kernels["attention"], L), times(kernels["bias_gelu"], L), kernels["layer_norm"]]
         found.append(times(kernels["add_layer_norm"], 2 * L - 1))
         last = "add_layer_norm" if phase == "forward" else "layer_norm"  # nobody differentiates the last sum
         found.append(replace(kernels[last], name="add_layer_norm, ln_f"))
     first_sum = 3 * e * N * shape.config.n_embd
-    return [*found, Op("gradient of the first sum", "layer_norm", "backward", 1, 0, first_sum)]
+    return [*found, Op("gradient of the first sum", "LayerNorm + residual add", "backward", 1, 0, first_sum)]
 
 
 def _embedding(shape: StepShape) -> list[Op]:
@@ -157,12 +158,12 @@ def _head(shape: StepShape) -> list[Op]:
     # In float32 the first product is written; in a narrower dtype the sum is cleared, then added to.
     dweight = 4 * Vp * C * (2 * chunks - 1 if e == 4 else 2 * chunks)
     return [
-        Op("head logits", "head", "forward", chunks, flops, hidden + chunks * weight + logits),
-        Op("head softmax", "head", "forward", chunks, 0, 2 * logits + (8 + 4) * N),
-        Op("head dhidden", "head", "forward", chunks, flops, logits + chunks * weight + hidden),
-        Op("head dweight", "head", "forward", chunks, flops, logits + hidden + dweight),
-        Op("head clearing", "head", "forward", 1, 0, 0 if e == 4 else 4 * Vp * C),
-        Op("head scaling", "head", "backward", 1, 0, 2 * hidden + 2 * 4 * Vp * C),
+        Op("head logits", HEAD, "forward", chunks, flops, hidden + chunks * weight + logits),
+        Op("head softmax", HEAD, "forward", chunks, 0, 2 * logits + (8 + 4) * N),
+        Op("head dhidden", HEAD, "forward", chunks, flops, logits + chunks * weight + hidden),
+        Op("head dweight", HEAD, "forward", chunks, flops, logits + hidden + dweight),
+        Op("head clearing", HEAD, "forward", 1, 0, 0 if e == 4 else 4 * Vp * C),
+        Op("head scaling", HEAD, "backward", 1, 0, 2 * hidden + 2 * 4 * Vp * C),
     ]
 
 
@@ -176,7 +177,9 @@ def _again(shape: StepShape) -> list[Op]:
     )
     found = [op for op in _blocks(shape) if op.phase == "forward" and op.name in names]
     if found and (e := ITEMSIZE[shape.precision]) < 4:
-        found.append(Op("weight casts", "casts", "backward", 1, 0, (4 + e) * cast_elements(shape.config, layers)))
+        found.append(
+            Op("weight casts", "casts of the weights", "backward", 1, 0, (4 + e) * cast_elements(shape.config, layers))
+        )
     return [replace(op, name=f"{op.name} again", phase="backward") for op in found]
 
 
@@ -197,17 +200,17 @@ def _casts(shape: StepShape) -> list[Op]:
         ("head weight cast", "forward", head),
         ("gradient casts", "backward", blocks),
     )
-    return [Op(name, "casts", phase, 1, 0, (4 + e) * elements) for name, phase, elements in casts]
+    return [Op(name, "casts of the weights", phase, 1, 0, (4 + e) * elements) for name, phase, elements in casts]
 
 
 def _update(shape: StepShape) -> list[Op]:
     """What touches every parameter once: sums over micro-batches, DDP's buckets, the norm, AdamW."""
     P, more = num_parameters(shape.config), shape.micro_batches - 1
     return [
-        Op("gradient accumulation", "accumulation", "backward", more, 0, 12 * P * more),
-        Op("copy into buckets", "buckets", "backward", int(shape.world_size > 1), 0, 8 * P),
-        Op("unscaling of the gradient", "clip", "optimizer", int(shape.precision == "fp16"), 0, 8 * P),
-        Op("norm of the gradient", "clip", "optimizer", 1, 0, 4 * P),
-        Op("scaling of the gradient", "clip", "optimizer", 1, 0, 8 * P),
+        Op("gradient accumulation", ACCUMULATION, "backward", more, 0, 12 * P * more),
+        Op("copy into buckets", "copy into DDP's buckets", "backward", int(shape.world_size > 1), 0, 8 * P),
+        Op("unscaling of the gradient", "norm and clip", "optimizer", int(shape.precision == "fp16"), 0, 8 * P),
+        Op("norm of the gradient", "norm and clip", "optimizer", 1, 0, 4 * P),
+        Op("scaling of the gradient", "norm and clip", "optimizer", 1, 0, 8 * P),
         Op("AdamW", "AdamW", "optimizer", 1, 0, 28 * P),  # reads p, g, m, v; writes p, m, v
     ]

@@ -71,18 +71,15 @@ class PeerStep:
         self.model, self.runs, self.scaler, self.autocast = model, runs, scaler, autocast
         self.optimizer = adamw(model)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of one micro-batch."""
-        with self.autocast:
-            if isinstance(self.model, ReferenceGPT2):
-                return self.runs(tokens, targets)
-            # shift_labels: it would otherwise drop the last position's target
-            return self.runs(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
-
     def __call__(self, micro_batches: MicroBatches) -> Tensor:
         total = torch.zeros((), device=micro_batches[0][0].device)
         for tokens, targets in micro_batches:
-            loss = self.loss(tokens, targets) / len(micro_batches)
+            with self.autocast:
+                if isinstance(self.model, ReferenceGPT2):
+                    loss = self.runs(tokens, targets)
+                else:  # shift_labels: it would otherwise drop the last position's target
+                    loss = self.runs(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+            loss = loss / len(micro_batches)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)

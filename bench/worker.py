@@ -10,10 +10,8 @@ if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before kernels is imported
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -79,9 +77,12 @@ class Handlers:
                 targets[::8] = -100  # ignored
         exact = definition.exact(inputs, douts)
         theirs = values(definition.peers.get("plain", definition.peers["torch"]), inputs, douts)
-        with poisoned():
-            ours = values(definition.peers["triton"], inputs, douts)
-            again = values(definition.peers["triton"], inputs, douts)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN: what is not written shows
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            ours, again = (values(definition.peers["triton"], inputs, douts) for _ in range(2))
+        finally:
+            torch.use_deterministic_algorithms(False)
         if not all(map(torch.equal, ours, again)):
             raise ArithmeticError("two runs must give the same bits, they do not")
         torch.set_float32_matmul_precision("highest")
@@ -188,17 +189,6 @@ def judged(
         if not found[name][0] <= allowed:
             raise ArithmeticError(f"the error of {name} must be at most {allowed:.1e}, got {found[name][0]:.1e}")
     return found
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory is filled with NaN, so that what an op forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,8 @@ DOCUMENT_CHARACTERS = 2000
 @functools.cache
 def text_of(size: str) -> str:
     """About so many bytes of Python."""
-    parts, taken = [], 0
-    for path in sources.find_files([sources.STDLIB]):
-        parts.append(path.read_text(encoding="utf-8", errors="replace"))
-        taken += len(parts[-1].encode())
-        if taken >= TEXT_BYTES[size]:
-            break
-    return "".join(parts)[: TEXT_BYTES[size]]
+    files = sources.find_files([sources.STDLIB])
+    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[: TEXT_BYTES[size]]
 
 
 @pytest.mark.parametrize("size", TEXTS)

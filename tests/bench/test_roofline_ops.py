@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 
 from bench.communication import ITEMSIZE
 from bench.reference import ReferenceGPT2
-from bench.roofline_ops import Chip, Op, StepShape, step_ops
+from bench.roofline_ops import HEAD, Chip, Op, StepShape, step_ops
 from engine import distributed
 from kernels import cross_entropy
 from model.gpt2 import GPT2
@@ -159,10 +159,10 @@ def test_every_matrix_product_has_the_flops_and_bytes_that_a_step_really_makes(s
     calls, ops = counted(*step), step_ops(StepShape(*step))
     products: Counter[tuple[int, int]] = Counter()
     for op in ops:
-        if op.flops and op.group not in ("attention", "head"):
+        if op.flops and op.group not in ("attention", HEAD):
             products[op.flops // op.calls, op.bytes // op.calls] += op.calls
     assert calls.products == products
-    for op in (op for op in ops if op.group == "head" and op.flops):
+    for op in (op for op in ops if op.group == HEAD and op.flops):
         seen = calls.found[op.name]
         assert (seen["calls"], seen["flops"]) == (op.calls, op.flops), op.name
         if op.name != "head dweight" or step[3] == "fp32":  # only a GPU adds 16-bit products to a float32 sum
