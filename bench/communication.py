@@ -44,10 +44,9 @@ def communication(
     reshard: bool = True,
     shard_size: int | None = None,
 ) -> list[Collective]:
-    """The collectives of one engine.step.Step; none for one rank, which sends nothing.
+    """The collectives of one engine.step.Step; none for one rank. Raises ValueError if the arguments do not fit.
 
-    micro_batches: forward and backward passes per step on each rank. reshard: as TrainConfig has it. shard_size: hsdp's
-    processes per replica. Raises ValueError if the arguments do not fit together.
+    micro_batches: per step on each rank. reshard: as TrainConfig has it. shard_size: hsdp's processes per replica.
     """
     if precision not in ITEMSIZE:
         raise ValueError(f"communication: the precision must be one of {', '.join(ITEMSIZE)}, got {precision!r}")
@@ -92,10 +91,9 @@ def padded_elements(shapes: Iterable[tuple[int, ...]], shards: int) -> int:
 
 
 def num_buckets(sizes: Iterable[int]) -> int:
-    """How many calls DDP sends gradients of these bytes in, taken in the order in which they are ready.
+    """How many calls DDP sends gradients of these bytes in, in the order in which they are ready: the last layer first.
 
-    It is that of the steps after the first, when it has seen the order, and of an uncompiled model, whose gradients
-    come from the last layer to the first. A bucket is full once it has reached its size.
+    It knows the order after the first step. A bucket is full once it has reached its size.
     """
     buckets, held, limit = 0, 0, FIRST_BUCKET_BYTES
     for size in sizes:

@@ -40,7 +40,7 @@ class Part(NamedTuple):
         return f"{self.section}: {self.name}"
 
 
-WORDS = {
+WORDS = {  # of each section
     "step": "Forward, backward, clipping and fused AdamW, the same for all; B sequences of T = 1,024 tokens. MFU "
     "counts 6 (N - wpe) + 12 L C T FLOPs per token, over the data sheet's dense bf16 peak. Memory: PyTorch's.",
     "ceilings": "",
@@ -179,7 +179,6 @@ class Run:
         return min(TIMING_S, self.deadline - time.time() - 2.0)
 
     def say(self, line: str) -> None:
-        """One line of progress."""
         print(f"[{time.time() - self.began:5.0f} s] {line}", flush=True)
 
     def all(self, parts: list[Part]) -> None:

@@ -30,10 +30,9 @@ def commit() -> str:
 
 def version(package: str) -> str:
     """An installed package's version, or "none"."""
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return "none"
 
 
 def cpu() -> str:
@@ -49,7 +48,6 @@ def cpu() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -75,16 +75,12 @@ class Peak:
 
     @property
     def above(self) -> int:
-        """What the region took beside what was there."""
         return self.most - self.before
 
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device | str = "cpu") -> Iterator[Peak]:
-    """Fills a Peak when the region ends: allocated memory on a GPU, resident memory of this process on Linux.
-
-    On a GPU it waits for the device. Elsewhere, where the kernel cannot be asked, both numbers stay 0.
-    """
+    """Fills a Peak when the region ends: allocated memory on a GPU, which it waits for, else resident memory."""
     peak = Peak()
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()

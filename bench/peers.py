@@ -45,7 +45,6 @@ class Peer(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is this engine."""
         return self.who.startswith(OURS)
 
 
@@ -173,7 +172,6 @@ class Comparison:
         return self.truths[key]
 
     def _train(self, worker: Worker, trial: Trial, setup: dict, batch: int, is_tuned: bool = False) -> tuple:
-        """Builds a step and makes the checked updates: the device's peak FLOP/s or None, and the losses."""
         model, (sequences, context) = dataclasses.asdict(trial.config), trial.checked
         peak_flops = self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
         shape = {"updates": trial.updates, "sequences": sequences, "context": context}
@@ -222,12 +220,6 @@ def summarize(trial: Trial, rows: dict[Peer, Row], samples: dict[Peer | str, lis
             row.figures["time / ours"] = spread([s / o for s, o in zip(times, ours, strict=True)], "x")
 
 
-def table(rows: list[Row]) -> str:
-    """The rows of one case in Markdown, and the goals."""
-    said = [f"- {goal}" for goal in goals.cpu_goals(rows)] if "mfu" not in rows[0].figures else []
-    return "\n".join([tables.of(rows), "", *said])
-
-
 def case_of(text: str) -> tuple[int, ...]:
     """L,C,T,B as four numbers. Raises argparse.ArgumentTypeError."""
     with contextlib.suppress(ValueError):
@@ -262,7 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         found = comparison.run(Trial.of(case, args.precision, on_gpu), [field_[name] for name in args.only])
         rows += found
-        print(f"{table(found)}\n\n({time.monotonic() - began:.0f} s)\n", flush=True)
+        said = [f"- {goal}" for goal in ([] if on_gpu else goals.cpu_goals(found))]
+        print("\n".join([tables.of(found), "", *said]))
+        print(f"\n({time.monotonic() - began:.0f} s)\n", flush=True)
         if args.save:
             results.save("peers", facts, rows, machine.slug(device))
     return int(any(row.status != "measured" for row in rows))

@@ -31,7 +31,6 @@ class Worker:
     """A process that starts when it is first asked, and anew after it died, hung or was stopped."""
 
     def __init__(self, *flags: str, environment: dict[str, str] | None = None, log: Path | None = None):
-        """log: where what it prints is appended; a temporary file by default."""
         self.command = [sys.executable, *WORKER, *flags]
         path = os.pathsep.join(filter(None, (str(machine.ROOT), os.environ.get("PYTHONPATH"))))
         self.environment = os.environ | {"PYTHONPATH": path} | (environment or {})
@@ -60,7 +59,6 @@ class Worker:
         return answer["answer"]
 
     def stop(self) -> None:
-        """Ends the process and whatever it started."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -62,11 +62,9 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What no two rows share."""
         return self.section, self.case, self.peer
 
     def value(self, name: str) -> float | None:
-        """The value of a figure, or None."""
         return self.figures[name].value if name in self.figures else None
 
     def as_json(self) -> dict[str, Any]:

@@ -73,7 +73,6 @@ class Roofline:
         return row
 
     def title(self) -> tuple[str, str, str]:
-        """What is bounded, by what, and the bound."""
         shape, chip, row = self.shape, self.chip, self.whole()
         step = f"{shape.B} sequences x {shape.T:,} x {shape.micro_batches} micro-batches x {shape.world_size} devices"
         top = f"{chip.flops_per_s[shape.precision] / 1e12:.4g} TFLOP/s, {chip.bytes_per_s / 1e9:.4g} GB/s"

@@ -81,8 +81,7 @@ def build(request: Request, way: str, ranks: Ranks) -> Step:
 def count(step: Callable[[], object]) -> dict[str, list[int]]:
     """The collectives that one step of this rank calls: for each kind, the calls and the bytes of whole tensors.
 
-    Those that take a list of tensors, as DDP's sums, are seen where gloo runs them. It reduces and scatters by an
-    all-reduce: that is one reduce_scatter here, as the step called it.
+    gloo reduces and scatters by an all-reduce: that is one reduce_scatter here, as the step called it.
     """
     with silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
@@ -139,7 +138,6 @@ def measure(request: Request, ranks: Ranks) -> dict:
 
 
 def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path) -> None:
-    """One process."""
     end_with_parent()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}

@@ -89,7 +89,6 @@ class Handlers:
         return judged(definition.tensors, ours, theirs, exact, FLOORS[precision])
 
     def peers(self, op: str) -> list[str]:
-        """Names of the op's implementations."""
         self._enter(op)
         return [*self.op.peers]
 

@@ -55,7 +55,6 @@ class Run:
         return model, optimizer
 
     def save(self, is_async: bool) -> Path:
-        """Starts or makes the next save and returns its path; the thread of the last one must be done."""
         self.step += 1
         self.savers[is_async].save({"step": self.step})
         return self.root / f"step_{self.step:08d}"

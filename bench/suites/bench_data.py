@@ -29,7 +29,6 @@ DOCUMENT_CHARACTERS = 2000
 
 @functools.cache
 def text_of(size: str) -> str:
-    """About so many bytes of Python."""
     files = sources.find_files([sources.STDLIB])
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[: TEXT_BYTES[size]]
 

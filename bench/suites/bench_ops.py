@@ -19,7 +19,6 @@ HEAD = "8192-rows"
 
 
 def all_cases() -> list:
-    """Of a CPU's second preset only what needs no compiler is quick."""
     quick = {QUICK: (*HOW, "plain", *cases.SDPA_BACKENDS), "mini": ("torch",)}
     found = [
         case(op, preset, precision, how, is_quick=how in quick.get(preset, ()))

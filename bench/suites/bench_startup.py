@@ -24,7 +24,6 @@ if importlib.util.find_spec("tyro") is None:
 
 
 def python(*args: str) -> str:
-    """What a Python process prints. Raises AssertionError if it fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, *args]
     done = subprocess.run(

@@ -29,7 +29,6 @@ REFERENCE_TOKENS = 4096  # of the float64 model at a time, whose logits are whol
 
 
 def cases() -> list:
-    """Quick: one preset, and beside its first precision nothing that compiles."""
     return [
         case(preset, precision, how, is_quick=preset == QUICK and (precision == PRECISIONS[0] or "eager" in how))
         for preset, precision, how in product(PRESET_NAMES, PRECISIONS, HOW)

@@ -109,8 +109,7 @@ def tuned_malloc() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Each case compiles its own functions, in float32 as it was, and leaves no memory to the next."""
-    yield
+    yield  # each case compiles its own functions, in float32 as it was, and leaves no memory to the next
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     torch.set_float32_matmul_precision("highest")
@@ -126,9 +125,8 @@ def require_triton(dtype: torch.dtype, head_dim: int) -> None:
     """Skips the case, with the reason, where Triton does not run its kernels on a GPU."""
     if INTERPRETED:
         pytest.skip("Triton's interpreter runs here, whose time means nothing")
-    for op in MODULES:
-        if (reason := triton_obstacle(op, DEVICE, dtype, head_dim)) is not None:
-            pytest.skip(f"Triton: {reason}")
+    if reasons := [reason for op in MODULES if (reason := triton_obstacle(op, DEVICE, dtype, head_dim))]:
+        pytest.skip(f"Triton: {reasons[0]}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench import goals, peers, steps
+from bench import goals, peers, steps, tables
 from bench.peers import Comparison, Peer, Trial
 from bench.processes import Failed
 from bench.results import exact
@@ -91,7 +91,7 @@ def test_who_fails_is_named_and_the_others_go_on(play):
     )
     assert (rows["reference"].status, rows["reference"].reason) == ("failed", "the process ended with 1")
     assert rows["transformers"].value("time / ours") == 3.0
-    assert "failed: the process ended with 1" in peers.table([*rows.values()])
+    assert "failed: the process ended with 1" in tables.of([*rows.values()])
 
 
 def test_what_runs_out_of_memory_is_tried_at_a_smaller_batch_and_says_so(play):
