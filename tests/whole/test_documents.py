@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PROGRAMS = {"gpt2", "python", "torchrun", "make", "pip", "sbatch", "kubectl"}
-MADE = {"OUT", "DIR", "runs", "data", "checkpoints", "tensorboard", "fineweb-edu"}  # first part of paths that a run makes
+# Beginnings of paths that a run or a benchmark makes.
+MADE = ("OUT/", "DIR/", "runs/", "data/", "checkpoints/", "tensorboard/", "fineweb-edu/", "bench/results/")
 TRAINING = {
     "--" + name.replace("_", "-")
     for name in (
@@ -41,13 +43,22 @@ class Parsed(Exception):
     """A parser has accepted its arguments, which are args[0]; nothing was run."""
 
 
-def stopping(parse):
+def stopping(parse: Callable) -> Callable:
     """The parser, which raises Parsed where the program would begin its work."""
 
     def wrapped(*args, **kwargs):
         raise Parsed(parse(*args, **kwargs))
 
     return wrapped
+
+
+def parsed_by(program: Callable, *args: object) -> object:
+    """What a program with a parser that is `stopping` makes of its arguments."""
+    try:
+        program(*args)
+    except Parsed as parsed:
+        return parsed.args[0]
+    raise AssertionError("the arguments must reach the parser")
 
 
 # ---- What the documents hold --------------------------------------------------------------------------------------
@@ -82,9 +93,7 @@ def commands(document: Path) -> list[list[str]]:
     return fenced + [words for words in inline if words not in fenced]
 
 
-COMMANDS = list(
-    dict.fromkeys((document.name, tuple(words)) for document in DOCUMENTS for words in commands(document))
-)
+COMMANDS = list(dict.fromkeys((document.name, tuple(words)) for document in DOCUMENTS for words in commands(document)))
 
 
 # ---- Parsing ------------------------------------------------------------------------------------------------------
@@ -114,10 +123,10 @@ def parse_gpt2(args: list[str], monkeypatch) -> None:
     if command == "train":
         config.parse(flags, "gpt2 train")
         return
-    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+    with monkeypatch.context() as patch:
         patch.setattr(cli, "_parse", stopping(cli._parse))
-        cli.COMMANDS[command](flags, f"gpt2 {command}")
-    assert getattr(parsed.value.args[0], "preset", "gpt2") in PRESETS
+        asked = parsed_by(cli.COMMANDS[command], flags, f"gpt2 {command}")
+    assert getattr(asked, "preset", "gpt2") in PRESETS
 
 
 def parse_python(args: list[str], monkeypatch) -> None:
@@ -135,11 +144,11 @@ def parse_python(args: list[str], monkeypatch) -> None:
         module, flags = importlib.util.module_from_spec(spec), args[1:]
         monkeypatch.syspath_prepend(str((ROOT / args[0]).parent))
         spec.loader.exec_module(module)
-    with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+    with monkeypatch.context() as patch:
         patch.setattr("sys.argv", ["program", *flags])
         patch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
-        module.main(flags) if args[0] == "-m" else module.main()
-    assert getattr(parsed.value.args[0], "model", "gpt2") in {**PRESETS, **getattr(module, "MODELS", {})}
+        asked = parsed_by(module.main, *([flags] if args[0] == "-m" else []))
+    assert getattr(asked, "model", "gpt2") in {**PRESETS, **getattr(module, "MODELS", {})}
 
 
 def parse_torchrun(args: list[str], monkeypatch) -> None:
@@ -219,7 +228,7 @@ def test_every_command_parses(document, words, monkeypatch):
         "python -m bench.gpus --out DIR",
         "python -m bench.gpu --outt DIR",
         "python -m bench.roofline gtp2",
-        "python tests/whole/chaos.py --second 9",
+        "python tests/whole/chaos.py --secs 9",
         "make bench-all",
         "make train PRESETS=gpt2",
         "make train PRESET=gtp2",
@@ -232,8 +241,9 @@ def test_a_wrong_command_is_found(line, monkeypatch, capsys):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_in_the_text_exists(document):
-    paths = [code for code in inline_code(document) if re.fullmatch(r"[\w.*/-]+(\.(py|md|png|json|slurm|yaml)|/)", code)]
-    assert_paths_exist([path for path in paths if "/" in path and path.split("/")[0] not in MADE])
+    path = re.compile(r"[\w.*/-]+(\.(py|md|png|json|slurm|yaml)|/)")
+    paths = [code for code in inline_code(document) if path.fullmatch(code) and "/" in code]
+    assert_paths_exist([path for path in paths if not path.startswith(MADE)])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -276,6 +286,12 @@ def test_every_dotted_name_and_import_exists(document):
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     pkgutil.resolve_name(f"{node.module}:{alias.name}")
+
+
+def test_a_wrong_path_is_found():
+    for path in ("engine/trane.py", "engine/halth/", "bench/suite/bench_*.py"):
+        with pytest.raises(AssertionError):
+            assert_paths_exist([path])
 
 
 def test_readme_is_short():
