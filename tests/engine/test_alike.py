@@ -1,4 +1,4 @@
-"""Ranks that were started with other flags, code, data or versions are told so before the first step."""
+"""Ranks started with different flags, code, data or versions are refused before the first step."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ def facts(*flags: str, data_digest: str = "d1", tokenizer: str = "bytes") -> dic
 
 
 def checked(monkeypatch, everyone: list[dict]) -> str | None:
-    """What check_alike says on every rank, given what each of them brings."""
+    """Error of check_alike, which must be the same on every rank, or None. everyone: facts of each rank."""
     monkeypatch.setattr(Ranks, "gather", lambda self, value: everyone)
     said = set()
     for rank, mine in enumerate(everyone):
@@ -32,7 +32,7 @@ def checked(monkeypatch, everyone: list[dict]) -> str | None:
             said.add(None)
         except BadInput as error:
             said.add(str(error))
-    assert len(said) == 1  # the same on every rank, so that none waits for the others
+    assert len(said) == 1  # else one rank would wait for the others
     return said.pop()
 
 
@@ -77,7 +77,7 @@ def test_ranks_that_are_alike_go_on(monkeypatch):
 
 
 def test_a_rank_of_another_version_is_refused_on_both_sides(monkeypatch):
-    """It may not even have the same flags."""
+    """Another version may lack a flag."""
     older = {name: value for name, value in facts().items() if name != "--grace-seconds"} | {"code": "0"}
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [facts(), older])
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_any_changed_line_of_code_is_another_fact(tmp_path, monkeypatch, house):
         shutil.copytree(source, copies[-1], ignore=shutil.ignore_patterns("__pycache__"))
     here = facts()["code"]
     monkeypatch.setattr(resume, "PACKAGES", copies)
-    assert facts()["code"] == here  # wherever it lies
+    assert facts()["code"] == here  # in any directory
     file = sorted((tmp_path / house).rglob("*.py"))[-1]
     file.write_text(file.read_text() + "\n# another line\n")
     assert facts()["code"] != here

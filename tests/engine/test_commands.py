@@ -1,4 +1,4 @@
-"""The commands for a run that is there: sample, export, import, eval and plot."""
+"""Commands on an existing run: sample, export, import, eval and plot."""
 
 import os
 import re
@@ -61,7 +61,7 @@ def test_samples_stream_as_they_are_drawn(trained):
     command = [sys.executable, "-m", "engine.cli", "sample", "--run", str(trained), "--prompt", "d"]
     command += ["--max-new-tokens", "100000", "--temperature", "1", "--seed", "3"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    first = process.stdout.read(8)  # would wait for all 100,000 tokens, minutes, if they were not streamed
+    first = process.stdout.read(8)  # without streaming this would wait minutes for all 100,000 tokens
     began = time.monotonic()
     process.stdout.close()  # as `| head -c 8` does
     assert process.wait(timeout=30) == 0
@@ -122,13 +122,13 @@ def test_out_directories_that_hold_something_are_left_alone(trained, tmp_path, c
 
 @pytest.fixture
 def worsened(trained, tmp_path) -> Path:
-    """The run, whose step 2 is its best, with a step 3 of other weights that were found worse."""
+    """A copy of the run, whose best step is 2, with a checkpoint of step 3 that has a higher loss."""
     shutil.copytree(trained, tmp_path / "worsened")
     state = checkpoint.newest(trained, print).state
     torch.manual_seed(3)
     model = GPT2(GPT2Config(**state["identity"]["model"]))
     with torch.no_grad():
-        model.wte.weight.mul_(20)  # it speaks otherwise even where both have learned little
+        model.wte.weight.mul_(20)  # so that its samples differ, though neither has learned much
     checkpoint.save(tmp_path / "worsened", state | {"step": 3, "val_loss": state["val_loss"] + 1}, model, None, 9)
     return tmp_path / "worsened"
 
@@ -172,7 +172,7 @@ def test_best_of_a_run_without_a_validation_loss_is_a_sentence(command, tmp_path
     assert not (tmp_path / "hf").exists()
 
 
-# ---- Looking ------------------------------------------------------------------------------------------------------
+# ---- Evaluation and plots -----------------------------------------------------------------------------------------
 
 
 def test_eval_prints_the_run_s_own_validation_loss(trained, capfd):

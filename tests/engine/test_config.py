@@ -1,4 +1,4 @@
-"""The config: every flag lands, every problem is told at once, and what an error advises works."""
+"""Config: every flag sets its field, all problems are reported at once, and an error's advice works."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""gpt2 doctor: a row per op with the true reason, and a word when a stranger's package stands in for ours."""
+"""`gpt2 doctor`: a row per op with the reason, and an error if a foreign package shadows one of ours."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ from kernels.dispatch import MODULES
 
 
 def say(capsys, *args: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of gpt2 doctor."""
+    """Runs `gpt2 doctor`; returns exit code, stdout and stderr."""
     code = cli.main(["doctor", *args])
     captured = capsys.readouterr()
     return code, captured.out, captured.err

@@ -1,4 +1,4 @@
-"""Updates that would spoil a run are not made, all ranks count them alike, and the host never waits to learn of it."""
+"""Guard and Mailbox: bad updates are skipped to the bit and counted, and reach the host a step later."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def guard_of(max_skipped: int = 20, skip_z_score: float | None = None, device: s
 def judged(guard: Guard, loss: float, grad_norm: float = 1.0) -> float:
     device = guard.state.device
     verdict = guard.judge(torch.tensor(loss, device=device), torch.tensor(grad_norm, device=device))
-    assert (verdict.dtype, verdict.shape, verdict.device) == (torch.float32, (), device)  # as the fused optimizer wants
+    assert (verdict.dtype, verdict.shape, verdict.device) == (torch.float32, (), device)  # as the fused optimizer needs
     return verdict.item()
 
 
@@ -87,7 +87,7 @@ def test_without_a_z_score_no_finite_loss_is_a_spike():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("made", [1, 2, 57, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_mean_and_variance_are_numpy_s_and_later_weigh_by_age(made, device):
-    """To WINDOW updates all losses weigh the same; from then on each new one weighs 1 / WINDOW of the whole."""
+    """Up to WINDOW updates all losses weigh the same; later each new one weighs 1 / WINDOW."""
     losses = usual(made)
     guard = guard_of(device=device)
     for loss in losses:
@@ -164,11 +164,11 @@ def test_a_checkpoint_s_numbers_are_not_changed_by_judging_on():
     judged(guard, 2.0)
     counts, state = guard.counts(), guard.state_dict()
     judged(guard, NAN)
-    assert counts.tolist() == [0, 0]  # what was sent to the host may still be on its way
+    assert counts.tolist() == [0, 0]  # the copy to the host may still be under way
     assert state == [2.0, 0.0, 1.0, 0.0, 0.0]
 
 
-# ---- What the optimizers do with a verdict ------------------------------------------------------------------------
+# ---- Optimizers that get a verdict --------------------------------------------------------------------------------
 
 
 def training(name: str, device: str = "cpu") -> tuple[GPT2, torch.optim.Optimizer]:
@@ -235,7 +235,7 @@ def test_the_very_first_update_can_be_skipped(name):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, device):
-    """And a verdict of 0.0 is the optimizer's own update, to the bit."""
+    """A verdict of 0.0 makes the same update as no verdict, to the bit."""
     runs = []
     for is_disturbed in (True, False):
         model, optimizer = training(name, device)

@@ -1,6 +1,6 @@
-"""The kernels compiled for GPUs that are not here: no spilled register, enough shared memory, tensor cores, wide loads.
+"""Kernels compiled ahead of time: no spilled register, enough shared memory, tensor cores, wide loads.
 
-Kernels are either interpreted or compiled in a process, so these compile in processes of their own.
+A process either interprets or compiles kernels, so these tests compile in processes of their own.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
-TARGETS = ("sm_90",)  # of all others the head of GPT-2 alone: `python -m kernels.aot` compiles every case for each
+TARGETS = ("sm_90",)  # other targets get a few cases; `python -m kernels.aot` compiles all of them for each
 HEADS = [f"attention D={D} bf16" for D in (64, 80, 96, 128)]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    """A Python process at the repository's root in which kernels are compiled, not interpreted."""
+    """Runs Python at the repository's root, with kernels compiled and not interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *args], cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=600

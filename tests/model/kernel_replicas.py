@@ -1,4 +1,7 @@
-"""Run by torchrun from test_kernel_model.py: a backward pass on Triton on two ranks, by DDP and by FSDP2."""
+"""Compares gradients on Triton under DDP and FSDP2, on two ranks, with those of PyTorch on one.
+
+torchrun runs it for test_kernel_model.py.
+"""
 
 import torch
 from tolerances import assert_same
@@ -14,7 +17,7 @@ with distributed.process_group() as ranks:
     raw_model = GPT2(GPT2Config(2, 2, 32, 16, 257)).to(ranks.device)
     batches = torch.randint(257, (2, 2, 9), generator=torch.Generator().manual_seed(1)).to(ranks.device)  # rank, B, T
 
-    raw_model(batches[:, :, :-1].flatten(0, 1), batches[:, :, 1:].flatten(0, 1)).backward()  # all of it, on PyTorch
+    raw_model(batches[:, :, :-1].flatten(0, 1), batches[:, :, 1:].flatten(0, 1)).backward()  # all batches, on PyTorch
     expected = [p.grad.clone() for p in raw_model.parameters()]
     raw_model.zero_grad()
 

@@ -1,4 +1,4 @@
-"""Sampling: it continues the prompt, draws from the distribution asked for, and refuses a bad request."""
+"""Sampling: continues the prompt, draws from the requested distribution, refuses bad requests."""
 
 import math
 
@@ -70,7 +70,7 @@ FILTERS = [
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "kept"), FILTERS)
 def test_filters_keep_exactly_the_tokens_they_say(temperature, top_k, top_p, kept):
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    order = torch.tensor([2, 0, 3, 1])  # unsorted, as they come
+    order = torch.tensor([2, 0, 3, 1])  # logits come unsorted
     filtered = filter_logits(probs.log()[:, order], temperature, top_k, top_p)
     assert torch.equal(filtered[0].isfinite(), torch.tensor(kept).bool()[order])
     expected = torch.where(torch.tensor(kept).bool(), probs, 0.0)

@@ -1,4 +1,4 @@
-"""The house rules that a file can break without any other test noticing."""
+"""Rules of the repository that no other test checks: imports, file names and lengths, the version."""
 
 import ast
 import importlib.metadata
@@ -16,7 +16,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, late imports included."""
+    """Modules that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def test_nothing_imports_the_loop():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_shadows_the_standard_library_or_a_package_in_use(package):
-    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would replace Python's own.
+    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would shadow Python's own.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in PACKAGES}
     taken = set(sys.stdlib_module_names) | installed
     assert not {path.stem for path in (ROOT / package).glob("*.py")} & taken - {"__init__"}

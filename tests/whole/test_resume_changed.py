@@ -1,4 +1,4 @@
-"""`--resume-changed` goes on with a run's weights on other data or another schedule, and never with another model."""
+"""`--resume-changed` keeps a run's weights on other data or another schedule, never for another model."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def three_steps(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(three_steps, tmp_path) -> Path:
-    """A copy of it, to go on from."""
+    """A copy of `three_steps`, to be resumed."""
     shutil.copytree(three_steps, tmp_path / "run")
     return tmp_path / "run"
 
@@ -93,7 +93,7 @@ def test_it_goes_on_with_other_data_from_the_same_weights(out, shards, others, c
     before, after = (checkpoint.read(path).state["identity"] for path in sorted((out / "checkpoints").iterdir()))
     assert before["data_digest"] != after["data_digest"]
     last = metrics.read_rows(out / "metrics.jsonl")[3]
-    assert last["loss"] < 5.4  # a fresh model's is above log(257) = 5.55
+    assert last["loss"] < 5.4  # an untrained model's is above ln 257 = 5.55
 
 
 def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
@@ -102,7 +102,7 @@ def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
     assert rows(out)[-1] == (5, 1280)
 
 
-# ---- What is refused all the same ---------------------------------------------------------------------------------
+# ---- Changes that are refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_another_model_or_optimizer_is_refused_with_the_flag_too(out, shards, ca
 
 
 def asked(out: Path, **changes) -> checkpoint.Checkpoint:
-    """find_checkpoint with the run's own identity, but for changes."""
+    """Calls find_checkpoint with the run's identity, some facts changed."""
     flags = [*SMALL, "--out", str(out), "--num-steps", "5", "--resume-changed"]
     past = json.loads((newest(out) / "state.json").read_text())["identity"]
     return resume.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)

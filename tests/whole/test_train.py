@@ -1,4 +1,4 @@
-"""The loop end to end: what it leaves behind, that it resumes to the bit, and that processes agree."""
+"""Training end to end: its files, bitwise resume, and agreement between processes."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Two hosts with a cable and a disk each: they compute what one host does, and say what to do when one is missing."""
+"""Two hosts with a link and a disk each: the same results as one host, and advice when one is lost."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from engine.run import metrics
 
 STEPS = ["--num-steps", "120", "--save-every", "20", "--eval-every", "60"]
 HINT = re.compile(r"interface|firewall|same command", re.IGNORECASE)
-PORTS = itertools.count(29600)  # each start its own, of a network that is ours alone
+PORTS = itertools.count(29600)  # one per start; the network is private to the tests
 SHOWS_RANKS = ["--no-python", "sh", "-c", 'echo "RANK $RANK LOCAL_RANK $LOCAL_RANK"; exec "$0" "$@"', sys.executable]
 
 
@@ -30,7 +30,7 @@ def hosts(tmp_path_factory) -> list[Host]:
 
 
 def start(hosts: list[Host], shards: Path, name: str, *flags: str, before=(), interfaces=(None, None)) -> list[Run]:
-    """The same command on both hosts, with the run directory `name` on the disk of each."""
+    """Starts the same command on both hosts, with the run directory `name` on each host's disk."""
     port = next(PORTS)
     words = [*before, str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), *STEPS, *flags]
     return [
@@ -40,7 +40,7 @@ def start(hosts: list[Host], shards: Path, name: str, *flags: str, before=(), in
 
 
 def wait_for_checkpoint_after(step: int, out: Path, started: list[Run]) -> None:
-    """Returns when a checkpoint of a later step is there, or a launcher has ended, or after a minute."""
+    """Waits for a checkpoint of a later step, at most a minute. Returns early if a launcher ends."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and all(run.launcher.poll() is None for run in started):
         if any(int(path.name.removeprefix("step_")) > step for path in (out / "checkpoints").glob("step_*")):
@@ -53,7 +53,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def assert_says_what_to_do(run: Run, peer: int) -> None:
-    """One sentence with the peer's rank or address and what to look at, no traceback, and exit code 4."""
+    """Asserts a sentence with the peer's rank or address and advice, no traceback, and exit code 4."""
     said = run.worker_said()
     assert re.search(rf"{re.escape(ADDRESSES[peer])}|rank {peer}\b", said), said
     assert HINT.search(said), said
@@ -63,7 +63,7 @@ def assert_says_what_to_do(run: Run, peer: int) -> None:
 
 @pytest.fixture(scope="module")
 def quiet(hosts, shards) -> list[Run]:
-    """A run on both hosts that nothing disturbs."""
+    """An undisturbed run on both hosts."""
     started = start(hosts, shards, "quiet", before=SHOWS_RANKS)
     assert wait(started, 120) == [0, 0], "".join(run.worker_said() for run in started)
     return started
@@ -71,7 +71,7 @@ def quiet(hosts, shards) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def cut(hosts, shards) -> tuple[list[Run], list[int]]:
-    """A run whose cable is pulled out after its first checkpoint, and the launchers' exit codes."""
+    """A run whose link is cut after its first checkpoint, and the launchers' exit codes."""
     started = start(hosts, shards, "disturbed", "--timeout-minutes", "0.15")
     wait_for_checkpoint_after(0, hosts[0].disk / "disturbed", started)
     hosts[1].set_link("down")
@@ -83,7 +83,10 @@ def cut(hosts, shards) -> tuple[list[Run], list[int]]:
 
 @pytest.fixture(scope="module")
 def lost(hosts, shards, cut) -> tuple[list[Run], int, int]:
-    """The same command again, whose second host is lost after a further checkpoint; the first one's exit code."""
+    """The `cut` run resumed, the first host's exit code, and the step that it resumed from.
+
+    The second host is killed after a further checkpoint.
+    """
     before = step_of(newest(hosts[0].disk / "disturbed"))
     started = start(hosts, shards, "disturbed", "--timeout-minutes", "0.15")
     wait_for_checkpoint_after(before, hosts[0].disk / "disturbed", started)

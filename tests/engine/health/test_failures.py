@@ -1,4 +1,4 @@
-"""Memory that ran out is recognised, and the advice holds."""
+"""Out of memory: told from other errors, and its advice works."""
 
 import dataclasses
 import subprocess

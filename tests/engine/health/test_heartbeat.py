@@ -1,4 +1,4 @@
-"""A run says whether it is alive, who it waits for, and ends when nothing moves: real files, processes and errors."""
+"""Heartbeat file, hang watchdog and lost peers, on real files, processes and errors."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
     wait_for(lambda: len(seen) > 50 or not reader.is_alive())
     is_over.set()
     reader.join()
-    assert len(seen) > 50  # else it met half of one, and ended
+    assert len(seen) > 50  # else the reader met half a heartbeat and ended
     assert set(seen) <= {0, *sizes}
     assert len(set(seen)) > 1
 
@@ -87,11 +87,11 @@ def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkey
         moved = beat(tmp_path)
         assert moved["time"] > first["time"]
         time.sleep(0.05)
-        assert beat(tmp_path) == moved  # the time is that of progress, not of the file
+        assert beat(tmp_path) == moved  # time of the last progress, not of the file
         heartbeat.ends = ends
     assert beat(tmp_path) == {**moved, "state": ends[0], "reason": ends[1]}
     time.sleep(0.05)
-    assert beat(tmp_path)["state"] == ends[0]  # and no thread writes another
+    assert beat(tmp_path)["state"] == ends[0]  # no thread writes another
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_directory_that_takes_no_heartbeat_ends_nothing(tmp_path, monkeypatch)
         heartbeat.ends = ("done", "")
 
 
-# ---- Who is behind ------------------------------------------------------------------------------------------------
+# ---- Ranks that are behind -----------------------------------------------------------------------------------------
 
 
 ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
@@ -244,7 +244,7 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
     with one:
         time.sleep(0.6)
         one.ends = ("done", "")
-    assert left == []  # a process alone takes its time
+    assert left == []  # no watchdog for a single process
     heartbeat = heartbeat_of(tmp_path, timeout_minutes=0.005)
     heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))
     with heartbeat:
@@ -260,7 +260,7 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
 # ---- What errors mean ---------------------------------------------------------------------------------------------
 
 
-# Two processes, of which rank 1, a fork, does not answer a second time.
+# Two processes. Rank 1, a fork, answers the first all-reduce and not the second.
 PAIR = """
 import datetime, json, os, sys, time
 import torch, torch.distributed as dist

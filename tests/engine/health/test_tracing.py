@@ -1,4 +1,4 @@
-"""`--profile START:STOP`: those steps and no others, in a file that a Chrome trace viewer reads."""
+"""`--profile START:STOP`: traces those steps only, in the format of Chrome's trace viewer."""
 
 import dataclasses
 import gzip
@@ -25,7 +25,7 @@ def config(tmp_path):
 
 
 def run(trace: Trace, steps: range) -> None:
-    """Trains a small model for these steps, each marked by a phase of its own."""
+    """Trains a small model for these steps, each in a phase of its own."""
     model = GPT2(GPT2Config(1, 2, 16, 8, 257))
     tokens = torch.randint(257, (2, 8))
     for step in steps:

@@ -1,4 +1,4 @@
-"""The record of a run: one row per step number, displays for a person and for a pipe, and the FLOPs of a token."""
+"""Metrics of a run: rows, samples, a bar in a terminal, lines in a pipe, FLOPs and MFU."""
 
 import dataclasses
 import io
@@ -66,7 +66,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def a_step(numbers, config, ranks, precision="fp32", step_ms=500.0) -> dict:
-    """What is measured of it, without the memory of this process."""
+    """Fields of a logged step, without peak_gib, which depends on this process."""
     found = metrics.measured(numbers, {"step_ms": step_ms, "data_ms": 1.0}, config, precision, ranks)
     assert found.pop("peak_gib") > 0
     return found
@@ -109,7 +109,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(config, monkeypatch):
         assert found["mfu"] == (mfu if mfu is None else pytest.approx(mfu, rel=1e-3))
         assert found["alloc_retries"] == 5
     narrow = dataclasses.replace(gpt2, context=128)
-    assert a_step(NUMBERS, narrow, Ranks(0, 0, 1, GPU), "bf16")["mfu"] < 0.9  # less attention for each token
+    assert a_step(NUMBERS, narrow, Ranks(0, 0, 1, GPU), "bf16")["mfu"] < 0.9  # less attention per token
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_row_is_one_step_and_begins_with_step_and_tokens(config, tmp_path):
 
 
 def test_a_row_is_in_the_file_when_its_step_is_over(config, tmp_path):
-    """Or a process killed after the checkpoint of step 11 would never write row 10 again."""
+    """Else a process killed after the checkpoint of step 11 would never write row 10."""
     run = record(config)
     run.log(10, loss=1.0)
     run.end_step(10)
@@ -240,7 +240,7 @@ def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
     assert "\r" not in said
     lines = said.splitlines()
     measured = "loss 3.142  lr 4.00e-03  12,346 bytes/s  0.50 GiB"
-    assert lines[0] == "step   33/1000  val loss 2.7183"  # at once; the clock of the others starts anew with it
+    assert lines[0] == "step   33/1000  val loss 2.7183"  # printed at once; the interval of the others begins again
     assert lines[1] == f"step   73/1000  {measured}  1:55 left"  # 0.125 s * 927
     assert len(lines) == 2
 
@@ -263,4 +263,4 @@ def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypat
     assert "601/1000" in said
     assert "loss 3.142  val loss 2.7183  12,346 bytes/s  MFU 43.2%" in said
     assert "step  600  val loss 2.7183\n" in said
-    assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # a path is no markup
+    assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # not taken as rich's markup

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest and the best, through deletes that fail and kills between two renames."""
+"""Rotation keeps the newest checkpoints and the best, even if a delete fails or a kill interrupts it."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from model.gpt2 import GPT2, GPT2Config
 
 
 def save(out: Path, step: int, val_loss: float | None, keep_last: int = 1, warn=refuse) -> Path:
-    """A checkpoint of one weight, which is `step`."""
+    """Saves a checkpoint with one weight, which is `step`. Returns its path."""
     held = {"model.weight": torch.tensor([float(step)])}
     return checkpoint.write(out, {"step": step, "val_loss": val_loss}, held, keep_last, warn)
 
@@ -100,7 +100,7 @@ def test_a_failed_delete_warns_and_the_next_save_tries_again(tmp_path, monkeypat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", refusing)
         assert save(tmp_path, 4, None, warn=said.append).exists()
-    assert steps(tmp_path) == [1, 4]  # the others go all the same
+    assert steps(tmp_path) == [1, 4]  # the others are deleted
     assert said == [
         f"checkpoint: {old} is no longer needed but could not be deleted: [Errno 1] Operation not permitted: '{old}'"
     ]
@@ -109,7 +109,7 @@ def test_a_failed_delete_warns_and_the_next_save_tries_again(tmp_path, monkeypat
 
 
 def test_a_half_deleted_one_is_passed_over(tmp_path):
-    """A kill while rotation deletes: the rest of it is older than what was saved, and does not verify."""
+    """A kill during a delete leaves a checkpoint that is older than the newest and does not verify."""
     half, whole = save_filled(tmp_path, 1), save_filled(tmp_path, 2)
     (half / MANIFEST).unlink()
     assert load_filled(checkpoint.newest(tmp_path, refuse)) == 2
@@ -126,7 +126,7 @@ FINAL, REPLACED, WRITING = "step_00000005", ".replaced_step_00000005", ".writing
 
 
 def copy_of(out: Path, value: int, name: str) -> None:
-    """A whole checkpoint of step 5 under any name; its one weight is `value`."""
+    """Writes a whole checkpoint of step 5 under this name; its one weight is `value`."""
     held = {"model.weight": torch.tensor([float(value)])}
     made = checkpoint.write(out / "elsewhere", {"step": 5}, held, 9, refuse)
     made.rename(out / "checkpoints" / name)
@@ -157,7 +157,7 @@ def test_a_kill_while_one_is_replaced_leaves_the_old_or_the_new_one(tmp_path, th
     assert steps(tmp_path) == [5]
     assert value_of(tmp_path) == value
     assert REPLACED not in names(tmp_path)
-    checkpoint.recover(tmp_path / "checkpoints")  # again, and nothing changes
+    checkpoint.recover(tmp_path / "checkpoints")  # a second call changes nothing
     assert value_of(tmp_path) == value
     save(tmp_path, 6, None, keep_last=9)
     assert names(tmp_path) == [FINAL, "step_00000006"]
@@ -230,7 +230,7 @@ def sharded(tmp_path) -> Path:
 
 
 def test_a_file_among_the_shards_that_is_not_listed_is_damage(sharded):
-    """The reader takes all files that it finds there."""
+    """The reader of sharded checkpoints reads every file in the directory."""
     shutil.copy(sharded / SHARDED / "a.safetensors", sharded / SHARDED / "c.safetensors")
     assert checkpoint.damage(sharded) == f"{MANIFEST} must list sharded/c.safetensors"
 
@@ -251,7 +251,7 @@ BYTES = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=257)
 
 @pytest.fixture
 def run(tmp_path) -> TrainConfig:
-    """Steps 1 to 3 of a run, the second of which is the best; every bias is filled with the step."""
+    """A run with checkpoints of steps 1 to 3. Step 2 is the best; ln_f.bias holds the step."""
     train = TrainConfig(out=str(tmp_path), model=BYTES)
     identity = resume.identity(train, "bytes", "none")
     directory.write_config(train, "bytes", {})

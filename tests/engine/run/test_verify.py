@@ -1,4 +1,4 @@
-"""gpt2 verify: every kind of damage to a shard, a manifest, a checkpoint or a record of rows is found and named."""
+"""`gpt2 verify` finds and names every kind of damage to shards, manifests, checkpoints and rows."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from engine.tokens.prepare import PrepareConfig, prepare
 
 
 def check(*paths: Path) -> tuple[int, list[str]]:
-    """How many are damaged, and the lines."""
+    """Number of damaged files and checkpoints, and the lines printed."""
     lines = []
     return verify.verify(paths, lines.append), lines
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Token shards in bytes, several of each split."""
+    """Token shards of bytes, several for each split."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60)))
     out = tmp_path / "corpus"
     prepare(

@@ -1,4 +1,4 @@
-"""Text to shards: the same bytes every time, each document once, and only what was asked for is replaced."""
+"""Text to shards: the same bytes every time, each document once, and other files are left alone."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_the_split_takes_its_share():
     chosen = [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
     assert sum(chosen) / 5000 == pytest.approx(0.2, abs=0.03)
     assert chosen == [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
-    assert all(prepare.is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger one only adds
+    assert all(prepare.is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger share adds
 
 
 def test_a_single_book_gives_its_tail_to_validation(tmp_path):
@@ -105,7 +105,7 @@ def test_the_manifest_tells_the_truth(source, tmp_path):
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     on_disk = files(tmp_path / "out")
     del on_disk["manifest.json"]
-    assert {shard["file"]: shard["sha256"] for shard in manifest["shards"]} == on_disk  # and nothing else lies there
+    assert {shard["file"]: shard["sha256"] for shard in manifest["shards"]} == on_disk  # and there is no other file
     for shard in manifest["shards"]:
         path = tmp_path / "out" / shard["file"]
         assert path.stat().st_size == shard["bytes"]
@@ -149,7 +149,7 @@ def test_foreign_files_are_refused_and_left_alone(source, tmp_path):
         run(source, tmp_path / "out")
     assert files(tmp_path / "out") == before
     run(source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"  # it stands in nobody's way
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"  # its name is not a shard's
 
 
 def test_overwrite_replaces_all_older_shards(source, tmp_path):

@@ -1,4 +1,4 @@
-"""Sources: what is text comes through as it is, and what is none is left out and counted."""
+"""Sources: text is kept as it is; anything else is left out and counted."""
 
 import json
 import os
