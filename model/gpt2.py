@@ -243,7 +243,7 @@ class GPT2(nn.Module):
         """Loads a model from weights in the Hugging Face layout. See model.pretrained.load."""
         from model.pretrained import load
 
-        return load(dir_or_name)
+        return load(cls, dir_or_name)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the weights in the Hugging Face layout. See model.pretrained.save."""

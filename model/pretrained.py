@@ -15,14 +15,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.gpt2 import GPT2, GPT2Config
+from model.presets import GPT2Config
 
+Model = TypeVar("Model", bound=nn.Module)
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name on the Hub
 DOWNLOADED = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
@@ -47,7 +49,7 @@ MEANS_GPT2 = {
 }
 
 
-def released_views(model: GPT2) -> dict[str, Tensor]:
+def released_views(model: nn.Module) -> dict[str, Tensor]:
     """Views of the model's parameters, by name, in the shapes of the stored tensors."""
     views = {}
     for name, parameter in model.named_parameters():
@@ -60,8 +62,10 @@ def released_views(model: GPT2) -> dict[str, Tensor]:
     return views
 
 
-def load(dir_or_name: str | Path, *, dropout: float = 0.0) -> GPT2:
-    """Loads a model, on the CPU in float32, from a directory or else from a repository on the Hub.
+def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) -> Model:
+    """Loads a GPT2, on the CPU in float32, from a directory or else from a repository on the Hub.
+
+    kind: the class GPT2, which imports this file and so is not imported here.
 
     A repository is gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name. The dropout in config.json
     is ignored: it says how the weights were trained, not what they compute. PyTorch's random state
@@ -72,7 +76,7 @@ def load(dir_or_name: str | Path, *, dropout: float = 0.0) -> GPT2:
     config = _read_config(folder, dropout)
     stored = _open_weights(folder)
     with torch.device("meta"):  # shapes only: no weights are allocated before the files are checked
-        model = GPT2(config)
+        model = kind(config)
     if HEAD in stored:
         stored.setdefault("wte.weight", stored[HEAD])  # tools that drop one of two equal tensors may keep the head
     _check(folder, {name: view.shape for name, view in released_views(model).items()}, stored)
@@ -89,7 +93,7 @@ def load(dir_or_name: str | Path, *, dropout: float = 0.0) -> GPT2:
     return model
 
 
-def save(model: GPT2, directory: str | Path) -> None:
+def save(model: nn.Module, directory: str | Path) -> None:
     """Writes config.json and model.safetensors, in float32. Each file is replaced atomically.
 
     `transformers` loads the directory as a GPT2LMHeadModel. Raises ValueError if writing fails.

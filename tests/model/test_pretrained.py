@@ -130,7 +130,7 @@ def test_loading_leaves_the_random_state_and_takes_no_dropout_over(directory):
     rewrite_config(directory, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
     state = torch.get_rng_state()
     assert GPT2.from_pretrained(directory).config.dropout == 0.0
-    assert pretrained.load(directory, dropout=0.2).config.dropout == 0.2
+    assert pretrained.load(GPT2, directory, dropout=0.2).config.dropout == 0.2
     assert torch.equal(torch.get_rng_state(), state)
 
 

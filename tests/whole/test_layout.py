@@ -1,10 +1,11 @@
-"""Rules of the repository that no other test checks: imports, file names and lengths, the version."""
+"""Rules of the house that a file can break without any other test noticing."""
 
 import ast
 import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,38 @@ from conftest import ROOT
 
 PACKAGES = ("kernels", "model", "engine")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+BENCH, TESTS = (sorted((ROOT / folder).rglob("*.py")) for folder in ("bench", "tests"))
 MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {"kernels", "model", "engine"}}
+
+# Places in engine/, lowest first. A place imports itself and lower places only.
+FLOORS = (
+    {"errors"},
+    {"config", "tokens"},
+    {"optim", "device"},
+    {"distributed"},
+    {"evaluation", "health"},
+    {"step"},
+    {"run"},
+    {"start"},
+    {"train", "cli"},
+)
+DOOR = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluation", "distributed", "device"}
+ROOMS = {
+    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
+    "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
+    "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
+}
+LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
+
+
+def name_of(path: Path) -> str:
+    """The name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file imports, also inside functions."""
+    """Every module that a file imports, late imports and those for type checkers included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -26,6 +54,16 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def graph(paths: list[Path]) -> dict[str, set[str]]:
+    """Imports among these files: the module itself where a package is named only to reach it."""
+    modules = {name_of(path): path for path in paths}
+    edges = {}
+    for name, path in modules.items():
+        found = imported(path) & set(modules)
+        edges[name] = {one for one in found if not any(other.startswith(one + ".") for other in found)} - {name}
+    return edges
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downhill_only(path):
     house = path.relative_to(ROOT).parts[0]
@@ -33,23 +71,75 @@ def test_imports_go_downhill_only(path):
     assert tops & {*PACKAGES, "bench", "tests"} <= MAY_IMPORT[house]
 
 
+def test_the_places_of_engine_import_lower_ones_only():
+    floor_of = {place: number for number, floor in enumerate(FLOORS) for place in floor}
+    assert set(floor_of) == DOOR | set(ROOMS)
+    for path in (ROOT / "engine").rglob("*.py"):
+        name = name_of(path)
+        if name == "engine":
+            continue
+        place = name.split(".")[1]
+        others = {other.split(".")[1] for other in imported(path) if other.startswith("engine.")} - {place}
+        wrong = {other for other in others if other in floor_of and floor_of[other] >= floor_of[place]}
+        assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which do not stand below it"
+
+
+def test_no_import_goes_in_a_circle():
+    try:
+        tuple(TopologicalSorter(graph([*SOURCES, *BENCH])).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports in a circle: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_a_circle_through_a_type_checker_s_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "one.py").write_text("def late():\n    import two\n")
+    (tmp_path / "two.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from one import late\n")
+    with pytest.raises(CycleError):
+        tuple(TopologicalSorter(graph(sorted(tmp_path.glob("*.py")))).static_order())
+
+
+def test_engine_has_its_ten_files_at_the_door_and_three_rooms():
+    assert {path.stem for path in (ROOT / "engine").glob("*.py")} - {"__init__"} == DOOR
+    for room, files in ROOMS.items():
+        assert {path.stem for path in (ROOT / "engine" / room).glob("*.py")} - {"__init__"} == files
+
+
 def test_nothing_imports_the_loop():
-    files = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]
-    assert not [path for path in files if "engine.train" in imported(path)]
+    assert not [path for path in [*SOURCES, *BENCH, *TESTS] if "engine.train" in imported(path)]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_shadows_the_standard_library_or_a_package_in_use(package):
-    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would shadow Python's own.
+    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would replace Python's own.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in PACKAGES}
     taken = set(sys.stdlib_module_names) | installed
-    assert not {path.stem for path in (ROOT / package).glob("*.py")} & taken - {"__init__"}
+    names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__"}
+    assert not names & taken
 
 
-def test_no_file_is_named_for_nothing_or_too_long():
-    for path in SOURCES:
+@pytest.mark.parametrize("paths", [SOURCES, BENCH, TESTS], ids=["sources", "bench", "tests"])
+def test_no_file_is_named_for_nothing_or_too_long(paths):
+    for path in paths:
         assert path.stem not in {"utils", "common", "helpers", "misc"}
-        assert len(path.read_text().splitlines()) <= 400, f"{path} is long: split it by idea"
+        lines = len(path.read_text().splitlines())
+        assert lines <= LONGEST_FILE, f"{path} has {lines} lines: split it by idea"
+
+
+def test_no_function_of_engine_and_bench_is_long_or_takes_many_arguments():
+    for path in [*(ROOT / "engine").rglob("*.py"), *BENCH]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([one for one in arguments if one.arg not in ("self", "cls")])
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= LONGEST_FUNCTION, f"{path}: {node.name} has {lines} lines"
+                assert count <= MOST_ARGUMENTS, f"{path}: {node.name} takes {count} arguments"
+
+
+def test_what_measures_the_engine_does_not_outgrow_it():
+    lines = sum(len(path.read_text().splitlines()) for path in BENCH)
+    assert lines <= LONGEST_BENCH, f"bench/ has {lines} lines"
 
 
 def test_our_packages_are_not_shadowed_by_a_stranger_s():

@@ -1,0 +1,65 @@
+"""An installation that is not editable: the wheel, in an environment and a directory of its own, trains `tiny`."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Runs a command without the repository on its path; returns what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of what git tracks, so that nothing untracked helps it along."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in run("git", "ls-files", "engine", "kernels", "model", "setup.py", "pyproject.toml", cwd=ROOT).split():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+    run(*pip, "--no-deps", "--no-build-isolation", "-w", out, source, cwd=out)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The bin directory of an environment that has the wheel, and this one's packages but for the project."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False)
+    packages = next((home / "lib").glob("python*/site-packages"))
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", home / "bin" / "python")
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
+    # Behind the wheel's own packages. addsitedir would run this environment's .pth files, the editable install's too.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
+    return home / "bin"
+
+
+def test_the_wheel_holds_every_module_and_the_vocabulary(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    sources = run("git", "ls-files", "engine", "kernels", "model", cwd=ROOT).split()
+    assert set(sources) <= packed
+    assert "engine/tokens/assets/r50k_base.tiktoken" in packed
+
+
+def test_it_prepares_trains_and_samples_in_another_directory(installed, tmp_path):
+    python = installed / "python"
+    where = run(python, "-c", "import engine, kernels, model; print(engine.__file__)", cwd=tmp_path)
+    assert str(installed.parent) in where
+    gpt2 = installed / "gpt2"
+    bytes_of_fifth = ("--tokenizer", "bytes", "--val-fraction", "0.2")
+    assert "tokenizer bytes" in run(gpt2, "prepare", "stdlib", "--out", "data", *bytes_of_fifth, cwd=tmp_path)
+    small = ("--num-steps", "3", "--eval-tokens", "1024", "--sample-tokens", "8")
+    assert "done: 3 steps" in run(gpt2, "train", "tiny", "--data", "data", "--out", "run", *small, cwd=tmp_path)
+    text = run(gpt2, "sample", "--run", "run", "--prompt", "def ", "--max-new-tokens", "8", cwd=tmp_path)
+    assert text.startswith("def ")
