@@ -66,12 +66,12 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 def workers(launcher: subprocess.Popen) -> dict[int, int]:
     """Process id of each rank."""
-    found = {}
+    pids = {}
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         environment = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{child}/environ").read_text().split("\0"))
         if "RANK" in environment:
-            found[int(environment["RANK"])] = int(child)
-    return found
+            pids[int(environment["RANK"])] = int(child)
+    return pids
 
 
 def save_filled(out: Path, step: int, keep_last: int = 10) -> Path:
@@ -87,13 +87,13 @@ def save_filled(out: Path, step: int, keep_last: int = 10) -> Path:
     return checkpoint.save(out, {"step": step}, model, optimizer, keep_last)
 
 
-def load_filled(found: checkpoint.Checkpoint) -> int:
+def load_filled(saved: checkpoint.Checkpoint) -> int:
     """Loads a checkpoint of save_filled and returns its step. Asserts that all weights equal it."""
     model = nn.Linear(3, 2)
-    checkpoint.load_weights(found, model)
-    checkpoint.load_optimizer(found, model, torch.optim.AdamW(model.parameters(), fused=True))
-    assert all((p == found.step).all() for p in model.parameters())
-    return found.step
+    checkpoint.load_weights(saved, model)
+    checkpoint.load_optimizer(saved, model, torch.optim.AdamW(model.parameters(), fused=True))
+    assert all((p == saved.step).all() for p in model.parameters())
+    return saved.step
 
 
 def steps(out: Path) -> list[int]:

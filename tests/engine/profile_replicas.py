@@ -57,7 +57,7 @@ def is_read(event: FunctionEvent) -> bool:
 
 with distributed.process_group() as ranks:
     tokens = torch.randint(257, (NUM_STEPS, ACCUMULATION, 2, 17), generator=torch.Generator().manual_seed(ranks.rank))
-    found = {}
+    profiles = {}
     for kind in (Guard, NoGuard, WaitingGuard):
         torch.manual_seed(0)
         raw_model = GPT2(MODEL)
@@ -78,6 +78,6 @@ with distributed.process_group() as ranks:
         sums = [[event.input_shapes[0] for event in events if event.name == "gloo:all_reduce"] for events in inside]
         reads = [Counter(asker(event) for event in events if is_read(event)) for events in inside]
         calls = [sum(event.name == "c10d::allreduce_" for event in events) for events in inside]
-        found[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
-    everyone = ranks.gather(found)
+        profiles[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
+    everyone = ranks.gather(profiles)
     ranks.print0(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))

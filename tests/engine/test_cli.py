@@ -39,8 +39,8 @@ def test_help_needs_no_torch_and_exits_with_0(command):
 
 def test_every_command_is_in_the_summary(capsys):
     assert run("--help") == 0
-    said = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\w", said, re.MULTILINE) for name in cli.COMMANDS)
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", output, re.MULTILINE) for name in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/tokens/prepare.py", "model/presets.py"])
@@ -91,9 +91,9 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(args, sentence, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(*args) == 2
-    said = capfd.readouterr()
-    assert sentence in re.sub(r"\s*│\s*", " ", said.err + said.out)  # tyro draws a box around its messages
-    assert "Traceback" not in said.err
+    captured = capfd.readouterr()
+    assert sentence in re.sub(r"\s*│\s*", " ", captured.err + captured.out)  # tyro draws a box around its messages
+    assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,9 +142,9 @@ def test_a_shard_that_is_no_good_is_refused_before_the_first_step(shards, tmp_pa
     (bad,) = (tmp_path / "data").glob(f"*_{split}_*.bin")
     bad.write_bytes(harm(bad.read_bytes()))
     assert run("train", *SMALL, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")) == 2
-    said = capfd.readouterr().err
-    assert str(bad) in said
-    assert sentence in said
+    output = capfd.readouterr().err
+    assert str(bad) in output
+    assert sentence in output
     assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -198,6 +198,6 @@ def test_a_run_whose_checkpoints_are_all_bad_names_the_way_out(trained, shards, 
     for path in out.glob("checkpoints/*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
-    said = capfd.readouterr().err
-    assert "model.safetensors must have" in said
-    assert "--resume never" in said
+    output = capfd.readouterr().err
+    assert "model.safetensors must have" in output
+    assert "--resume never" in output

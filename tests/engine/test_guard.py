@@ -185,12 +185,12 @@ def set_gradients(model: nn.Module, seed: int, spoil: float | None = None) -> No
             p.grad.view(-1)[0] = spoil
 
 
-def held(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def copied_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies of all weights, moments and step counts."""
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        found |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
-    return found
+        tensors |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
+    return tensors
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -210,14 +210,14 @@ def test_a_skipped_update_leaves_weights_moments_and_step_counts_to_the_bit(name
         set_gradients(model, seed)
         optimizer.found_inf = guard.judge(one, one)
         optimizer.step()
-    before = held(model, optimizer)
+    before = copied_tensors(model, optimizer)
     assert {key.rpartition(".")[2] for key in before} >= {"step", "exp_avg", "exp_avg_sq"}
     assert any(key.endswith(".momentum") for key in before) == (name == "muon")
     for loss, grad_norm in ((bad, one), (one, bad)):
         set_gradients(model, 9, spoil)
         optimizer.found_inf = guard.judge(loss, grad_norm)
         optimizer.step()
-        assert_same(held(model, optimizer), before)
+        assert_same(copied_tensors(model, optimizer), before)
     assert guard.counts().tolist() == [2, 2]
 
 
@@ -252,7 +252,7 @@ def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, devic
             set_gradients(model, seed)
             optimizer.step()
         assert hasattr(optimizer, "found_inf") == is_disturbed
-        runs.append(held(model, optimizer))
+        runs.append(copied_tensors(model, optimizer))
     assert_same(*runs)
 
 

@@ -36,31 +36,31 @@ def seen() -> dict:
 
 @EACH_RANK
 def test_an_update_sums_the_gradient_once_and_three_numbers(seen, rank):
-    found = seen["ranks"][rank]["Guard"]
-    assert len(found["sums"]) == 3
-    for sizes, num_calls in zip(found["sums"], found["calls"], strict=True):
+    profile = seen["ranks"][rank]["Guard"]
+    assert len(profile["sums"]) == 3
+    for sizes, num_calls in zip(profile["sums"], profile["calls"], strict=True):
         *buckets, last = sizes
         assert last == [3]  # loss, signals, time-outs
         assert sum(size for (size,) in buckets) == seen["num_parameters"]  # each once, for both micro-batches
         assert num_calls == len(buckets) + 1
-    assert len(found["sums"][-1]) == 3, "the model must fill more than one bucket"
+    assert len(profile["sums"][-1]) == 3, "the model must fill more than one bucket"
 
 
 @EACH_RANK
 def test_neither_the_step_nor_the_guard_reads_a_number(seen, rank):
-    found = seen["ranks"][rank]
-    assert len(found["Guard"]["reads"]) == 3
-    for reads in found["Guard"]["reads"]:
+    profiles = seen["ranks"][rank]
+    assert len(profiles["Guard"]["reads"]) == 3
+    for reads in profiles["Guard"]["reads"]:
         assert "" not in reads
         # The head checks its targets and fused AdamW reads its step count, both for tensors on a CPU only.
         assert reads.keys() == {"DistributedDataParallel.forward", "Optimizer.step#AdamW.step"}
-    assert found["Guard"] == found["NoGuard"]  # reads and sums alike
+    assert profiles["Guard"] == profiles["NoGuard"]  # reads and sums alike
 
 
 @EACH_RANK
 def test_a_guard_that_reads_its_verdict_is_seen(seen, rank):
-    found = seen["ranks"][rank]
-    assert found["WaitingGuard"]["reads"] == [reads | {"": 2} for reads in found["NoGuard"]["reads"]]
+    profiles = seen["ranks"][rank]
+    assert profiles["WaitingGuard"]["reads"] == [reads | {"": 2} for reads in profiles["NoGuard"]["reads"]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there can an update wait for the device")

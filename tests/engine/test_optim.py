@@ -110,11 +110,11 @@ def test_adamw_follows_its_equations():
 def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-    found = optim.orthogonalize(matrices).double()
-    values = torch.linalg.svdvals(found)
+    result = optim.orthogonalize(matrices).double()
+    values = torch.linalg.svdvals(result)
     assert values.min() > 0.5
     assert values.max() < 1.3
-    cosine = (found * (u @ vh)).sum() / found.norm() / (u @ vh).norm()
+    cosine = (result * (u @ vh)).sum() / result.norm() / (u @ vh).norm()
     assert cosine > 0.97
 
 

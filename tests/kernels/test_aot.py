@@ -30,7 +30,7 @@ if __name__ == "__main__":
     for targets, cases in (
         ({TARGETS!r}, {HEADS + REST!r}), (("sm_80", "sm_86", "sm_89"), {HEADS[:1]!r}), (("gfx942",), {AMD!r})
     ):
-        rows += [dataclasses.asdict(row) for found in compile_all(targets, cases, os.cpu_count()) for row in found]
+        rows += [dataclasses.asdict(row) for made in compile_all(targets, cases, os.cpu_count()) for row in made]
     print(json.dumps(rows))
 """
 

@@ -247,7 +247,7 @@ OUTSIDE = pytest.mark.parametrize(
 
 
 @OUTSIDE
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU answers with a NaN loss instead: looking would mean waiting")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the loss is NaN instead: a check would synchronise")
 def test_rejects_targets_outside_the_vocabulary(target):
     hidden, weight, targets = inputs(37, 33, 257, 384)
     targets[17] = target

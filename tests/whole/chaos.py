@@ -45,11 +45,11 @@ def disturb(launcher: subprocess.Popen, draw: random.Random) -> str:
 def main() -> int:
     """Runs both and compares them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120, help="at least so long is the run disturbed")
+    parser.add_argument("--seconds", type=float, default=120, help="least time for which the run is disturbed")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of what is done when")
-    asked = parser.parse_args()
-    draw = random.Random(asked.seed)
+    parser.add_argument("--seed", type=int, default=0, help="of the disturbances")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
     root = Path(tempfile.mkdtemp(prefix="chaos_"))
     sources = [str(ROOT / name) for name in ("engine", "model", "kernels")]
     prepare(sources, PrepareConfig(out=str(root / "data"), tokenizer="bytes", workers=1, val_fraction=0.2))
@@ -60,10 +60,10 @@ def main() -> int:
             "-m",
             "torch.distributed.run",
             "--standalone",
-            f"--nproc_per_node={asked.processes}",
+            f"--nproc_per_node={options.processes}",
         ]
-        faults = ",".join(f"slow:{rank}:0" for rank in range(asked.processes))  # 20 steps a second at most
-        flags = ["--num-steps", str(int(4 * asked.seconds)), "--eval-every", "50", "--save-every", "20"]
+        faults = ",".join(f"slow:{rank}:0" for rank in range(options.processes))  # 20 steps a second at most
+        flags = ["--num-steps", str(int(4 * options.seconds)), "--eval-every", "50", "--save-every", "20"]
         files = ["--data", str(root / "data"), "--out", str(root / name)]
         return [
             *torchrun,
@@ -85,7 +85,7 @@ def main() -> int:
             launcher = subprocess.Popen(command("killed"), env=ENVIRONMENT, stdout=log, stderr=log)
         starts += 1
         try:
-            code = launcher.wait(draw.uniform(5, 15) if time.monotonic() - began < asked.seconds else None)
+            code = launcher.wait(draw.uniform(5, 15) if time.monotonic() - began < options.seconds else None)
         except subprocess.TimeoutExpired:
             done = disturb(launcher, draw)
             launcher.wait()

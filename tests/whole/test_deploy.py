@@ -82,7 +82,7 @@ def test_the_job_is_yaml_whose_parts_refer_to_each_other():
     ids=["stopped", "done", "cancelled", "crashed-since", "failed", "no-heartbeat"],
 )
 def test_slurm_requeues_a_run_that_was_stopped_and_no_other(tmp_path, code, state, job, requeued):
-    stand_in(tmp_path, "bin/srun", f'echo "$@" > said; {heartbeat(state)}; exit {code}')
+    stand_in(tmp_path, "bin/srun", f'echo "$@" > arguments; {heartbeat(state)}; exit {code}')
     stand_in(tmp_path, "bin/scontrol", 'if [ "$1" = show ]; then echo host1; else echo "$@" > requeued; fi')
     stand_in(tmp_path, "bin/squeue", f"echo {job}")
     stand_in(tmp_path, ".venv/bin/python", f'exec {shutil.which("python3")} "$@"')
@@ -91,10 +91,10 @@ def test_slurm_requeues_a_run_that_was_stopped_and_no_other(tmp_path, code, stat
     done = subprocess.run(["bash", SLURM, "--seed", "3"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
-    said = (tmp_path / "said").read_text()
-    assert "--nnodes=2" in said
-    assert "--rdzv-endpoint=host1:22345" in said
-    assert said.endswith("--max-minutes 1430 --seed 3\n")
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--nnodes=2" in arguments
+    assert "--rdzv-endpoint=host1:22345" in arguments
+    assert arguments.endswith("--max-minutes 1430 --seed 3\n")
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def command(
 
 def run_two(out: Path, shards: Path, *flags: str, seconds: float = 90, **options) -> subprocess.CompletedProcess:
     """Trains on two ranks and waits."""
-    words = command(out, shards, *flags, **options)
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+    arguments = command(out, shards, *flags, **options)
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
 
 
 def wait_for_row(out: Path, step: int, launcher: subprocess.Popen) -> None:
@@ -124,16 +124,16 @@ def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_pat
         )
         wait_for_row(out, max(after, last + 1), launcher)
         os.kill(launcher.pid if to_rank is None else workers(launcher)[to_rank], number)
-        said, wrong = launcher.communicate(timeout=60)
+        stdout, stderr = launcher.communicate(timeout=60)
         assert launcher.returncode != 0
-        assert "by a signal and saved" in said, said + wrong
+        assert "by a signal and saved" in stdout, stdout + stderr
         beat = json.loads((out / "heartbeat").read_text())
         assert beat["state"] == "stopped"
         assert beat["step"] == checkpoint.read(newest(out)).step > last
         last = beat["step"]
         assert last % 10, "it stopped at its own time, not at a checkpoint that was due"
         if to_rank is not None:
-            assert re.search(r"exitcode *: 75 ", wrong)
+            assert re.search(r"exitcode *: 75 ", stderr)
     assert run_two(out, shards, *STEPS).returncode == 0
     assert_same_run(quiet, out)
 
@@ -248,8 +248,8 @@ def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path
 
 def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards, tmp_path):
     script = f'exec "{sys.executable}" "$@" --seed $RANK --data $([ $RANK = 0 ] && echo {shards} || echo {few_shards})'
-    words = [*LAUNCHER, "--no-python", "sh", "-c", script, "sh", str(ROOT / "engine" / "train.py"), *SMALL]
-    done = subprocess.run([*words, "--out", str(tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
+    arguments = [*LAUNCHER, "--no-python", "sh", "-c", script, "sh", str(ROOT / "engine" / "train.py"), *SMALL]
+    done = subprocess.run([*arguments, "--out", str(tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "train: every rank must run the same thing, but these differ" in done.stderr
     assert "--seed: 0 on rank 0; 1 on rank 1" in done.stderr
@@ -300,7 +300,7 @@ def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(few_shards, tmp
 def test_running_out_of_memory_names_the_flag_and_the_next_smaller_value(few_shards, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(batches.Batches, "at", lambda *_: torch.empty(10**15))
     assert train(tmp_path / "run", few_shards, "--num-steps", "3", "--eval-every", "None") == 2
-    said = capfd.readouterr().err
-    assert "got out of memory at --micro-batch-size 4" in said
-    assert "try --micro-batch-size 2" in said
-    assert "Traceback" not in said
+    output = capfd.readouterr().err
+    assert "got out of memory at --micro-batch-size 4" in output
+    assert "try --micro-batch-size 2" in output
+    assert "Traceback" not in output

@@ -118,11 +118,11 @@ def test_one_process_goes_on_from_two_and_two_from_one_with_the_same_batches(one
 
 
 def test_a_sharded_checkpoint_is_sampled_evaluated_and_exported_like_any_other(one, sharded, tmp_path, capfd):
-    said = []
+    outputs = []
     for run in (one, sharded):
         assert cli.main(["eval", "--run", str(run)]) == 0
-        said.append(capfd.readouterr().out.replace(str(run), "run"))
-    assert said[0] == said[1]
+        outputs.append(capfd.readouterr().out.replace(str(run), "run"))
+    assert outputs[0] == outputs[1]
     assert cli.main(["export", "--run", str(sharded), "--out", str(tmp_path / "exported")]) == 0
     assert cli.main(["verify", str(sharded)]) == 0
 

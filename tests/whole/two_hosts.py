@@ -30,11 +30,11 @@ class Run:
     launcher: subprocess.Popen
     logs: Path
 
-    def worker_said(self) -> str:
+    def worker_output(self) -> str:
         """Output of the training process, without torchrun's report, which always has a traceback."""
         return "".join(path.read_text() for path in sorted(self.logs.rglob("std*.log")))
 
-    def launcher_said(self) -> str:
+    def launcher_output(self) -> str:
         """Output of torchrun itself."""
         return (self.logs / "torchrun.log").read_text()
 
@@ -53,16 +53,16 @@ class Host:
     runs: Path  # where a run on this host writes
     disk: Path  # where the tests find what it wrote
 
-    def command(self, *words: str) -> list[str]:
+    def command(self, *arguments: str) -> list[str]:
         """Command line that runs on this host."""
         namespaces = ["--user", "--preserve-credentials", "--net", "--mount"]
-        return ["nsenter", f"--target={self.init.pid}", *namespaces, "--", *words]
+        return ["nsenter", f"--target={self.init.pid}", *namespaces, "--", *arguments]
 
     def set_link(self, state: str) -> None:
         """Sets this host's end of the link up or down."""
         subprocess.run(self.command("ip", "link", "set", INTERFACES[self.index], state), check=True)
 
-    def start(self, port: int, *words: str, interface: str | None = None) -> Run:
+    def start(self, port: int, *arguments: str, interface: str | None = None) -> Run:
         """Starts torchrun with these arguments, in a process namespace that ends with it."""
         logs = self.disk.parent / f"logs{self.index}_{port}"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
@@ -77,7 +77,7 @@ class Host:
         logs.mkdir()
         with (logs / "torchrun.log").open("w") as log:
             launcher = subprocess.Popen(
-                self.command("unshare", "--pid", "--kill-child", *torchrun, *words),
+                self.command("unshare", "--pid", "--kill-child", *torchrun, *arguments),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -95,7 +95,7 @@ def wait(started: list[Run], seconds: float) -> list[int]:
     try:
         return [run.launcher.wait(max(0.0, deadline - time.monotonic())) for run in started]
     except subprocess.TimeoutExpired as error:
-        error.add_note("\n".join(run.worker_said() + run.launcher_said() for run in started))
+        error.add_note("\n".join(run.worker_output() + run.launcher_output() for run in started))
         raise
     finally:
         for run in started:
@@ -123,10 +123,10 @@ def two_hosts(root: Path) -> Iterator[list[Host]]:
                 text=True,
             )
             hosts.append(Host(index, init, runs, disk))
-            said = init.stdout.readline()
-            if said != "ready\n":
-                raise NotPermitted(said.strip() or "unshare ended without a word")
-        _join(hosts)
+            line = init.stdout.readline()
+            if line != "ready\n":
+                raise NotPermitted(line.strip() or "unshare ended without a word")
+        _link(hosts)
         yield hosts
     except OSError as error:  # unshare, nsenter or ip is not installed
         raise NotPermitted(str(error)) from error
@@ -135,7 +135,7 @@ def two_hosts(root: Path) -> Iterator[list[Host]]:
             host.init.communicate()
 
 
-def _join(hosts: list[Host]) -> None:
+def _link(hosts: list[Host]) -> None:
     cable = f"ip link add {INTERFACES[0]} type veth peer name {INTERFACES[1]} netns {hosts[1].init.pid}"
     addresses = [f"ip address add {ADDRESSES[h.index]}/24 dev {INTERFACES[h.index]}" for h in hosts]
     links = [f"ip link set {INTERFACES[h.index]} up" for h in hosts]

@@ -47,7 +47,7 @@ class Stuck:
         )
         self.timer = threading.Timer(20, self.process.kill)  # so that a test fails if the exit never comes
         self.timer.start()
-        assert self.told() == "stuck"
+        assert self.read_line() == "stuck"
         time.sleep(0.05)  # until it is in the second lock
 
     def __enter__(self) -> "Stuck":
@@ -61,13 +61,13 @@ class Stuck:
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def told(self) -> str:
+    def read_line(self) -> str:
         return self.process.stdout.readline().strip()
 
     def ends(self, within: float) -> tuple[int, str]:
         """Exit code and stderr. Raises TimeoutExpired after `within` seconds."""
-        _, said = self.process.communicate(timeout=within)
-        return self.process.returncode, said
+        _, output = self.process.communicate(timeout=within)
+        return self.process.returncode, output
 
 
 # ---- Signals ------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Stuck:
 def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(number, code):
     with Stuck(grace_seconds=60, echo=0.2) as stuck:
         stuck.send(number)
-        assert stuck.told() == number.name
+        assert stuck.read_line() == number.name
         time.sleep(0.4)
         assert stuck.process.poll() is None
         stuck.send(number)
@@ -90,7 +90,7 @@ def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(nu
 def test_the_code_is_that_of_the_first_signal():
     with Stuck(grace_seconds=60, echo=0.0) as stuck:
         stuck.send(signal.SIGTERM)
-        assert stuck.told() == "SIGTERM"
+        assert stuck.read_line() == "SIGTERM"
         stuck.send(signal.SIGINT)
         assert stuck.ends(within=5)[0] == 143
 
@@ -241,7 +241,7 @@ def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
     """A queue's time limit includes restarts."""
     began = time.time()
     parent = f"import subprocess, sys, time; time.sleep(0.7); subprocess.run([sys.executable, '-c', {TELL!r}])"
-    told = [
+    launches = [
         subprocess.run(
             [sys.executable, "-c", parent],
             env={**ENVIRONMENT, **extra},
@@ -251,22 +251,22 @@ def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
         ).stdout
         for extra in ({"TORCHELASTIC_RUN_ID": "none"}, {})
     ]
-    assert float(told[0]) == pytest.approx(began, abs=0.5)
-    assert float(told[1]) > float(told[0]) + 1.2  # without torchrun: the child's own start, in the second launch
+    assert float(launches[0]) == pytest.approx(began, abs=0.5)
+    assert float(launches[1]) > float(launches[0]) + 1.2  # without torchrun: the second child's own start
 
 
 def test_a_name_with_spaces_and_brackets_does_not_shift_the_fields(tmp_path):
     began = time.time()
     python = tmp_path / "a) b (c 1 2"
     python.symlink_to(sys.executable)
-    said = subprocess.run(
+    output = subprocess.run(
         [str(python), "-c", f"import time; time.sleep(0.7); {TELL}"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert float(said) == pytest.approx(began, abs=0.5)
+    assert float(output) == pytest.approx(began, abs=0.5)
 
 
 def test_where_no_proc_is_the_launch_is_now(monkeypatch):

@@ -64,10 +64,10 @@ def test_two_steps_are_traced_with_their_phases(config, tmp_path, capsys):
     path = tmp_path / "trace_2_4.json.gz"
     assert capsys.readouterr().out == f"trace of steps 2 to 3: {path}; open it at https://ui.perfetto.dev\n"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    found = names(path)
-    assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
-    assert found.count("forward") == found.count("backward") == 2
-    assert any(name.startswith("aten::") for name in found)
+    traced = names(path)
+    assert [name for name in traced if name.startswith("step ")] == ["step 2", "step 3"]
+    assert traced.count("forward") == traced.count("backward") == 2
+    assert any(name.startswith("aten::") for name in traced)
 
 
 def test_the_file_is_a_chrome_trace(config, tmp_path):

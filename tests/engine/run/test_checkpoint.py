@@ -54,10 +54,10 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path):
     path = checkpoint.save(tmp_path, {"step": 3, "note": "é"}, model, optimizer, 2)
 
     again, its_optimizer = training(seed=1)
-    found = checkpoint.newest(tmp_path, refuse)
-    assert (found.path, found.step, found.state) == (path, 3, {"step": 3, "note": "é"})
-    checkpoint.load_weights(found, again)
-    checkpoint.load_optimizer(found, again, its_optimizer)
+    newest = checkpoint.newest(tmp_path, refuse)
+    assert (newest.path, newest.step, newest.state) == (path, 3, {"step": 3, "note": "é"})
+    checkpoint.load_weights(newest, again)
+    checkpoint.load_optimizer(newest, again, its_optimizer)
     for seed in (None, 10, 11):
         if seed is not None:
             update(model, optimizer, seed)
@@ -100,10 +100,10 @@ def test_the_manifest_lists_true_bytes_and_digests(tmp_path):
 def test_weights_alone_cannot_be_trained_on(tmp_path):
     model, optimizer = training()
     checkpoint.save(tmp_path, {"step": 0}, model, None, 1)
-    found = checkpoint.newest(tmp_path, refuse)
-    checkpoint.load_weights(found, model)
+    newest = checkpoint.newest(tmp_path, refuse)
+    checkpoint.load_weights(newest, model)
     with pytest.raises(BadInput, match=r"must hold the optimizer's state .*, got weights alone; .* --init-from"):
-        checkpoint.load_optimizer(found, model, optimizer)
+        checkpoint.load_optimizer(newest, model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path, name, har
     bad = save_filled(tmp_path, 3)
     harm(bad / name)
     warnings = []
-    found = checkpoint.newest(tmp_path, warnings.append)
-    assert found.path == good
-    assert load_filled(found) == 2
+    newest = checkpoint.newest(tmp_path, warnings.append)
+    assert newest.path == good
+    assert load_filled(newest) == 2
     assert len(warnings) == 1
     assert re.search(rf"^passing over {bad}: {re.escape(name)} \w+", warnings[0])
     with pytest.raises(BadInput, match=rf"{bad} must be whole, but {re.escape(name)} .*; use an older one"):
@@ -233,10 +233,10 @@ class FailingDisk:
             (Path, "mkdir"),
             (Path, "rename"),
         ):
-            monkeypatch.setattr(owner, name, self.watch(getattr(owner, name), name))
+            monkeypatch.setattr(owner, name, self.record(getattr(owner, name), name))
 
-    def watch(self, call, name):
-        def watched(*args, **options):
+    def record(self, call, name):
+        def recorded(*args, **options):
             self.calls.append(name)
             if len(self.calls) - 1 == self.fails_at:
                 if name in ("save_file", "write_text"):  # part of it is written
@@ -244,7 +244,7 @@ class FailingDisk:
                 raise OSError(28, "No space left on device")
             return call(*args, **options)
 
-        return watched
+        return recorded
 
 
 CALLS = ["mkdir", "mkdir", "save_file", "fsync", "save_file", "fsync", "write_text", "fsync"]
@@ -323,6 +323,6 @@ def test_a_kill_at_any_moment_loses_nothing_announced(tmp_path):
                 last = listen.recv()
             except EOFError:
                 break
-        found = load_filled(checkpoint.newest(tmp_path, refuse))
-        assert last <= found <= last + 1
-        last = found
+        step = load_filled(checkpoint.newest(tmp_path, refuse))
+        assert last <= step <= last + 1
+        last = step

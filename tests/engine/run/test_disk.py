@@ -175,11 +175,11 @@ print("promised", most + 2)
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    said, *lines = done.stdout.splitlines()
-    assert "must have" in said
-    assert "for 100 checkpoints of " in said
-    assert "got 2.0 MiB" in said
-    found = {name: int(value) for name, value in (line.split() for line in lines)}
-    assert found["whole"] >= found["promised"] >= 3
-    assert MIB - 2 * found["needs"] < found["free"]  # room for a run's other files
-    assert (found["whole"] + 1) * found["needs"] > 2 * MIB - found["needs"]  # there was no room for another one
+    refusal, *lines = done.stdout.splitlines()
+    assert "must have" in refusal
+    assert "for 100 checkpoints of " in refusal
+    assert "got 2.0 MiB" in refusal
+    numbers = {name: int(value) for name, value in (line.split() for line in lines)}
+    assert numbers["whole"] >= numbers["promised"] >= 3
+    assert MIB - 2 * numbers["needs"] < numbers["free"]  # room for a run's other files
+    assert (numbers["whole"] + 1) * numbers["needs"] > 2 * MIB - numbers["needs"]  # there was no room for another one

@@ -105,8 +105,8 @@ def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     ],
 )
 def test_the_token_axis_keeps_its_numbers_short(most, label):
-    size, said = plots._token_axis(most, "token")
-    assert said == label
+    size, text = plots._token_axis(most, "token")
+    assert text == label
     assert most / size <= 1000
 
 

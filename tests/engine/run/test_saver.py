@@ -34,9 +34,9 @@ class Run:
         )
         self.model = GPT2(TINY)
         self.optimizer = optim.build(self.model, self.config.optim)
-        self.said: list[str] = []
+        self.lines: list[str] = []
         ranks = Ranks(rank, rank, rank + 1, torch.device("cpu"))
-        self.saver = Saver(self.config, ranks, self.model, self.optimizer, self.said.append)
+        self.saver = Saver(self.config, ranks, self.model, self.optimizer, self.lines.append)
         self.step = 0
 
     def update(self) -> None:
@@ -57,9 +57,9 @@ class Run:
 def saved(out: Path, step: int, optimizer: str) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, loaded into another model."""
     run = Run(out, optimizer)
-    found = checkpoint.read(out / "checkpoints" / f"step_{step:08d}")
-    checkpoint.load_weights(found, run.model)
-    checkpoint.load_optimizer(found, run.model, run.optimizer)
+    loaded = checkpoint.read(out / "checkpoints" / f"step_{step:08d}")
+    checkpoint.load_weights(loaded, run.model)
+    checkpoint.load_optimizer(loaded, run.model, run.optimizer)
     return checkpoint.named_tensors(run.model, run.optimizer)
 
 
@@ -116,7 +116,7 @@ def test_what_is_saved_is_the_moment_of_the_call_though_training_goes_on(tmp_pat
     for step, tensors in wanted.items():
         assert any(name.endswith("momentum") for name in tensors) == (optimizer == "muon")
         assert_same(saved(tmp_path, step, optimizer), tensors)
-    assert run.said == []
+    assert run.lines == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -214,12 +214,12 @@ def test_one_failed_save_warns_with_needed_and_free_and_training_goes_on(tmp_pat
     run = Run(tmp_path, async_save=async_save)
     saves(run, 3)
     assert steps(tmp_path) == [1, 3]
-    held = checkpoint.named_tensors(run.model, run.optimizer).values()
-    needed = sum(t.numel() * t.element_size() for t in held) / 2**20
-    assert len(run.said) == 1
-    assert run.said[0].startswith(f"checkpoint: saving must write {needed:,.1f} MiB to {tmp_path}, got ")
-    assert " MiB free: [Errno 28] No space left on device: " in run.said[0]
-    assert run.said[0].endswith("make room there; training goes on, saved up to step 1")
+    tensors = checkpoint.named_tensors(run.model, run.optimizer).values()
+    needed = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+    assert len(run.lines) == 1
+    assert run.lines[0].startswith(f"checkpoint: saving must write {needed:,.1f} MiB to {tmp_path}, got ")
+    assert " MiB free: [Errno 28] No space left on device: " in run.lines[0]
+    assert run.lines[0].endswith("make room there; training goes on, saved up to step 1")
 
 
 @BOTH
@@ -229,7 +229,7 @@ def test_two_failed_in_a_row_end_the_run(tmp_path, monkeypatch, async_save):
     with pytest.raises(BadInput, match=r"No space left.*; the run ends here, saved up to step 1$"):
         saves(run, 5)
     assert run.step <= 4  # the save after them raises, at the latest
-    assert len(run.said) == 2
+    assert len(run.lines) == 2
     assert steps(tmp_path) == [1]
 
 
@@ -239,7 +239,7 @@ def test_a_good_save_in_between_begins_the_count_anew(tmp_path, monkeypatch, asy
     run = Run(tmp_path, async_save=async_save)
     saves(run, 6)
     assert steps(tmp_path) == [2, 4, 6]
-    assert [line.rpartition("; ")[2].partition(", ")[2] for line in run.said] == [
+    assert [line.rpartition("; ")[2].partition(", ")[2] for line in run.lines] == [
         "nothing is saved yet",
         "saved up to step 2",
         "saved up to step 4",
@@ -330,9 +330,9 @@ try:
     cli.main(["train", *sys.argv[4:], "--out", str(out)])
 except SystemExit as end:
     code = end.code
-found = checkpoint.newest(out, print)
+newest = checkpoint.newest(out, print)
 names = sorted(path.name for path in (out / "checkpoints").glob("*"))
-print(json.dumps([code, found and found.step, names]))
+print(json.dumps([code, newest and newest.step, names]))
 """
 
 
@@ -349,19 +349,19 @@ def on_a_small_disk(disk: Path, shards: Path, size: str, fill: bool, *flags: str
 
 @needs_tmpfs
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_training(tmp_path, shards):
-    ended, said = on_a_small_disk(tmp_path / "disk", shards, "2m", False, "--num-steps", "2")
+    ended, output = on_a_small_disk(tmp_path / "disk", shards, "2m", False, "--num-steps", "2")
     assert ended == [BAD_INPUT, None, []]
-    assert "must have 2.5 MiB free, for 1 checkpoint of 1.5 MiB, got 2.0 MiB; make room there" in said
-    assert "step:" not in said
+    assert "must have 2.5 MiB free, for 1 checkpoint of 1.5 MiB, got 2.0 MiB; make room there" in output
+    assert "step:" not in output
 
 
 @needs_tmpfs
 def test_a_disk_that_fills_up_costs_no_whole_checkpoint(tmp_path, shards):
     flags = ["--num-steps", "12", "--save-every", "2", "--eval-every", "None", "--keep-last", "1"]
-    ended, said = on_a_small_disk(tmp_path / "disk", shards, "8m", True, *flags)
+    ended, output = on_a_small_disk(tmp_path / "disk", shards, "8m", True, *flags)
     assert ended == [BAD_INPUT, 2, ["step_00000002"]]
-    assert said.count("checkpoint: saving must write 1.5 MiB to ") == 3  # two warnings and the final error
-    assert said.count("got 0.0 MiB free: ") == 3
-    assert "; training goes on, saved up to step 2" in said
-    assert "; make room there; the run ends here, saved up to step 2" in said
-    assert "Traceback" not in said
+    assert output.count("checkpoint: saving must write 1.5 MiB to ") == 3  # two warnings and the final error
+    assert output.count("got 0.0 MiB free: ") == 3
+    assert "; training goes on, saved up to step 2" in output
+    assert "; make room there; the run ends here, saved up to step 2" in output
+    assert "Traceback" not in output

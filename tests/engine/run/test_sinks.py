@@ -99,10 +99,10 @@ def test_a_failure_is_one_line_and_costs_neither_the_run_nor_the_other(service, 
     service.fails, before = {f"{name} {moment}", f"{name} close"}, threading.excepthook
     record(config)
     assert threading.excepthook is before
-    said = capsys.readouterr()
-    assert said.out.count(f"{name}: out of order for now; going on without it\n") == 1
-    assert said.out.count("going on without it") == 1
-    assert "Traceback" not in said.out + said.err
+    captured = capsys.readouterr()
+    assert captured.out.count(f"{name}: out of order for now; going on without it\n") == 1
+    assert captured.out.count("going on without it") == 1
+    assert "Traceback" not in captured.out + captured.err
     assert steps(config) == [0, 1, 2]
     (other,) = set(NAMES) - {name}
     assert len(service.of(f"{other} write")) == 3
@@ -189,8 +189,8 @@ def test_tensorboard_s_own_thread_may_fail_without_a_traceback(config, monkeypat
     before = threading.excepthook
     monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
     record(config, asked=["tensorboard"])
-    said = capfd.readouterr()
-    assert said.out.count("tensorboard: [Errno 28] No space left on device; going on without it") == 1
+    captured = capfd.readouterr()
+    assert captured.out.count("tensorboard: [Errno 28] No space left on device; going on without it") == 1
     assert heard == []
     assert steps(config) == [0, 1, 2]
     assert threading.excepthook == before

@@ -19,10 +19,10 @@ def source(tmp_path) -> Path:
 
 def test_every_document_is_there_once_and_begins_with_the_end_of_text(source, tmp_path):
     manifest = run(source, tmp_path / "out")
-    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    written = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     expected = [path.read_text() for path in source.rglob("*") if path.suffix in (".py", ".txt", ".md")]
     expected += [f"record {i}" for i in range(9)]
-    assert sorted(found) == sorted(expected)
+    assert sorted(written) == sorted(expected)
     assert manifest["documents"] == {split: len(texts(tmp_path / "out", split)) for split in ("train", "val")}
     assert manifest["skipped"] == {}
     assert min(manifest["documents"].values()) > 2
@@ -31,9 +31,9 @@ def test_every_document_is_there_once_and_begins_with_the_end_of_text(source, tm
 def test_gpt2_documents_begin_with_50256(source, tmp_path):
     manifest = run(source, tmp_path / "out", tokenizer="gpt2")
     gpt2 = tokenizer.load("gpt2")
-    found = [gpt2.decode(d[1:]) for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256)]
-    assert len(found) == 29
-    assert "Übung macht den Meister.\n" in found
+    decoded = [gpt2.decode(d[1:]) for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256)]
+    assert len(decoded) == 29
+    assert "Übung macht den Meister.\n" in decoded
     assert (manifest["tokenizer"], manifest["vocab_size"]) == ("gpt2", 50257)
     assert shards.tokenizer_name(tmp_path / "out") == "gpt2"
 
