@@ -124,7 +124,7 @@ def test_the_command_prints_a_table_and_exits_with_0():
 
 
 BROKEN = {
-    "a tile that spills": "configs.TABLE['attention_fwd/16bit'] = {'default': {256: (128, 128, 4, 2)}}",
+    "a tile that spills": "tiles.TABLE['attention_fwd/16bit'] = {'default': {256: (128, 128, 4, 2)}}",
     "a kernel that does not compile": "attention._attention_fwd_kernel = None",
 }
 
@@ -137,7 +137,7 @@ BROKEN = {
     ],
 )
 def test_the_command_exits_with_1_when_a_kernel_does_not_fit(breakage):
-    code = f"import sys\nfrom kernels import aot, attention, configs\n{breakage}\n"
+    code = f"import sys\nfrom kernels import aot, attention, tiles\n{breakage}\n"
     code += "sys.exit(aot.main(['--target', 'sm_86', '--only', 'D=64 fp16', '--jobs', '1']))"
     done = run("-c", code)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from engine import distributed
-from engine.config import PRESETS
 from model.gpt2 import GPT2, GPT2Config
 
 with distributed.process_group() as ranks:
@@ -22,7 +21,7 @@ with distributed.process_group() as ranks:
     raw_model.zero_grad()
 
     raw_model.configure("triton", torch.float32)
-    model = distributed.wrap(raw_model, ranks, PRESETS["tiny"], False, torch.float32)
+    model = distributed.wrap(raw_model, ranks)
     model(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad for p in raw_model.parameters()], expected)
     ranks.print0("gradient is the mean over both ranks: True")
