@@ -207,7 +207,9 @@ class Lines:
         if "val_loss" not in fields and now - self._printed < PLAIN_EVERY:
             return
         self._printed = now
-        parts = [_format_field(name, fields[name]).format(unit=self.unit) for name in SHOWN if fields.get(name) is not None]
+        parts = [
+            _format_field(name, fields[name]).format(unit=self.unit) for name in SHOWN if fields.get(name) is not None
+        ]
         if (done := step - self.start) > 0 and "loss" in fields:
             left = (now - self._began) / done * (self.num_steps - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
@@ -247,7 +249,9 @@ class Bar:
     def update(self, step: int, fields: dict[str, float]) -> None:
         """Shows the newest value of each field."""
         self._fields |= {name: value for name, value in fields.items() if name in SHOWN and value is not None}
-        parts = [_format_field(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields]
+        parts = [
+            _format_field(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields
+        ]
         self._progress.update(self._task, description="  ".join(parts))
         if "val_loss" in fields:
             self.print0(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")

@@ -146,7 +146,10 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def _metrics_damage(path: Path) -> str | None:
-    """Describes the first damaged row, or returns None. A last line that is cut short is no damage: the run was killed."""
+    """Describes the first damaged row, or returns None.
+
+    A last line that is cut short is not damage: the run was killed.
+    """
     try:
         *lines, _ = path.read_bytes().split(b"\n")
     except OSError as error:
