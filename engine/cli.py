@@ -1,4 +1,7 @@
-"""The `gpt2` command. Each subcommand imports what it needs when it runs, so that --help is fast."""
+"""The `gpt2` command.
+
+Each subcommand imports what it needs when it runs, so that --help is fast.
+"""
 
 import importlib.util
 import os
@@ -50,7 +53,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Writes safetensors, config and tokenizer for transformers.AutoModelForCausalLM and AutoTokenizer."""
+    """Writes a run's model and tokenizer as files that the transformers library opens."""
 
     run: str  # run directory
     out: str  # directory to write, new or empty
@@ -66,7 +69,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Shows this machine's hardware and software, and what each op runs on here and why. Starts nothing."""
+    """Shows this machine's hardware and software, and what each op runs on here and why.
+
+    Starts nothing.
+    """
 
     preset: str = "gpt2"  # model preset, for its head_dim
     head_dim: int | None = None  # elements per attention head; None: the preset's
@@ -188,7 +194,10 @@ def import_(args: list[str], prog: str) -> None:
 
     @dataclass(frozen=True)
     class Import:
-        """Turns GPT-2 weights in the Hugging Face layout into a run, to sample, evaluate or train from."""
+        """Makes a run directory of GPT-2 weights in the Hugging Face layout.
+
+        The run can be sampled, evaluated, and trained from with --init-from.
+        """
 
         source: tyro.conf.Positional[str]  # a directory with config.json and model.safetensors, or a name such as gpt2
         out: str  # run directory to make, new or empty
@@ -231,7 +240,10 @@ def verify(args: list[str], prog: str) -> int:
 
     @dataclass(frozen=True)
     class Verify:
-        """Reads every byte of data and run directories and says for each file whether it is whole. Read-only."""
+        """Reads every byte of data and run directories and says for each file whether it is whole.
+
+        Read-only.
+        """
 
         paths: tyro.conf.Positional[tuple[str, ...]]  # data directories or run directories
 
@@ -266,7 +278,7 @@ def doctor(args: list[str], prog: str) -> None:
 
 
 def shadowed_package() -> str | None:
-    """Error message if `import kernels` or `import model` would find another project's package, else None."""
+    """Error message if `kernels` or `model` would be imported from another project, else None."""
     root = Path(__file__).resolve().parent.parent
     for name in ("kernels", "model"):
         spec = importlib.util.find_spec(name)

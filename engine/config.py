@@ -1,7 +1,8 @@
 """Config of a training run: its fields, presets and command line.
 
-`gpt2 train PRESET --flag value`: the preset sets every field, and each flag changes one. Nested fields
-are dotted (`--optim.lr 3e-4`, `--model.dropout 0.1`). Imports no PyTorch, so that --help is fast.
+`gpt2 train PRESET --flag value`: the preset sets every field, and each flag changes one. Nested
+fields are dotted (`--optim.lr 3e-4`, `--model.dropout 0.1`). Imports no PyTorch, so that --help is
+fast.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ GPT_PROMPT = "Hello, I'm a language model,"
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW as in the GPT-3 paper, appendix B; or Muon for the matrices of the blocks and AdamW for the rest."""
+    """AdamW as in the GPT-3 paper, appendix B; or Muon for block matrices, AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"  # muon: learns more per token, takes more time per step
     lr: float = 6e-4  # peak learning rate of AdamW
@@ -160,8 +161,9 @@ def parse_profile(text: str) -> tuple[int, int]:
 
 # ---- Presets ------------------------------------------------------------------------------------------------------
 
-# Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020, arXiv:2005.14165, with
-# batches rounded to powers of two. GPT-2's were never published: each size takes those of the nearest GPT-3 model.
+# Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
+# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size takes
+# those of the nearest GPT-3 model.
 _GPT3_RECIPE = {
     "gpt2": (6.0e-4, 2**19),
     "gpt2-medium": (3.0e-4, 2**19),
@@ -220,7 +222,10 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def parse(args: list[str], prog: str) -> TrainConfig:
-    """Parses `PRESET --flags`. Raises BadInput for a bad preset or value; for an unknown flag tyro exits with 2."""
+    """Parses `PRESET --flags`.
+
+    Raises BadInput for a bad preset or value; for an unknown flag tyro exits with 2.
+    """
     import tyro
 
     if args and args[0] in ("-h", "--help"):
@@ -243,10 +248,11 @@ def parse(args: list[str], prog: str) -> TrainConfig:
 
 
 def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(micro_batch_size, accumulation): sequences per forward pass and forward passes per step, on each rank.
+    """(micro_batch_size, accumulation) of each rank.
 
-    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with the
-    nearest valid values, if no integers satisfy this.
+    These are the sequences per forward pass and the forward passes per step:
+    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with
+    the nearest valid values, if no integers satisfy this.
     """
     T, wanted = config.sequence_length, config.micro_batch_size
     unit = T * world_size * (wanted or 1)
@@ -293,7 +299,10 @@ def from_dict(fields: dict) -> TrainConfig:
 
 
 def load(run: str | Path) -> TrainConfig:
-    """The config of a run directory. Raises BadInput if it has no config.json, or one that cannot be read."""
+    """The config of a run directory.
+
+    Raises BadInput if it has no config.json, or one that cannot be read.
+    """
     path = Path(run) / CONFIG_FILE
     if not path.is_file():
         raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")

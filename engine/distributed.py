@@ -109,7 +109,10 @@ class Ranks:
         raise BadInput("\n".join(lines))
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises BadInput on every rank unless all have the same facts. Names the facts and ranks that differ."""
+        """Raises BadInput on every rank unless all have the same facts.
+
+        Names the facts and ranks that differ.
+        """
         gathered = self.gather(facts)
         wrong = []
         for name in facts:
@@ -126,7 +129,10 @@ class Ranks:
             )
 
     def connect_store(self) -> dist.Store | None:
-        """Opens a new connection to the rendezvous store, for another thread. None if there is one process."""
+        """Opens a new connection to the rendezvous store, for another thread.
+
+        None if there is one process.
+        """
         if self.world_size == 1:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -136,10 +142,10 @@ class Ranks:
 
 @contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes, and destroys it at the end. One process needs none.
+    """Joins torchrun's process group, and leaves it at the end. One process joins none.
 
-    timeout_minutes: of one collective, during which a rank may be preparing data, compiling or saving.
-    Raises BadInput if the processes cannot reach each other.
+    timeout_minutes: of one collective, during which a rank may be preparing data, compiling or
+    saving. Raises BadInput if the processes cannot reach each other.
     """
     ranks = _read_environment()
     if ranks.device.type == "cuda":
@@ -178,10 +184,11 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
 def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
     """Agrees on a prefix for store keys that only this attempt uses. The same on every rank.
 
-    torchrun keeps one store across its restarts (github.com/pytorch/pytorch/issues/135712), so an attempt
-    would find the addresses of dead processes there. Its restart count does not help, because each host
-    counts separately. So rank 0 publishes a name. Each other rank answers the newest name with a random
-    token, and continues once rank 0 has listed that token. Raises TimeoutError naming the missing ranks.
+    torchrun keeps one store across its restarts (github.com/pytorch/pytorch/issues/135712), so an
+    attempt would find the addresses of dead processes there. Its restart count does not help,
+    because each host counts separately. So rank 0 publishes a name. Each other rank answers the
+    newest name with a random token, and continues once rank 0 has listed that token. Raises
+    TimeoutError naming the missing ranks.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     others = range(1, ranks.world_size)
@@ -248,12 +255,12 @@ def wrap(
     is_compiled: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Returns the model to run: on the device, compiled if asked, its gradients averaged over all ranks.
+    """Wraps the model for training: on the device, compiled if asked, gradients averaged.
 
-    ddp wraps the raw model. fsdp and hsdp shard it in place and return it. They move it to the GPU block
-    by block, so leave it on the CPU, and build the optimizer afterwards. shard_size: ranks per replica
-    of hsdp; None: those of one host. reshard: free gathered weights after a block's forward. Raises
-    BadInput if shard_size does not divide the number of ranks.
+    ddp wraps the raw model. fsdp and hsdp shard it in place and return it. They move it to the GPU
+    block by block, so leave it on the CPU, and build the optimizer afterwards. shard_size: ranks
+    per replica of hsdp; None: those of one host. reshard: free gathered weights after a block's
+    forward. Raises BadInput if shard_size does not divide the number of ranks.
     """
     if parallel == "ddp":
         model = raw_model.to(ranks.device)
@@ -266,20 +273,25 @@ def wrap(
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no in-place op changes the view
     mesh = _mesh(ranks, parallel, shard_size)
-    # Weights are gathered in the compute dtype, and gradients are summed in float32. The model casts activations.
+    # Weights are gathered in the compute dtype, gradients are summed in float32.
+    # The model itself casts activations.
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in raw_model.h:
         if is_compiled:
             block.compile(dynamic=False)  # per block: a graph of the whole model would contain all-gathers and hooks
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # The backward pass begins with the root's weights (the head). If they were freed, they would be gathered twice.
+    # The backward pass begins with the root's weights (the head's).
+    # If they were freed, they would be gathered twice.
     fully_shard(raw_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(raw_model, "last_logits")
     return raw_model
 
 
 def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
-    """Device mesh. fsdp: (ranks,), one replica. hsdp: (replicas, shard_size), each replica over neighbouring ranks."""
+    """Device mesh.
+
+    fsdp: (ranks,), one replica. hsdp: (replicas, shard_size), each replica over neighbouring ranks.
+    """
     if not dist.is_initialized():  # one process, which no torchrun started
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if parallel == "fsdp":
@@ -301,10 +313,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
-    """Sets whether the next backward pass averages gradients. Call it before the forward, where DDP reads it.
+    """Sets whether the next backward pass averages gradients.
 
-    FSDP reduce-scatters after every micro-batch in any case: a rank has no room for whole gradients.
-    Only its all-reduce over replicas waits for the last micro-batch.
+    Call it before the forward pass, because DDP reads the setting there.
+    FSDP reduce-scatters after every micro-batch in any case: a rank has no room for whole
+    gradients. Only its all-reduce over replicas waits for the last micro-batch.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
@@ -318,7 +331,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the whole gradient to max_norm. Returns its norm before, float32 scalar, the same bits on each rank."""
+    """Clips the whole gradient to max_norm.
+
+    Returns its norm before, float32 scalar, the same bits on each rank.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
     if is_sharded(model):  # one all-reduce for all parameters; PyTorch's norm of DTensors makes one for each
@@ -333,8 +349,9 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
 
 @contextmanager
 def outside_training(raw_model: nn.Module) -> Iterator[None]:
-    """Context manager for forwards without a backward, of any shape. Every rank must run the same number inside.
+    """Context manager for forwards without a backward, of any shape.
 
+    Every rank must run the same number of forwards inside.
     A sharded model runs uncompiled and is resharded at the end.
     """
     if not is_sharded(raw_model):

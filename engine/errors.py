@@ -7,7 +7,10 @@ DONE, DAMAGED, BAD_INPUT, DIVERGED, LOST, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 
 
 
 class BadInput(Exception):
-    """Input that the user must correct, as "who: what must hold, got what; what to do". Exit code 2."""
+    """Input that the user must correct, as "who: what must hold, got what; what to do".
+
+    Exit code 2.
+    """
 
 
 class Diverged(Exception):
@@ -19,7 +22,7 @@ class Lost(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Suggestion: '; did you mean "x"?' with the closest known word, or a list of all if none is close."""
+    """Suggestion: '; did you mean "x"?', or a list of all known words if none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f'; did you mean "{close[0]}"?' if close else f"; choose from {', '.join(known)}"

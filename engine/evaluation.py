@@ -1,8 +1,8 @@
 """Validation loss on a fixed set of tokens, computed by all ranks, and text samples.
 
 The windows are spread evenly over the validation stream, in batches of a fixed size. They do not
-depend on batch size, number of ranks or step. Each rank evaluates whole batches, and every rank adds
-the batches' sums in the same order. So the loss has the same bits on any number of ranks.
+depend on batch size, number of ranks or step. Each rank evaluates whole batches, and every rank
+adds the batches' sums in the same order. So the loss has the same bits on any number of ranks.
 """
 
 import math
@@ -21,7 +21,10 @@ BATCH_TOKENS = 8192  # tokens per forward pass
 
 
 def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
-    """Indices of the validation windows, spread evenly. Raises BadInput if the stream has no whole window."""
+    """Indices of the validation windows, spread evenly.
+
+    Raises BadInput if the stream has no whole window.
+    """
     num_windows = stream.num_windows(context)
     if num_windows == 0:
         raise BadInput(

@@ -17,7 +17,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Steps of linear warm-up: ceil(warmup_tokens / tokens_per_step), at most a tenth of the run."""
+    """Steps of linear warm-up: ceil(warmup_tokens / tokens_per_step), at most num_steps / 10."""
     wanted = math.ceil(config.optim.warmup_tokens / config.tokens_per_step)
     return min(wanted, max(1, config.num_steps // 10))
 
@@ -39,9 +39,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Approximates the nearest (semi-)orthogonal matrix to each of (n, rows, columns), by Newton-Schulz.
+    """Nearest (semi-)orthogonal matrix to each of (n, rows, columns), about, by Newton-Schulz.
 
-    A step is x <- a x + (b G + c G^2) x, G = x x^T. The result's singular values are about 0.7 to 1.2.
+    A step is x <- a x + (b G + c G^2) x, G = x x^T. The result's singular values are about 0.7 to
+    1.2.
     """
     a, b, c = NEWTON_SCHULZ
     is_wide = matrices.shape[1] <= matrices.shape[2]
@@ -61,8 +62,8 @@ class Muon(torch.optim.AdamW):
         W <- (1 - lr weight_decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(g')
 
     With all singular values equal, the update moves the matrix as far in every direction.
-    torch.optim.Muon computes in bfloat16, which is hundreds of times slower than float32 on most CPUs.
-    Every rank computes the same update.
+    torch.optim.Muon computes in bfloat16, which is hundreds of times slower than float32 on most
+    CPUs. Every rank computes the same update.
     """
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Muon(torch.optim.AdamW):
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocates every parameter's state, as its first update would: zeros, for a checkpoint to fill."""
+    """Allocates every parameter's state as zeros, as before its first update; a checkpoint fills it."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
@@ -105,7 +106,10 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def build(model: GPT2, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Makes the optimizer of a raw model. Matrices and embeddings have weight decay; biases and LayerNorm have none."""
+    """Makes the optimizer of a raw model.
+
+    Matrices and embeddings have weight decay; biases and LayerNorm have none.
+    """
     named = list(model.named_parameters())
     uses_muon = optim.name == "muon"
     hidden = [p for name, p in named if uses_muon and p.ndim == 2 and name.startswith("h.")]

@@ -1,8 +1,8 @@
 """Heartbeat file and hang watchdog.
 
 OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state
-(running, stopped, done or failed) and reason. A thread of each rank reports its step and phase to the
-others through torchrun's store. If the run has several ranks, a rank that makes no progress for
+(running, stopped, done or failed) and reason. A thread of each rank reports its step and phase to
+the others through torchrun's store. If the run has several ranks, a rank that makes no progress for
 `timeout_minutes` prints which ranks are behind, writes its stacks to OUT and exits.
 """
 
@@ -37,7 +37,10 @@ Place = tuple[int, str, float]  # where a rank is: step, phase, time of its last
 
 
 def account(rank: int, world_size: int, places: dict[int, Place], now: float) -> str:
-    """Describes the ranks that are behind, as `rank` sees it. places: of every rank that has reported."""
+    """Describes the ranks that are behind, as `rank` sees it.
+
+    places: of every rank that has reported.
+    """
     last_step = max((step for step, _, _ in places.values()), default=0)
     here = places.get(rank)
     late = []
@@ -53,7 +56,10 @@ def account(rank: int, world_size: int, places: dict[int, Place], now: float) ->
 
 
 class Heartbeat:
-    """Context manager around the loop. The loop calls `at` when it begins a phase. Runs this rank's threads."""
+    """Context manager around the loop.
+
+    The loop calls `at` when it begins a phase. Runs this rank's threads.
+    """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, start: int, micro_batch_size: int):
         self.config, self.ranks, self.micro_batch_size = config, ranks, micro_batch_size
@@ -72,7 +78,10 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Writes the final heartbeat. Turns a lost peer, out of memory or a full disk into an error message."""
+        """Writes the final heartbeat.
+
+        Turns a lost peer, out of memory or a full disk into an error message.
+        """
         self._ended.set()
         self._thread.join()
         if error is None:
@@ -98,7 +107,8 @@ class Heartbeat:
         while True:
             self._beat("running", "")
             waited = time.time() - self.since
-            # Later than the timeout of collectives. A single process keeps no other waiting: its steps may take hours.
+            # Later than the timeout of collectives. A single process has no limit: a step may take
+            # hours.
             if self.ranks.world_size > 1 and waited > self.timeout + 2 * EVERY:
                 self._leave(waited)
             if self._ended.wait(min(EVERY, self.timeout / 4)):
@@ -117,7 +127,7 @@ class Heartbeat:
                 )
 
     def _report(self) -> None:
-        """Reports in a thread of its own: a request to a store on an unreachable host may hang for minutes."""
+        """Runs in its own thread: a request to an unreachable host's store may hang for minutes."""
         while not self._ended.is_set():
             with contextlib.suppress(RuntimeError):  # the store's host is gone: collectives will fail too
                 self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.phase, time.time()]))

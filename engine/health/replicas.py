@@ -1,8 +1,8 @@
 """Bitwise comparison of the weights of ranks that must hold the same.
 
-Under DDP every rank has its own copy of the weights, kept equal by making the same updates. A flipped
-bit, a faulty device or a non-deterministic kernel could change one copy. Without this check the run
-would then go on and average the gradients of different models.
+Under DDP every rank has its own copy of the weights, kept equal by making the same updates. A
+flipped bit, a faulty device or a non-deterministic kernel could change one copy. Without this check
+the run would then go on and average the gradients of different models.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ CHECKSUM_CHUNK = 1 << 22  # elements per chunk; their int64 products take 32 MiB
 
 
 def group(model: nn.Module, ranks: Ranks) -> dist.ProcessGroup | None:
-    """Process group of the ranks that hold the same weights as this one, itself included; None if no other does."""
+    """Process group of the ranks with the same weights as this one; None if it is the only one."""
     if ranks.world_size == 1:
         return None
     if not is_sharded(model):
@@ -28,10 +28,11 @@ def group(model: nn.Module, ranks: Ranks) -> dist.ProcessGroup | None:
 
 @torch.no_grad()
 def check(raw_model: nn.Module, ranks: Ranks, replica_group: dist.ProcessGroup | None) -> str | None:
-    """Error message, the same on every rank, naming ranks whose weights differ from their replicas'; else None.
+    """Error message naming the ranks whose weights differ from their replicas', or None.
 
-    replica_group: from `group`. If no majority of the group has the same weights, all its ranks are named.
-    Waits for the GPU. All ranks call it.
+    The message is the same on every rank.
+    replica_group: from `group`. If no majority of the group has the same weights, all its ranks are
+    named. Waits for the GPU. All ranks call it.
     """
     message = None
     if replica_group is not None:
@@ -54,10 +55,11 @@ def check(raw_model: nn.Module, ranks: Ranks, replica_group: dist.ProcessGroup |
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Checksum of a float32 tensor: sum_i (2 i + 1) bits_i modulo 2^64, exact in any order of summation.
+    """Checksum of a float32 tensor: sum_i (2 i + 1) bits_i modulo 2^64.
 
-    It detects every change of one element, since odd factors are invertible. It detects every swap of
-    two different elements in a tensor of fewer than 2^31.
+    The sum is exact in any order.
+    It detects every change of one element, since odd factors are invertible. It detects every swap
+    of two different elements in a tensor of fewer than 2^31.
     """
     bits = tensor.detach().contiguous().view(torch.int32).flatten()
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

@@ -22,12 +22,18 @@ MARGIN = 5.0  # seconds reserved for the exit
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process. torchrun restarts a process that exits with an error."""
+    """Whether torchrun started this process.
+
+    torchrun restarts a process that exits with an error.
+    """
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launched_at(now: float | None = None) -> float:
-    """Launch time of this run, in time.time() seconds: torchrun's start, before any restarts, or this process's."""
+    """Launch time of this run, in time.time() seconds.
+
+    That is the start of torchrun, before any restarts, or else of this process.
+    """
     now = time.time() if now is None else now
     process = os.getppid() if under_torchrun() else os.getpid()
     try:
@@ -42,14 +48,14 @@ def launched_at(now: float | None = None) -> float:
 def time_is_up(elapsed: float, limit: float | None, step: float, save: float) -> bool:
     """Whether another step could exceed the limit. All in seconds; step, save: the slowest so far.
 
-    A stop requested now happens two steps later, when all ranks know of it. The save may take twice as
-    long as the slowest.
+    A stop requested now happens two steps later, when all ranks know of it. The save may take twice
+    as long as the slowest.
     """
     return limit is not None and elapsed + 3 * step + 2 * save + MARGIN >= limit
 
 
 class Stop:
-    """Context manager that listens for signals, in a thread: the main one may be stuck in a collective."""
+    """Context manager that listens for signals in a thread: the main one may be in a collective."""
 
     def __init__(self, grace_seconds: float, max_minutes: float | None):
         self.grace_seconds = grace_seconds

@@ -26,7 +26,10 @@ Moment = float | torch.cuda.Event  # on a CPU: seconds of time.perf_counter; on 
 
 
 class Clock:
-    """Splits the wall time between two calls of read() into parts. Only read() waits for the GPU."""
+    """Splits the wall time between two calls of read() into parts.
+
+    Only read() waits for the GPU.
+    """
 
     def __init__(self, device: torch.device):
         self._is_gpu = device.type == "cuda"
@@ -40,8 +43,9 @@ class Clock:
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """Context manager that counts the time inside for a part. A step is data and update; the other two are not.
+        """Context manager that counts the time inside for a part.
 
+        A step consists of data and update. Evaluation and checkpoint are counted separately.
         An update ends when the CPU has issued it. The GPU may still be working on it.
         """
         since = time.perf_counter()
@@ -58,11 +62,13 @@ class Clock:
                 self._steps += name == "update"
 
     def watch(self, *parameters: nn.Parameter) -> None:
-        """Measures communication from the last gradient of these parameters: those of the raw model's first layers.
+        """Measures communication from the last gradient of these parameters.
 
-        Without torch.compile the last gradient is the embedding's, because the head shares its weight. A
-        compiled backward pass produces all gradients at its end, in any order, so watch the first block
-        too. For DDP only: FSDP produces a gradient after it is summed, so there is nothing to measure.
+        Pass the parameters of the raw model's first layers.
+        Without torch.compile the last gradient is the embedding's, because the head shares its
+        weight. A compiled backward pass produces all gradients at its end, in any order, so watch
+        the first block too. For DDP only: FSDP produces a gradient after it is summed, so there is
+        nothing to measure.
         """
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
@@ -74,16 +80,20 @@ class Clock:
             self._last_gradient = self._mark(time.perf_counter())
 
     def synchronized(self) -> None:
-        """Marks the end of the backward pass that averages gradients. No-op if no gradient is watched."""
+        """Marks the end of the backward pass that averages gradients.
+
+        No-op if no gradient is watched.
+        """
         if self._last_gradient is not None:
             self._communications.append((self._last_gradient, self._mark(time.perf_counter())))
             self._last_gradient = None
 
     def read(self) -> dict[str, float]:
-        """Times in milliseconds since the last call. Call it between updates, after waiting for the GPU.
+        """Times in milliseconds since the last call.
 
-        step_ms, data_ms, compute_ms and, if gradients are watched, communication_ms: means per update;
-        absent if there was no update. eval_ms, checkpoint_ms: totals; absent if zero.
+        Call it between updates, after waiting for the GPU.
+        step_ms, data_ms, compute_ms and, if gradients are watched, communication_ms: means per
+        update; absent if there was no update. eval_ms, checkpoint_ms: totals; absent if zero.
         """
         totals: dict[str, float] = {}
         for name, began, ended, seconds in self._parts:
@@ -130,11 +140,11 @@ def phase(name: str) -> AbstractContextManager:
 
 
 class Trace:
-    """Traces steps START to STOP - 1 of rank 0 into OUT/trace_START_STOP.json.gz, for ui.perfetto.dev.
+    """Traces steps START to STOP - 1 of rank 0 into OUT/trace_START_STOP.json.gz, for Perfetto.
 
-    It shows the work of CPU and GPU under the names of the phases. Traced steps are slower, the first
-    one by seconds. Without `--profile`, and on other ranks, every call is a no-op. Raises ValueError as
-    parse_profile does.
+    It shows the work of CPU and GPU under the names of the phases. Traced steps are slower, the
+    first one by seconds. Without `--profile`, and on other ranks, every call is a no-op. Raises
+    ValueError as parse_profile does.
     """
 
     def __init__(self, profile: str | None, out: str | Path, ranks: Ranks):
@@ -146,7 +156,10 @@ class Trace:
         self._first = self._last = 0  # steps in the trace
 
     def step(self, step: int) -> None:
-        """Marks the beginning of a step. Starts the trace, or ends and writes it, which waits for the GPU."""
+        """Marks the beginning of a step.
+
+        Starts the trace, or ends and writes it, which waits for the GPU.
+        """
         if self._is_done:
             return
         if self._profiler is not None and step >= self._stop:

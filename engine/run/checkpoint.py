@@ -9,10 +9,10 @@
 
 A checkpoint is written under a temporary name. Each file is fsynced, the manifest last. Then the
 directory is renamed and its parent fsynced. A checkpoint counts as complete if its manifest
-verifies. The digests are our own because PyTorch and safetensors load flipped bits without an error.
-Older checkpoints are deleted only after a successful save, and the one with the lowest validation
-loss is always kept. No random state is saved: the order of the data is a function of (seed, step),
-and the dropout masks are a function of (seed, step, rank).
+verifies. The digests are our own because PyTorch and safetensors load flipped bits without an
+error. Older checkpoints are deleted only after a successful save, and the one with the lowest
+validation loss is always kept. No random state is saved: the order of the data is a function of
+(seed, step), and the dropout masks are a function of (seed, step, rank).
 """
 
 import contextlib
@@ -58,7 +58,10 @@ class Checkpoint:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether it holds the optimizer's state, without which training cannot resume. Imported weights have none."""
+        """Whether it holds the optimizer's state, without which training cannot resume.
+
+        Imported weights have none.
+        """
         return (self.path / SHARDED).is_dir() or (self.path / OPTIMIZER).exists()
 
 
@@ -98,10 +101,10 @@ def write(
     """Writes the checkpoint of state["step"], then deletes older ones; returns its path.
 
     tensors: as returned by `named_tensors`; they must not change during the call. keep_last: the
-    number of newest checkpoints to keep; the one with the lowest state["val_loss"] is kept too. group:
-    if given, all its processes call this, each with its own shards, and all must see `out`. If None,
-    one process calls it. Raises OSError if the disk refuses, and Diverged if a weight is not finite.
-    In both cases the older checkpoints stay.
+    number of newest checkpoints to keep; the one with the lowest state["val_loss"] is kept too.
+    group: if given, all its processes call this, each with its own shards, and all must see `out`.
+    If None, one process calls it. Raises OSError if the disk refuses, and Diverged if a weight is
+    not finite. In both cases the older checkpoints stay.
     """
     root = Path(out) / "checkpoints"
     final = root / f"step_{state['step']:08d}"
@@ -128,9 +131,10 @@ def write(
 
 @contextlib.contextmanager
 def _fail_together(group: dist.ProcessGroup | None):
-    """If any process of the group raises OSError or Diverged inside, all raise the first one's, by rank.
+    """If any process of the group raises OSError or Diverged inside, all processes raise it.
 
-    Otherwise the others would wait for a file that is never written.
+    If several raise, the error of the lowest rank is taken. Without this the others would wait for
+    a file that is never written.
     """
     error = None
     try:
@@ -160,7 +164,10 @@ def _start_writing(root: Path, writing: Path) -> None:
 
 
 def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
-    """Writes weights and optimizer as one file each. Returns their manifest entries by file name."""
+    """Writes weights and optimizer as one file each.
+
+    Returns their manifest entries by file name.
+    """
     files = {}
     for name in (MODEL, OPTIMIZER):
         prefix = name.removesuffix("safetensors")  # "model." or "optimizer.", as in the names of `tensors`
@@ -172,7 +179,10 @@ def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
 
 
 def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
-    """Writes, fsyncs and digests this process's shards. Returns the manifest entries of all processes."""
+    """Writes, fsyncs and digests this process's shards.
+
+    Returns the manifest entries of all processes.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # safetensors: no pickle in it
 
@@ -208,7 +218,8 @@ def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> 
 def recover(root: Path) -> None:
     """Finishes an interrupted replacement of a checkpoint.
 
-    If the new checkpoint is in place, the old one is deleted; otherwise the old one gets its name back.
+    If the new checkpoint is in place, the old one is deleted; otherwise the old one gets its name
+    back.
     """
     for replaced in root.glob(".replaced_*"):
         final = root / replaced.name.removeprefix(".replaced_")
@@ -279,7 +290,7 @@ def _step_directories(root: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Describes what is wrong with a checkpoint directory, or returns None if every digest verifies."""
+    """Describes the damage to a checkpoint directory, or returns None if every digest verifies."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["version"] != VERSION:
@@ -322,8 +333,8 @@ def read(path: str | Path) -> Checkpoint:
 def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint of a run, or None if it has no checkpoints.
 
-    Calls `warn` with a line for each newer one that is damaged. Raises BadInput, with the reason for
-    each, if there are checkpoints and none is whole.
+    Calls `warn` with a line for each newer one that is damaged. Raises BadInput, with the reason
+    for each, if there are checkpoints and none is whole.
     """
     reasons = []
     for path in reversed(_step_directories(Path(out) / "checkpoints")):
@@ -344,15 +355,20 @@ def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copies the checkpoint's parameters into the raw model. Raises BadInput if names or shapes differ.
+    """Copies the checkpoint's parameters into the raw model.
 
-    Checkpoint and model may each be sharded or not. If the model is sharded, all its processes call this.
+    Raises BadInput if names or shapes differ.
+    Checkpoint and model may each be sharded or not. If the model is sharded, all its processes call
+    this.
     """
     _fill(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, "model.", "parameters")
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills the optimizer's state. Raises BadInput if the checkpoint has none, as with imported weights."""
+    """Fills the optimizer's state.
+
+    Raises BadInput if the checkpoint has none, as with imported weights.
+    """
     if not checkpoint.has_optimizer:
         raise BadInput(
             f"checkpoint: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; "
@@ -366,7 +382,8 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
 def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:
     """Copies the saved tensors whose names begin with prefix into targets, by name.
 
-    what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names or shapes differ.
+    what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names or
+    shapes differ.
     """
     path = checkpoint.path
     if is_sharded := (path / SHARDED).is_dir():

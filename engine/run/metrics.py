@@ -31,7 +31,10 @@ PLAIN_EVERY = 5.0  # seconds between lines if the output is not a terminal
 def measured(
     numbers: Numbers, times: dict[str, float], config: TrainConfig, precision: str, ranks: Ranks
 ) -> dict[str, float | None]:
-    """Fields of one row of metrics.jsonl. times: milliseconds, from Clock.read. A row leaves out fields of None."""
+    """Fields of one row of metrics.jsonl.
+
+    times: milliseconds, from Clock.read. A row leaves out fields of None.
+    """
     tokens_per_s = 1e3 * config.tokens_per_step / times["step_ms"]
     peak = device.peak_flops(ranks.device, precision)  # FLOP/s of one device, or None
     flops = flops_per_token(config.model, config.sequence_length)
@@ -75,7 +78,10 @@ class Metrics:
         self._console.update(step, fields)
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on before `step`. Steps before a resume may have had another number of tokens."""
+        """Tokens trained on before `step`.
+
+        Steps before a resume may have had another number of tokens.
+        """
         return self._tokens_before + (step - self._start) * self.config.tokens_per_step
 
     def rows(self) -> list[dict]:
@@ -94,7 +100,10 @@ class Metrics:
             self._console.print0(line)
 
     def end_step(self, step: int) -> None:
-        """Ends `step`: moves the bar and writes the row, so a checkpoint of the next step finds it written."""
+        """Ends `step`: moves the bar and writes the row.
+
+        So a checkpoint of the next step finds it written.
+        """
         if not self.active:
             return
         self._console.advance(step + 1)
@@ -102,7 +111,10 @@ class Metrics:
             self._write_row()
 
     def sync(self, row_is_complete: bool) -> None:
-        """Fsyncs metrics.jsonl; with row_is_complete, first writes this step's row. Call it before a checkpoint."""
+        """Fsyncs metrics.jsonl; with row_is_complete, first writes this step's row.
+
+        Call it before a checkpoint.
+        """
         if not self.active:
             return
         if row_is_complete and self._row is not None:
@@ -202,7 +214,7 @@ class Lines:
         self._began = self._printed = time.monotonic()
 
     def update(self, step: int, fields: dict[str, float]) -> None:
-        """Prints the fields if they hold a validation loss, or if the last line is PLAIN_EVERY seconds old."""
+        """Prints fields with a validation loss always, others every PLAIN_EVERY seconds."""
         now = time.monotonic()
         if "val_loss" not in fields and now - self._printed < PLAIN_EVERY:
             return
@@ -228,7 +240,7 @@ class Lines:
 
 
 class Bar:
-    """Console output for a terminal: a progress bar, and a line above it for each validation loss."""
+    """Console output for a terminal: a progress bar, with a line above it per validation loss."""
 
     def __init__(self, num_steps: int, start: int, unit: str):
         from rich.console import Console

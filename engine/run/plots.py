@@ -12,12 +12,18 @@ TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
-    """Draws both plots into config.out from rows of metrics.jsonl. Returns their paths. unit: token or byte."""
+    """Draws both plots into config.out from rows of metrics.jsonl.
+
+    Returns their paths. unit: token or byte.
+    """
     return [_loss_curve(config, rows, unit), _lr_schedule(config, rows, unit)]
 
 
 def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
-    """(figure, axes) on the Agg backend, which needs no display, whatever backend the process uses elsewhere."""
+    """(figure, axes) on the Agg backend, which needs no display.
+
+    The rest of the process may use another backend.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -107,7 +113,7 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
 
 
 def _save(figure, path: Path) -> Path:
-    """Writes the PNG under a temporary name, then renames it, so that a viewer never opens half a file."""
+    """Writes the PNG under a temporary name and renames it: no viewer opens half a file."""
     temporary = path.with_name(f".{path.name}.writing")
     figure.savefig(temporary, dpi=110, format="png")
     return temporary.replace(path)

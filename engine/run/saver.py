@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints: all tensors are copied in memory, and a thread writes the copy to the disk.
+"""Asynchronous checkpoints: tensors are copied in memory, and a thread writes the copy to the disk.
 
 Training waits only for the copy. The next save, and the end of the run, wait until the thread has
 finished. A save that fails is lost, and a warning says so. If two saves in a row fail, or the last
@@ -25,7 +25,10 @@ from model.gpt2 import GPT2
 
 
 class Saver:
-    """Saves one run's model and optimizer. Every rank calls every method, also those that write nothing."""
+    """Saves one run's model and optimizer.
+
+    Every rank calls every method, also those that write nothing.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Saver:
         self.config, self.raw_model, self.optimizer, self.print0 = config, raw_model, optimizer, print0
         is_sharded = distributed.is_sharded(raw_model)
         self.writes = is_sharded or ranks.is_first
-        # The thread's collectives need a group of their own, on the CPU, so as not to mix with training's.
+        # The thread's collectives need their own group, on the CPU: they must not mix with training's.
         self.group = dist.new_group(backend="gloo") if is_sharded and ranks.world_size > 1 else None
         self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
         self.last_step: int | None = None  # step of the last save that succeeded
@@ -48,7 +51,10 @@ class Saver:
         self._stager = None
 
     def save(self, state: dict) -> None:
-        """Saves the current weights and optimizer state, and `state`. Raises BadInput if the last two saves failed."""
+        """Saves the current weights and optimizer state, and `state`.
+
+        Raises BadInput if the last two saves failed.
+        """
         self.wait()
         if not self.writes:
             return
@@ -65,7 +71,10 @@ class Saver:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Waits for the last save. If another exception ends the run, a failed save is printed, not raised."""
+        """Waits for the last save.
+
+        If another exception ends the run, a failed save is printed, not raised.
+        """
         try:
             self.close()
         except BadInput as failure:
@@ -78,7 +87,10 @@ class Saver:
         self.wait(is_last=True)
 
     def wait(self, is_last: bool = False) -> None:
-        """Waits for the save in progress. Raises BadInput after two failures in a row, or if is_last after one."""
+        """Waits for the save in progress.
+
+        Raises BadInput after two failures in a row, or if is_last after one.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -89,7 +101,7 @@ class Saver:
             raise BadInput(message)
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies the tensors to the CPU, into memory reused by every save: new pages cost more than the copy."""
+        """Copies the tensors to CPU memory, reused by every save: new pages cost more than the copy."""
         if self._stager is None:
             on_gpu = next(iter(tensors.values())).is_cuda
             self._stager = DefaultStager(

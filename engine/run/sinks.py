@@ -1,7 +1,7 @@
 """Sinks for the rows of metrics.jsonl: TensorBoard and Weights & Biases. Neither can stop a run.
 
-A sink that is not installed, does not open or fails once is dropped with one line, and training goes
-on. The record of a run is metrics.jsonl; either sink can be filled from it again.
+A sink that is not installed, does not open or fails once is dropped with one line, and training
+goes on. The record of a run is metrics.jsonl; either sink can be filled from it again.
 """
 
 import contextlib
@@ -95,8 +95,8 @@ class TensorBoard:
             threading.excepthook = self._excepthook
 
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        # TensorBoard's writer thread would print a traceback. The next write raises the same error in
-        # this thread, where Sinks turns it into one line.
+        # TensorBoard's writer thread would print a traceback. The next write raises the same error
+        # in this thread, where Sinks turns it into one line.
         if not _is_tensorboard_thread(error.thread):
             self._excepthook(error)
 

@@ -24,8 +24,8 @@ METRICS_FILE = "metrics.jsonl"  # not from engine.run.metrics: that imports PyTo
 def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> int:
     """Checks data and run directories. Returns the number of damaged files and checkpoints.
 
-    print_line: called with a line for each file or checkpoint, and with the total at the end. Raises
-    BadInput, before anything is read, if a path is neither kind of directory.
+    print_line: called with a line for each file or checkpoint, and with the total at the end.
+    Raises BadInput, before anything is read, if a path is neither kind of directory.
     """
     checks = [(Path(path), _check_for(Path(path))) for path in paths]
     checked = damaged = 0

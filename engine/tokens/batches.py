@@ -1,8 +1,8 @@
 """Batches: that of step s is a pure function of (data, seed, s).
 
 A keyed permutation orders the windows of an epoch. Each window occurs once, and no order is stored.
-Step s takes windows s * S to (s + 1) * S - 1 of the sequence of all epochs, where
-S = tokens_per_step / T. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees
+Step s takes windows s * S to (s + 1) * S - 1 of the sequence of all epochs, where S =
+tokens_per_step / T. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees
 the same batches, and resuming needs only the step number.
 """
 
@@ -25,7 +25,7 @@ FEISTEL_ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Bijection of uint64 in which every input bit affects every output bit: splitmix64's finaliser.
+    """Bijection of uint64, splitmix64's finaliser: every input bit affects every output bit.
 
     Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """
@@ -47,9 +47,10 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     """Images of indices under a keyed permutation of range(size): O(1) memory, int64 in and out.
 
     A Feistel network permutes the words of 2h bits, for the least h >= 1 with size <= 2^(2h). It is
-    applied again to words outside range(size) until they are inside, which is still a permutation. A
-    word needs fewer than 4 applications on average.
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
+    applied again to words outside range(size) until they are inside, which is still a permutation.
+    A word needs fewer than 4 applications on average.
+    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle
+    walking).
     """
     round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -67,7 +68,10 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 
 def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.ndarray:
-    """Window indices of one step, for all ranks and micro-batches: (sequences,) int64. May span two epochs."""
+    """Window indices of one step, for all ranks and micro-batches: (sequences,) int64.
+
+    May span two epochs.
+    """
     positions = np.arange(step * sequences, (step + 1) * sequences)
     windows = np.empty_like(positions)
     for epoch in np.unique(positions // num_windows):
@@ -81,7 +85,10 @@ def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.n
 
 @dataclass
 class Batches:
-    """Micro-batches of one rank. `at(step)` returns them; a background thread reads one step ahead."""
+    """Micro-batches of one rank.
+
+    `at(step)` returns them; a background thread reads one step ahead.
+    """
 
     stream: TokenStream
     context: int  # T, tokens per sequence

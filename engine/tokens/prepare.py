@@ -1,10 +1,11 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`
-(see engine/tokens/sources.py).
-Each document is written as the end-of-text token, then its text's tokens. A hash of the text decides
-whether a document is for validation, so documents stay in their split when the corpus grows. If that
-leaves a split empty, as with a single book, the tail of every document is for validation instead.
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib` (see
+engine/tokens/sources.py).
+Each document is written as the end-of-text token, then its text's tokens. A hash of the text
+decides whether a document is for validation, so documents stay in their split when the corpus
+grows. If that leaves a split empty, as with a single book, the tail of every document is for
+validation instead.
 The same sources make the same bytes with any number of workers.
 
 Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest
@@ -87,8 +88,8 @@ def encode_batch(
 ) -> Encoded:
     """Parses, splits and tokenises a batch of documents.
 
-    batch: (kind, bytes) of each document, as from raw_documents. name: the tokenizer's. by_tail: take
-    the last val_fraction of every document's tokens for validation, not whole documents.
+    batch: (kind, bytes) of each document, as from raw_documents. name: the tokenizer's. by_tail:
+    take the last val_fraction of every document's tokens for validation, not whole documents.
     """
     global _worker_tokenizer
     if _worker_tokenizer is None or _worker_tokenizer.name != name:
@@ -130,7 +131,10 @@ def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str,
 
 
 def _exit_with_parent() -> None:
-    """Exits this worker soon after its parent dies. A killed parent tells no one; the worker would wait forever."""
+    """Exits this worker soon after its parent dies.
+
+    A killed parent tells no one; the worker would wait forever.
+    """
     parent = os.getppid()
 
     def watch() -> None:
@@ -142,7 +146,7 @@ def _exit_with_parent() -> None:
 
 
 def _map_in_order(pool: Executor | None, encode, batches, max_pending: int) -> Iterator[Encoded]:
-    """Yields encode(batch) for every batch, in order, with at most max_pending batches in memory."""
+    """Yields encode(batch) for every batch, in order; at most max_pending are in memory."""
     if pool is None:
         yield from map(encode, batches)
         return
@@ -159,7 +163,10 @@ def _map_in_order(pool: Executor | None, encode, batches, max_pending: int) -> I
 
 
 class ShardWriter:
-    """Writer of one split's shards, each of shard_tokens tokens but the last; keeps their manifest entries."""
+    """Writer of one split's shards.
+
+    Each has shard_tokens tokens, except the last, which may have fewer.
+    """
 
     def __init__(self, directory: Path, name: str, split: str, shard_tokens: int):
         self.directory, self.name, self.split, self.shard_tokens = directory, name, split, shard_tokens
@@ -199,8 +206,8 @@ class ShardWriter:
 def prepare(sources: list[str], config: PrepareConfig) -> dict:
     """Tokenises the sources into config.out and returns the manifest.
 
-    Data already made by the same request is left as it is. Raises BadInput if a source cannot be read,
-    the directory cannot be used, or a split would be empty.
+    Data already made by the same request is left as it is. Raises BadInput if a source cannot be
+    read, the directory cannot be used, or a split would be empty.
     """
     out = Path(config.out)
     files = find_files(sources)
@@ -235,8 +242,8 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
-                f"{manifest['tokens']['val']} validation tokens from {len(files)} files{_skipped_note(manifest['skipped'])}; "
-                "give more text or a larger --val-fraction"
+                f"{manifest['tokens']['val']} validation tokens from {len(files)} files"
+                f"{_skipped_note(manifest['skipped'])}; give more text or a larger --val-fraction"
             )
         manifest |= {"request": request, "sources": sources}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -255,7 +262,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
 
 
 def _remove_orphans(out: Path, building: Path) -> None:
-    """Removes shards that an interrupted preparation moved into place without the manifest, which comes last."""
+    """Removes shards that an interrupted preparation moved into place without the manifest."""
     if (out / MANIFEST).exists() or not (building / MANIFEST).exists():
         return  # it completed, or moved nothing
     try:
@@ -274,7 +281,10 @@ def _is_complete(out: Path, manifest: dict) -> bool:
 
 
 def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
-    """Digest of the options, and of each file's path, size and time. Equal requests make the same bytes."""
+    """Digest of the options, and of each file's path, size and time.
+
+    Equal requests make the same bytes.
+    """
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()

@@ -1,10 +1,11 @@
 """Token shards: the file format, a split's shards as one stream, and windows of that stream.
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, then zeros),
-then the tokens as little-endian uint16. The published pre-tokenised FineWeb shards have this format.
-One-dimensional uint16 .npy files are read too.
+then the tokens as little-endian uint16. The published pre-tokenised FineWeb shards have this
+format. One-dimensional uint16 .npy files are read too.
 A split's shards, in the order of their names, form one stream. The stream is cut into windows of T
-inputs. A window's targets are its inputs shifted by one token, so neighbouring windows share one token.
+inputs. A window's targets are its inputs shifted by one token, so neighbouring windows share one
+token.
 """
 
 import hashlib
@@ -32,7 +33,10 @@ CHECKED_TOKENS = 1 << 20  # first tokens of a shard checked for range when it is
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The shard's tokens, (n,) uint16, memory-mapped. Raises BadInput if the header, size or dtype is wrong."""
+    """The shard's tokens, (n,) uint16, memory-mapped.
+
+    Raises BadInput if the header, size or dtype is wrong.
+    """
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -79,7 +83,10 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def read_manifest(directory: Path) -> dict | None:
-    """The directory's manifest.json, or None if it has none. Raises BadInput if the file is not a manifest."""
+    """The directory's manifest.json, or None if it has none.
+
+    Raises BadInput if the file is not a manifest.
+    """
     path = directory / MANIFEST
     if not path.exists():
         return None
@@ -115,7 +122,10 @@ class TokenStream:
 
     @classmethod
     def open(cls, directory: str | Path, split: str, vocab_size: int) -> "TokenStream":
-        """Opens the shards `<name>_<split>_<number>` of a directory. Raises BadInput if there is none or one is bad."""
+        """Opens the shards `<name>_<split>_<number>` of a directory.
+
+        Raises BadInput if there is none or one is bad.
+        """
         directory = _require_directory(directory)
         matches = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
         paths = sorted(matches, key=lambda path: path.name)
@@ -145,7 +155,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start to start + count - 1 of the stream, (count,) uint16, from one shard or several."""
+        """Tokens start to start + count - 1 of the stream, across shards: (count,) uint16."""
         pieces, index = [], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             shard = self.shards[index]
@@ -168,7 +178,7 @@ class TokenStream:
         return (len(self) - 1) // context
 
     def windows(self, indices: np.ndarray, context: int) -> "Tensor":
-        """The windows of these indices, (len(indices), context + 1) int64: inputs [:, :-1], targets [:, 1:]."""
+        """Windows by index, (len(indices), context + 1) int64: inputs [:, :-1], targets [:, 1:]."""
         import torch
 
         rows = [self.read(int(index) * context, context + 1) for index in indices]
@@ -176,13 +186,16 @@ class TokenStream:
 
 
 def tokenizer_name(directory: str | Path) -> str:
-    """Name of the tokenizer that made the shards: the manifest's, or gpt2 if there is no manifest."""
+    """Name of the shards' tokenizer: the manifest's, or gpt2 if there is no manifest."""
     manifest = read_manifest(_require_directory(directory))
     return "gpt2" if manifest is None else manifest["tokenizer"]
 
 
 def digest(streams: list[TokenStream], directory: str | Path) -> str:
-    """Digest of the data, 16 hex digits: of the manifest's sha256 sums, or else of file names and token counts."""
+    """Digest of the data, 16 hex digits.
+
+    It covers the manifest's sha256 sums or, without a manifest, file names and token counts.
+    """
     manifest = read_manifest(Path(directory))
     if manifest is not None:
         identity = sorted((shard["file"], shard["sha256"]) for shard in manifest["shards"])

@@ -19,7 +19,10 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests",
 
 
 def find_files(sources: Iterable[str]) -> list[Path]:
-    """Every file of the sources, in an order that depends only on names. Raises BadInput for a bad source."""
+    """Every file of the sources, in an order that depends only on names.
+
+    Raises BadInput for a bad source.
+    """
     files: list[Path] = []
     for source in sources:
         path = Path(source)
@@ -47,8 +50,9 @@ def _walk(root: Path, suffixes: set[str], pruned: set[str]) -> list[Path]:
 
 
 def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[tuple[str, bytes]]:
-    """Yields (kind, bytes) of every document. kind: "text", or "json" for a .jsonl line, which `parse` decodes.
+    """Yields (kind, bytes) of every document, for `parse`.
 
+    kind: "text", or "json" for a .jsonl line.
     Raises BadInput if a file cannot be read.
     """
     for path in files:
@@ -84,7 +88,10 @@ def _parquet_column(path: Path, column: str) -> Iterator[bytes]:
 
 
 def parse(kind: str, raw: bytes, text_field: str) -> tuple[str, str | None]:
-    """(text, None) of a document, or ("", reason) if it is not text. kind, raw: as from raw_documents."""
+    """(text, None) of a document, or ("", reason) if it is not text.
+
+    kind, raw: as from raw_documents.
+    """
     try:
         text = raw.decode("utf-8-sig")
         if kind == "json":

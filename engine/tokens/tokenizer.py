@@ -1,10 +1,12 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, and plain bytes. Neither uses the network.
+"""Text to token ids and back: GPT-2's byte-pair encoding, and plain bytes. No network is used.
 
 gpt2: 50,257 tokens, built by tiktoken from the vocabulary in engine/tokens/assets.
-bytes: 257 tokens, the 256 bytes and end of text. A small model on a CPU would spend most of its time
-in a head of 50,304 columns.
-encode never returns the end-of-text id, not even for a literal <|endoftext|>: only `prepare` writes it.
-Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting pattern are OpenAI's (MIT licence).
+bytes: 257 tokens, the 256 bytes and end of text. A small model on a CPU would spend most of its
+time in a head of 50,304 columns.
+encode never returns the end-of-text id, not even for a literal <|endoftext|>: only `prepare` writes
+it.
+Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting pattern are OpenAI's (MIT
+licence).
 """
 
 import base64
@@ -22,12 +24,14 @@ VOCABULARY = Path(__file__).parent / "assets" / "r50k_base.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
 
-# Contractions; words, numbers and other signs, each with the space before it; trailing white space; other white space.
+# Contractions; words, numbers and other signs, each with the space before it;
+# trailing and other white space.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# \s+(?!\S) backtracks by one character, and the regex engine stacks a state for every character that it matched:
-# 1,000,000 characters of white space before a word overflow that stack and kill the process. So text is cut before the
-# last white space of a long run, which leaves the tokens the same.
+# \s+(?!\S) backtracks by one character, and the regex engine stacks a state for every character it
+# has matched. 1,000,000 characters of white space before a word overflow that stack and kill the
+# process.
+# So a long run of white space is cut before its last character, which leaves the tokens the same.
 LONG = 100_000
 SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
@@ -35,7 +39,10 @@ LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
 
 @lru_cache(maxsize=1)
 def gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's vocabulary: 50,256 byte strings to ids. Raises BadInput if the packaged file is not the released one."""
+    """GPT-2's vocabulary: 50,256 byte strings to ids.
+
+    Raises BadInput if the packaged file is not the released one.
+    """
     content = VOCABULARY.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCABULARY_SHA256:
