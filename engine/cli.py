@@ -194,7 +194,7 @@ def import_(args: list[str], prog: str) -> None:
 
     @dataclass(frozen=True)
     class Import:
-        """Makes a run directory of GPT-2 weights in the Hugging Face layout.
+        """Makes a run directory from GPT-2 weights in the Hugging Face layout.
 
         The run can be sampled, evaluated, and trained from with --init-from.
         """

@@ -33,7 +33,7 @@ class OptimConfig:
     warmup_tokens: int = 375_000_000  # tokens of linear warm-up; at most a tenth of the run
     beta1: float = 0.9  # decay of AdamW's running mean of the gradient
     beta2: float = 0.95  # decay of AdamW's running mean of the squared gradient
-    eps: float = 1e-8  # added to the square root of that mean
+    eps: float = 1e-8  # added to the square root of AdamW's running mean of the squared gradient
     weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorm have none
     clip: float = 1.0  # maximum norm of the whole gradient
 
@@ -47,7 +47,7 @@ class TrainConfig:
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # tokens per sequence; None: the model's n_positions
-    micro_batch_size: int | None = None  # sequences per forward pass; None: the step's largest divisor up to 16
+    micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: at most 16, to divide the step
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
@@ -56,7 +56,9 @@ class TrainConfig:
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
     recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward, to save memory
     seed: int = 1  # seed of the initial weights, the data order and dropout
-    resume: str = "auto"  # auto: from the newest whole checkpoint in --out; never: move that run aside; or a checkpoint
+    resume: str = (
+        "auto"  # auto: newest whole checkpoint in --out; never: move that run aside; or a checkpoint directory
+    )
     resume_changed: bool = False  # resume although data, seed, batch, context or dropout differ from the checkpoint's
     init_from: str | None = None  # initial weights: a run, a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
@@ -64,16 +66,20 @@ class TrainConfig:
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
     async_save: bool = True  # write checkpoints in a thread while training goes on
-    max_minutes: float | None = None  # minutes from launch within which to save and stop; None: no limit
+    max_minutes: float | None = (
+        None  # minutes from launch within which to save and stop, as for a queue's limit; None: no limit
+    )
     grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
     timeout_minutes: float = 10.0  # minutes that ranks wait for each other; more than a compile or a save takes
-    max_skipped: int = 20  # updates skipped in a row, for a loss or gradient that is not finite, that stop the run
-    skip_z_score: float | None = None  # standard deviations above the mean that make a loss be skipped; None: never
+    max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
+    skip_z_score: float | None = (
+        None  # also skip a loss this many standard deviations above its running mean; None: never
+    )
     check_replicas_every: int | None = 100  # steps between bitwise comparisons of the replicas' weights; None: never
     log_every: int = 10  # steps between rows of training loss, speed and memory
     tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard
     wandb: bool = False  # also send the metrics to Weights & Biases
-    profile: str | None = None  # START:STOP, traces steps START to STOP - 1 into OUT, for ui.perfetto.dev
+    profile: str | None = None  # START:STOP: trace steps START to STOP - 1 into OUT, for ui.perfetto.dev
     prompt: str = GPT_PROMPT  # prompt of the samples
     sample_tokens: int = 64  # tokens per sample
     model: GPT2Config = field(default_factory=GPT2Config)

@@ -169,7 +169,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
                 timeout=timeout,
                 device_id=ranks.device if ranks.device.type == "cuda" else None,
             )
-            dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first call that connects the processes
+            dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first collective, which connects the processes
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise BadInput(_unreachable(ranks, error)) from error
         finally:
@@ -288,7 +288,7 @@ def wrap(
 
 
 def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
-    """Device mesh.
+    """Makes the device mesh.
 
     fsdp: (ranks,), one replica. hsdp: (replicas, shard_size), each replica over neighbouring ranks.
     """
@@ -333,7 +333,7 @@ def local(tensor: Tensor) -> Tensor:
 def clip(model: nn.Module, max_norm: float) -> Tensor:
     """Clips the whole gradient to max_norm.
 
-    Returns its norm before, float32 scalar, the same bits on each rank.
+    Returns the norm before clipping: a float32 scalar, the same bits on each rank.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])

@@ -17,7 +17,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Steps of linear warm-up: ceil(warmup_tokens / tokens_per_step), at most num_steps / 10."""
+    """Steps of linear warm-up: ceil(warmup_tokens / tokens_per_step), at most a tenth of the run."""
     wanted = math.ceil(config.optim.warmup_tokens / config.tokens_per_step)
     return min(wanted, max(1, config.num_steps // 10))
 
@@ -39,10 +39,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearest (semi-)orthogonal matrix to each of (n, rows, columns), about, by Newton-Schulz.
+    """Approximates the nearest (semi-)orthogonal matrix to each of (n, rows, columns).
 
-    A step is x <- a x + (b G + c G^2) x, G = x x^T. The result's singular values are about 0.7 to
-    1.2.
+    Newton-Schulz iteration: x <- a x + (b G + c G^2) x, with G = x x^T. Singular values of the
+    result are about 0.7 to 1.2.
     """
     a, b, c = NEWTON_SCHULZ
     is_wide = matrices.shape[1] <= matrices.shape[2]
@@ -61,7 +61,7 @@ class Muon(torch.optim.AdamW):
         g' = mu m + (1 - mu) g        Nesterov momentum
         W <- (1 - lr weight_decay) W - lr sqrt(max(1, rows / columns)) orthogonalize(g')
 
-    With all singular values equal, the update moves the matrix as far in every direction.
+    The update's singular values are all made equal, so it is equally large in every direction.
     torch.optim.Muon computes in bfloat16, which is hundreds of times slower than float32 on most
     CPUs. Every rank computes the same update.
     """
@@ -94,7 +94,7 @@ class Muon(torch.optim.AdamW):
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocates every parameter's state as zeros, as before its first update; a checkpoint fills it."""
+    """Allocates every parameter's optimizer state, as zeros for a checkpoint to fill."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]

@@ -1,4 +1,4 @@
-"""Bitwise comparison of the weights of ranks that must hold the same.
+"""Bitwise comparison of the weights of ranks that must hold the same ones.
 
 Under DDP every rank has its own copy of the weights, kept equal by making the same updates. A
 flipped bit, a faulty device or a non-deterministic kernel could change one copy. Without this check

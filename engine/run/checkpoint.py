@@ -249,7 +249,7 @@ def best(out: str | Path) -> Path | None:
     for path in _step_directories(Path(out) / "checkpoints"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged state.json may hold anything
             loss = json.loads((path / STATE).read_text()).get("val_loss")
-            if isinstance(loss, float) and math.isfinite(loss):  # min() may return a NaN: every comparison is false
+            if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
                 losses.append((loss, path))
     return min(losses)[1] if losses else None
 

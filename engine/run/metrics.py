@@ -102,7 +102,7 @@ class Metrics:
     def end_step(self, step: int) -> None:
         """Ends `step`: moves the bar and writes the row.
 
-        So a checkpoint of the next step finds it written.
+        So the row is in the file before a checkpoint of the next step.
         """
         if not self.active:
             return
@@ -163,7 +163,7 @@ def _sample_heading(step: int) -> str:
 
 
 def drop_samples_from(path: Path, step: int) -> None:
-    """Keeps only the samples before `step`, as their headings give it."""
+    """Keeps only the samples of steps before `step`, read from their headings."""
     if not path.exists():
         return
     lines, is_kept = [], True
@@ -214,7 +214,7 @@ class Lines:
         self._began = self._printed = time.monotonic()
 
     def update(self, step: int, fields: dict[str, float]) -> None:
-        """Prints fields with a validation loss always, others every PLAIN_EVERY seconds."""
+        """Prints the fields: a validation loss always, others at most every PLAIN_EVERY seconds."""
         now = time.monotonic()
         if "val_loss" not in fields and now - self._printed < PLAIN_EVERY:
             return

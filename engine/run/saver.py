@@ -41,7 +41,7 @@ class Saver:
         self.config, self.raw_model, self.optimizer, self.print0 = config, raw_model, optimizer, print0
         is_sharded = distributed.is_sharded(raw_model)
         self.writes = is_sharded or ranks.is_first
-        # The thread's collectives need their own group, on the CPU: they must not mix with training's.
+        # The thread's collectives must not mix with training's: they have a group on the CPU.
         self.group = dist.new_group(backend="gloo") if is_sharded and ranks.world_size > 1 else None
         self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
         self.last_step: int | None = None  # step of the last save that succeeded
@@ -101,7 +101,7 @@ class Saver:
             raise BadInput(message)
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies the tensors to CPU memory, reused by every save: new pages cost more than the copy."""
+        """Copies the tensors to CPU memory that saves reuse: new pages cost more than the copy."""
         if self._stager is None:
             on_gpu = next(iter(tensors.values())).is_cuda
             self._stager = DefaultStager(

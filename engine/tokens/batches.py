@@ -1,9 +1,9 @@
-"""Batches: that of step s is a pure function of (data, seed, s).
+"""Batches of a run: the batch of step s is a pure function of (data, seed, s).
 
 A keyed permutation orders the windows of an epoch. Each window occurs once, and no order is stored.
-Step s takes windows s * S to (s + 1) * S - 1 of the sequence of all epochs, where S =
-tokens_per_step / T. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees
-the same batches, and resuming needs only the step number.
+With S = tokens_per_step / T, step s takes windows s * S to (s + 1) * S - 1 of the sequence of all
+epochs. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees the same
+batches, and resuming needs only the step number.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,8 +49,7 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     A Feistel network permutes the words of 2h bits, for the least h >= 1 with size <= 2^(2h). It is
     applied again to words outside range(size) until they are inside, which is still a permutation.
     A word needs fewer than 4 applications on average.
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle
-    walking).
+    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
     """
     round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))

@@ -1,7 +1,7 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib` (see
-engine/tokens/sources.py).
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`.
+See engine/tokens/sources.py.
 Each document is written as the end-of-text token, then its text's tokens. A hash of the text
 decides whether a document is for validation, so documents stay in their split when the corpus
 grows. If that leaves a split empty, as with a single book, the tail of every document is for
@@ -46,7 +46,9 @@ class PrepareConfig:
     val_fraction: float = 0.01  # fraction of the documents used for validation
     shard_tokens: int = 100_000_000  # tokens per shard
     text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
-    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are not text: skip: leave out and count; fail: stop
+    on_bad_text: Literal["skip", "fail"] = (
+        "skip"  # skip: leave out and count documents that are not text; fail: stop at one
+    )
     overwrite: bool = False  # replace other data in the same directory
 
     def __post_init__(self) -> None:

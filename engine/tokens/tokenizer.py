@@ -3,10 +3,9 @@
 gpt2: 50,257 tokens, built by tiktoken from the vocabulary in engine/tokens/assets.
 bytes: 257 tokens, the 256 bytes and end of text. A small model on a CPU would spend most of its
 time in a head of 50,304 columns.
-encode never returns the end-of-text id, not even for a literal <|endoftext|>: only `prepare` writes
-it.
-Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting pattern are OpenAI's (MIT
-licence).
+encode never returns the end-of-text id, not even for a literal <|endoftext|>. Only `prepare` writes
+that id.
+Source: Radford et al. 2019, section 2.2. Vocabulary and splitting pattern: OpenAI (MIT licence).
 """
 
 import base64
@@ -30,8 +29,8 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 
 # \s+(?!\S) backtracks by one character, and the regex engine stacks a state for every character it
 # has matched. 1,000,000 characters of white space before a word overflow that stack and kill the
-# process.
-# So a long run of white space is cut before its last character, which leaves the tokens the same.
+# process. So a long run of white space is cut before its last character, which leaves the tokens
+# the same.
 LONG = 100_000
 SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
