@@ -69,10 +69,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Shows this machine's hardware and software, and what each op runs on here and why.
-
-    Starts nothing.
-    """
+    """Shows what this machine has, and what each op runs on here and why. Starts nothing."""
 
     preset: str = "gpt2"  # model preset, for its head_dim
     head_dim: int | None = None  # elements per attention head; None: the preset's
@@ -240,10 +237,7 @@ def verify(args: list[str], prog: str) -> int:
 
     @dataclass(frozen=True)
     class Verify:
-        """Reads every byte of data and run directories and says for each file whether it is whole.
-
-        Read-only.
-        """
+        """Reads all files of data and run directories and prints which are whole. Changes nothing."""
 
         paths: tyro.conf.Positional[tuple[str, ...]]  # data directories or run directories
 

@@ -56,9 +56,7 @@ class TrainConfig:
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
     recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward, to save memory
     seed: int = 1  # seed of the initial weights, the data order and dropout
-    resume: str = (
-        "auto"  # auto: newest whole checkpoint in --out; never: move that run aside; or a checkpoint directory
-    )
+    resume: str = "auto"  # auto: newest whole checkpoint in --out; never: move that run aside; or a checkpoint's path
     resume_changed: bool = False  # resume although data, seed, batch, context or dropout differ from the checkpoint's
     init_from: str | None = None  # initial weights: a run, a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
@@ -66,15 +64,11 @@ class TrainConfig:
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
     async_save: bool = True  # write checkpoints in a thread while training goes on
-    max_minutes: float | None = (
-        None  # minutes from launch within which to save and stop, as for a queue's limit; None: no limit
-    )
+    max_minutes: float | None = None  # minutes from launch in which to save and stop, as for a queue; None: no limit
     grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
     timeout_minutes: float = 10.0  # minutes that ranks wait for each other; more than a compile or a save takes
     max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
-    skip_z_score: float | None = (
-        None  # also skip a loss this many standard deviations above its running mean; None: never
-    )
+    skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
     check_replicas_every: int | None = 100  # steps between bitwise comparisons of the replicas' weights; None: never
     log_every: int = 10  # steps between rows of training loss, speed and memory
     tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard

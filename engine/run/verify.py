@@ -104,7 +104,7 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         for field, count in (("bytes", path.stat().st_size), ("tokens", len(tokens))):
             if listed.get(field, count) != count:
                 wrong.append(f"must have {listed[field]} {field}, got {count}")
-        # Read the whole file before its memory map: an unreadable page of a map kills the process.
+        # Read the file before its memory map is used: an unreadable page of a map kills the process.
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         for start in range(0, len(tokens), SCANNED_TOKENS):

@@ -46,9 +46,7 @@ class PrepareConfig:
     val_fraction: float = 0.01  # fraction of the documents used for validation
     shard_tokens: int = 100_000_000  # tokens per shard
     text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
-    on_bad_text: Literal["skip", "fail"] = (
-        "skip"  # skip: leave out and count documents that are not text; fail: stop at one
-    )
+    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are not text: leave out and count, or stop
     overwrite: bool = False  # replace other data in the same directory
 
     def __post_init__(self) -> None:
