@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DAMAGED, DONE, BadInput, nearest
+from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, nearest
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
@@ -200,10 +200,11 @@ def import_(args: list[str], prog: str) -> None:
         out: str  # run directory to make, new or empty
 
     asked = _parse(Import, args, prog)
+    from engine.config import GPT_PROMPT
     from engine.run import export
 
     checkpoint_path = export.import_weights(asked.source, asked.out)
-    print(f'{checkpoint_path}\ntry: gpt2 sample --run {asked.out} --prompt "Hello, I\'m a language model,"')
+    print(f'{checkpoint_path}\ntry: gpt2 sample --run {asked.out} --prompt "{GPT_PROMPT}"')
 
 
 def export(args: list[str], prog: str) -> None:
@@ -311,20 +312,20 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
-        return 0 if args else 2
+        return DONE if args else BAD_INPUT
     try:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
         return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
     except BadInput as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

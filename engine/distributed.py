@@ -49,10 +49,6 @@ class Ranks:
         if self.is_first:
             print(line, flush=True)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over all ranks, the same bits on each."""
-        return self.sum(value) / self.world_size
-
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, the same bits on each."""
         if self.world_size > 1:

@@ -16,7 +16,6 @@ validation loss is always kept. No random state is saved: the order of the data 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -36,11 +35,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
+from engine.run.verify import MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
+from engine.tokens.shards import sha256
 
-MANIFEST = "manifest.json"
-VERSION = 1  # of the layout
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-SHARDED = "sharded"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
 
@@ -265,7 +262,7 @@ def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
 def _flushed(path: Path) -> dict:
     """Fsyncs a file and returns its manifest entry."""
     _fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _fsync(path: Path) -> None:
@@ -276,11 +273,6 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _step_directories(root: Path) -> list[Path]:
     """Checkpoint directories, oldest step first."""
     return sorted(path for path in root.glob("step_*") if path.is_dir())
@@ -289,38 +281,12 @@ def _step_directories(root: Path) -> list[Path]:
 # ---- Find ---------------------------------------------------------------------------------------------------------
 
 
-def damage(path: Path) -> str | None:
-    """Describes the damage to a checkpoint directory, or returns None if every digest verifies."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
-        files = manifest["files"]
-        for name, expected in files.items():
-            num_bytes = (path / name).stat().st_size
-            if num_bytes != expected["bytes"]:
-                return f"{name} must have {expected['bytes']} bytes, got {num_bytes}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} does not match its sha256"
-        weights = SHARDED if (path / SHARDED).is_dir() else MODEL
-        listed = {name.partition("/")[0] for name in files}
-        if missing := {weights, STATE} - listed:
-            return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
-        if unlisted := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
-            return f"{MANIFEST} must list {' and '.join(sorted(unlisted))}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    return None
-
-
 def read(path: str | Path) -> Checkpoint:
     """The checkpoint at a path. Raises BadInput if it is not whole."""
     path = Path(path)
     if not path.is_dir():
         raise BadInput(f"checkpoint: must be a directory such as OUT/checkpoints/step_00000100, got {path}")
-    if (reason := damage(path)) is not None:
+    if (reason := checkpoint_damage(path)) is not None:
         raise BadInput(f"checkpoint: {path} must be whole, but {reason}; use an older one")
     try:
         return Checkpoint(path, json.loads((path / STATE).read_text()))
@@ -338,7 +304,7 @@ def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """
     reasons = []
     for path in reversed(_step_directories(Path(out) / "checkpoints")):
-        if (reason := damage(path)) is None:
+        if (reason := checkpoint_damage(path)) is None:
             for line in reasons:
                 warn(f"passing over {line}")
             return read(path)

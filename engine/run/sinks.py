@@ -27,13 +27,13 @@ class Sinks:
     def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
         self._print0 = print0
         self._open: dict[str, TensorBoard | WeightsAndBiases] = {}
-        for name, asked, kind in (
-            ("tensorboard", train.tensorboard, TensorBoard),
-            ("wandb", train.wandb, WeightsAndBiases),
+        for name, is_asked, connect in (
+            ("tensorboard", train.tensorboard, lambda: TensorBoard(train.out, start)),
+            ("wandb", train.wandb, lambda: WeightsAndBiases(train, print0)),
         ):
-            if asked:
+            if is_asked:
                 try:
-                    self._open[name] = kind(train, start, print0)
+                    self._open[name] = connect()
                 except ImportError as error:
                     self._drop(name, f"{error} (pip install {name})")
                 except Exception as error:  # no error of a sink may end the run
@@ -67,13 +67,13 @@ class Sinks:
 class TensorBoard:
     """Event files in OUT/tensorboard."""
 
-    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
+    def __init__(self, out: str | Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._excepthook = threading.excepthook
         threading.excepthook = self._on_thread_error  # before the writer opens: opening already writes
         try:
-            self._writer = SummaryWriter(Path(train.out) / "tensorboard", purge_step=start)
+            self._writer = SummaryWriter(Path(out) / "tensorboard", purge_step=start)
         except BaseException:
             threading.excepthook = self._excepthook
             raise
@@ -112,7 +112,7 @@ class WeightsAndBiases:
     aside and so starts a new one.
     """
 
-    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, print0: Callable[[str], None]):
         import wandb
 
         path = Path(train.out) / WANDB_ID_FILE

@@ -7,7 +7,6 @@ Run: config.json and metrics.jsonl must be readable, and each checkpoint's manif
 The check reads every byte and changes none.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,10 +14,15 @@ from pathlib import Path
 from engine import config
 from engine.errors import BadInput, nearest
 from engine.tokens import shards, tokenizer
+from engine.tokens.shards import sha256
 
 SCANNED_TOKENS = 1 << 24  # tokens compared with the vocabulary size at a time
 CHECKPOINTS = "checkpoints"
-METRICS_FILE = "metrics.jsonl"  # not from engine.run.metrics: that imports PyTorch, which shards do not need
+# Files of a checkpoint: see engine/run/checkpoint.py.
+MANIFEST, STATE = "manifest.json", "state.json"
+MODEL, OPTIMIZER, SHARDED = "model.safetensors", "optimizer.safetensors", "sharded"
+VERSION = 1  # of a checkpoint's layout
+METRICS_FILE = "metrics.jsonl"  # not from engine.run.metrics: that imports PyTorch, which a check does not need
 
 
 def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> int:
@@ -105,16 +109,15 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
             if listed.get(field, count) != count:
                 wrong.append(f"must have {listed[field]} {field}, got {count}")
         # Read the file before its memory map is used: an unreadable page of a map kills the process.
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
         for start in range(0, len(tokens), SCANNED_TOKENS):
             piece = tokens[start : start + SCANNED_TOKENS]
             if int(piece.max()) >= vocab_size:
                 at = int((piece >= vocab_size).argmax())
                 wrong.append(f"token {start + at} must be below the vocabulary size {vocab_size}, got {piece[at]}")
                 break
-        if listed.get("sha256", sha256) != sha256:
-            wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {sha256[:12]}...")
+        if listed.get("sha256", digest) != digest:
+            wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {digest[:12]}...")
     except BadInput as error:
         wrong.append(_without_path(path, error))
     except OSError as error:
@@ -139,10 +142,34 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, _without_path(path, error) if path.exists() else "is missing"
     if (path := directory / METRICS_FILE).exists():
         yield path, _metrics_damage(path)
-    if checkpoints := sorted((directory / CHECKPOINTS).glob("step_*")):
-        from engine.run import checkpoint
+    for path in sorted((directory / CHECKPOINTS).glob("step_*")):
+        yield path, checkpoint_damage(path)
 
-        yield from ((path, checkpoint.damage(path)) for path in checkpoints)
+
+def checkpoint_damage(path: Path) -> str | None:
+    """Describes the damage to a checkpoint directory, or returns None if every digest verifies."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
+        files = manifest["files"]
+        for name, expected in files.items():
+            num_bytes = (path / name).stat().st_size
+            if num_bytes != expected["bytes"]:
+                return f"{name} must have {expected['bytes']} bytes, got {num_bytes}"
+            if sha256(path / name) != expected["sha256"]:
+                return f"{name} does not match its sha256"
+        weights = SHARDED if (path / SHARDED).is_dir() else MODEL
+        listed = {name.partition("/")[0] for name in files}
+        if missing := {weights, STATE} - listed:
+            return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
+        if unlisted := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
+            return f"{MANIFEST} must list {' and '.join(sorted(unlisted))}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
 
 
 def _metrics_damage(path: Path) -> str | None:

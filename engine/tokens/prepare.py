@@ -30,7 +30,7 @@ import numpy as np
 
 from engine.errors import BadInput
 from engine.tokens import tokenizer
-from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, write_shard
+from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
 from engine.tokens.sources import find_files, parse, raw_documents
 
 BATCH_BYTES = 1 << 20  # bytes of text per batch handed to a worker
@@ -189,15 +189,13 @@ class ShardWriter:
             return
         path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
         write_shard(path, np.concatenate(self.pieces))
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.records.append(
             {
                 "file": path.name,
                 "split": self.split,
                 "tokens": self.buffered,
                 "bytes": path.stat().st_size,
-                "sha256": sha256,
+                "sha256": sha256(path),
             }
         )
         self.pieces, self.buffered = [], 0

@@ -82,6 +82,12 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         file.write(tokens.astype("<u2").tobytes())
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(directory: Path) -> dict | None:
     """The directory's manifest.json, or None if it has none.
 

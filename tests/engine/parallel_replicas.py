@@ -122,7 +122,7 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     losses, norms = train(model, optimizer, batches[:, :, ranks.rank])
     report = {"graphs": len(graphs), "sums over replicas": len(sums)}
     weights = full_weights(raw_model)
-    report["losses"] = furthest([ranks.mean(loss) for loss in losses], expected_losses)
+    report["losses"] = furthest([ranks.sum(loss) / ranks.world_size for loss in losses], expected_losses)
     report["dtypes"] = sorted({str(t.dtype) for p in raw_model.parameters() for t in (p, *optimizer.state[p].values())})
     report["norms"] = furthest(norms, expected_norms)
     report["smallest norm"] = min(norm.item() for norm in norms)

@@ -15,6 +15,7 @@ from engine.config import PRESETS, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.run import checkpoint, metrics, resume
+from engine.run.verify import checkpoint_damage
 
 STEPS = ["--num-steps", "8", "--eval-every", "4", "--save-every", "4", "--keep-last", "9", "--micro-batch-size", "2"]
 
@@ -132,7 +133,7 @@ def test_damage_to_any_shard_is_found(sharded, tmp_path, harm):
     shutil.copytree(newest(sharded), tmp_path / "copy")
     for path in sorted((tmp_path / "copy" / checkpoint.SHARDED).iterdir()):
         content = path.read_bytes()
-        assert checkpoint.damage(tmp_path / "copy") is None
+        assert checkpoint_damage(tmp_path / "copy") is None
         if harm == "flip":
             path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         elif harm == "cut":
@@ -141,7 +142,7 @@ def test_damage_to_any_shard_is_found(sharded, tmp_path, harm):
             path.unlink()
         else:
             path.with_name("shard-00009-model-00001-of-00001.safetensors").write_bytes(content)
-        assert ("shard-00009" if harm == "add" else path.name) in checkpoint.damage(tmp_path / "copy")
+        assert ("shard-00009" if harm == "add" else path.name) in checkpoint_damage(tmp_path / "copy")
         path.write_bytes(content)
         path.with_name("shard-00009-model-00001-of-00001.safetensors").unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ from engine.config import OptimConfig
 from engine.errors import BadInput
 from engine.run import checkpoint
 from engine.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE
+from engine.run.verify import checkpoint_damage
 from model.gpt2 import GPT2, GPT2Config
 
 FILES = [MODEL, OPTIMIZER, STATE, MANIFEST]
@@ -68,7 +69,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path):
         for name, ours in moments(model, optimizer).items():
             assert ours.keys() == theirs[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert all(torch.equal(ours[m], theirs[name][m]) for m in ours), (name, seed)
-    assert checkpoint.damage(path) is None  # further training did not write into the file
+    assert checkpoint_damage(path) is None  # further training did not write into the file
 
 
 def test_a_checkpoint_is_tensors_and_json_under_the_raw_model_s_names(tmp_path):
@@ -170,7 +171,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
         (path / MANIFEST).write_bytes(flipped)
-        assert checkpoint.damage(path) is not None, (position, flipped)
+        assert checkpoint_damage(path) is not None, (position, flipped)
 
 
 def test_if_all_are_damaged_each_is_listed_with_the_way_out(tmp_path):

@@ -16,6 +16,7 @@ from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint, directory, export, resume
 from engine.run.checkpoint import MANIFEST, SHARDED, STATE
+from engine.run.verify import checkpoint_damage
 from model.gpt2 import GPT2, GPT2Config
 
 
@@ -54,7 +55,7 @@ def test_the_lowest_validation_loss_outlives_rotation(tmp_path, losses, best, ke
     assert steps(tmp_path) == kept
     path = checkpoint.best(tmp_path)
     assert path == (None if best is None else tmp_path / "checkpoints" / f"step_{best:08d}")
-    assert all(checkpoint.damage(path) is None for path in (tmp_path / "checkpoints").iterdir())
+    assert all(checkpoint_damage(path) is None for path in (tmp_path / "checkpoints").iterdir())
 
 
 def test_the_best_is_kept_besides_the_newest(tmp_path):
@@ -225,23 +226,23 @@ def sharded(tmp_path) -> Path:
         file = path / SHARDED / f"{name}.safetensors"
         manifest["files"][f"{SHARDED}/{name}.safetensors"] = checkpoint._flushed(file)
     (path / MANIFEST).write_text(json.dumps(manifest))
-    assert checkpoint.damage(path) is None
+    assert checkpoint_damage(path) is None
     return path
 
 
 def test_a_file_among_the_shards_that_is_not_listed_is_damage(sharded):
     """The reader of sharded checkpoints reads every file in the directory."""
     shutil.copy(sharded / SHARDED / "a.safetensors", sharded / SHARDED / "c.safetensors")
-    assert checkpoint.damage(sharded) == f"{MANIFEST} must list sharded/c.safetensors"
+    assert checkpoint_damage(sharded) == f"{MANIFEST} must list sharded/c.safetensors"
 
 
 def test_a_missing_or_changed_shard_is_damage(sharded):
     (sharded / SHARDED / "b.safetensors").write_bytes(b"mora")
-    assert checkpoint.damage(sharded) == "sharded/b.safetensors does not match its sha256"
+    assert checkpoint_damage(sharded) == "sharded/b.safetensors does not match its sha256"
     (sharded / SHARDED / "b.safetensors").unlink()
-    assert checkpoint.damage(sharded) == "b.safetensors is missing"
+    assert checkpoint_damage(sharded) == "b.safetensors is missing"
     shutil.rmtree(sharded / SHARDED)
-    assert checkpoint.damage(sharded) == "a.safetensors is missing"
+    assert checkpoint_damage(sharded) == "a.safetensors is missing"
 
 
 # ---- The model of the best ----------------------------------------------------------------------------------------
