@@ -27,7 +27,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PROGRAMS = {"gpt2", "python", "torchrun", "make", "pip", "sbatch", "kubectl"}
-# Beginnings of paths that a run or a benchmark makes.
+# Prefixes of paths that a run or a benchmark makes.
 MADE = ("OUT/", "DIR/", "runs/", "data/", "checkpoints/", "tensorboard/", "fineweb-edu/", "bench/results/")
 TRAINING = {
     "--" + name.replace("_", "-")
@@ -40,11 +40,11 @@ TRAINING = {
 
 
 class Parsed(Exception):
-    """A parser has accepted its arguments, which are args[0]; nothing was run."""
+    """Raised once a parser has accepted its arguments. args[0] is what it returned."""
 
 
 def stopping(parse: Callable) -> Callable:
-    """The parser, which raises Parsed where the program would begin its work."""
+    """Wraps a parser so that it raises Parsed before the program begins its work."""
 
     def wrapped(*args, **kwargs):
         raise Parsed(parse(*args, **kwargs))
@@ -53,7 +53,7 @@ def stopping(parse: Callable) -> Callable:
 
 
 def parsed_by(program: Callable, *args: object) -> object:
-    """What a program with a parser that is `stopping` makes of its arguments."""
+    """Result of the parser of a program, which must be wrapped by `stopping`."""
     try:
         program(*args)
     except Parsed as parsed:
@@ -61,21 +61,21 @@ def parsed_by(program: Callable, *args: object) -> object:
     raise AssertionError("the arguments must reach the parser")
 
 
-# ---- What the documents hold --------------------------------------------------------------------------------------
+# ---- Text, code and commands of the documents ---------------------------------------------------------------------
 
 
 def text(document: Path) -> str:
-    """The document without its tables of results, which a program writes."""
+    """Text of the document, without the tables of results that a program writes."""
     return re.sub(r"<!-- bench:.*?<!-- /bench -->", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def inline_code(document: Path) -> list[str]:
-    """What stands in single backticks, each once."""
+    """Code in single backticks, without repeats."""
     return [*dict.fromkeys(INLINE.findall(FENCED.sub("", text(document))))]
 
 
 def words_of(line: str) -> list[str]:
-    """The words of a command without comment, variables before it and its directory; [] if it is none."""
+    """Words of a command, without comment, leading variables and directory; [] if it is none."""
     program = next((word for word in line.split() if not re.match(r"\w+=", word)), "").rpartition("/")[2]
     if program not in PROGRAMS:
         return []
@@ -86,7 +86,7 @@ def words_of(line: str) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Every command: the lines of fenced blocks, and inline code of more than a name."""
+    """Commands of the document: lines of fenced blocks, and inline code with arguments."""
     lines = [line for _, block in FENCED.findall(text(document)) for line in block.replace("\\\n", " ").splitlines()]
     fenced = [words for line in lines if (words := words_of(line))]
     inline = [words for code in inline_code(document) if len(words := words_of(code)) > 1]
@@ -100,7 +100,7 @@ COMMANDS = list(dict.fromkeys((document.name, tuple(words)) for document in DOCU
 
 
 def parse(words: list[str], monkeypatch) -> None:
-    """Fails unless the program that a command names takes its arguments. Runs nothing."""
+    """Asserts that the program of a command accepts its arguments. Runs nothing."""
     program, *args = words
     {
         "gpt2": parse_gpt2,
@@ -160,7 +160,7 @@ def parse_torchrun(args: list[str], monkeypatch) -> None:
 
 
 def parse_make(args: list[str], monkeypatch) -> None:
-    """By make's own dry run; the commands that it would run are parsed too."""
+    """Uses make's dry run, and parses the commands that it prints."""
     if shutil.which("make") is None:
         pytest.skip("there is no make here")
     makefile = (ROOT / "Makefile").read_text()
@@ -193,7 +193,7 @@ def parse_kubectl(args: list[str], monkeypatch) -> None:
 
 
 def assert_paths_exist(paths: list[str]) -> None:
-    """Paths from the repository root; a * stands for any names."""
+    """Asserts that paths exist below the repository root; a * stands for any name."""
     for path in paths:
         assert any(ROOT.glob(path.rstrip("/"))), f"{path} does not exist"
 
