@@ -238,7 +238,10 @@ def verify(args: list[str], prog: str) -> int:
 
     @dataclass(frozen=True)
     class Verify:
-        """Reads all files of data and run directories and prints which are whole. Changes nothing."""
+        """Reads all files of data and run directories and prints which are whole.
+
+        Changes nothing.
+        """
 
         paths: tyro.conf.Positional[tuple[str, ...]]  # data directories or run directories
 

@@ -64,9 +64,9 @@ class TrainConfig:
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
     async_save: bool = True  # write checkpoints in a thread while training goes on
-    max_minutes: float | None = None  # minutes from launch in which to save and stop, as for a queue; None: no limit
+    max_minutes: float | None = None  # minutes from launch before which to save and stop; None: no limit
     grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
-    timeout_minutes: float = 10.0  # minutes that ranks wait for each other; more than a compile or a save takes
+    timeout_minutes: float = 10.0  # minutes that ranks wait for each other; longer than a compile or a save
     max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
     check_replicas_every: int | None = 100  # steps between bitwise comparisons of the replicas' weights; None: never
@@ -149,7 +149,10 @@ def _flag(name: str) -> str:
 
 
 def parse_profile(text: str) -> tuple[int, int]:
-    """(START, STOP) of "START:STOP", the value of --profile. Raises ValueError if it is not two steps in order."""
+    """(START, STOP) of "START:STOP", the value of --profile.
+
+    Raises ValueError if it is not two steps in order.
+    """
     match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if match is None or not int(match[1]) < int(match[2]):
         raise ValueError(
@@ -162,8 +165,8 @@ def parse_profile(text: str) -> tuple[int, int]:
 # ---- Presets ------------------------------------------------------------------------------------------------------
 
 # Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
-# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size takes
-# those of the nearest GPT-3 model.
+# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size
+# takes those of the nearest GPT-3 model.
 _GPT3_RECIPE = {
     "gpt2": (6.0e-4, 2**19),
     "gpt2-medium": (3.0e-4, 2**19),

@@ -1,6 +1,7 @@
 """Ranks: the process group, collectives over all processes, and DDP or FSDP2 around the model.
 
-torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one process.
+torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is
+one process.
 """
 
 import json
@@ -86,7 +87,8 @@ class Ranks:
     def fail_together(self) -> Iterator[None]:
         """If any rank raises BadInput inside, all ranks raise it, naming the ranks that failed.
 
-        Without it one rank would exit with an error message and the others would wait for it in the next collective.
+        Without it one rank would exit with an error message and the others would wait for it in the
+        next collective.
         """
         problem = None
         try:

@@ -1,7 +1,7 @@
 """AdamW with GPT-3's settings, Muon for the matrices of the blocks, and the learning-rate schedule.
 
-Sources: Loshchilov & Hutter 2019, arXiv:1711.05101; Brown et al. 2020, arXiv:2005.14165, appendix B;
-Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+Sources: Loshchilov & Hutter 2019, arXiv:1711.05101; Brown et al. 2020, arXiv:2005.14165, appendix
+B; Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 """
 
 import math
@@ -17,13 +17,13 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Steps of linear warm-up: ceil(warmup_tokens / tokens_per_step), at most a tenth of the run."""
+    """Warm-up steps: ceil(warmup_tokens / tokens_per_step), at most a tenth of the run."""
     wanted = math.ceil(config.optim.warmup_tokens / config.tokens_per_step)
     return min(wanted, max(1, config.num_steps // 10))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate at `step` (0-based): linear warm-up to lr, then a half cosine down to min_lr_ratio * lr."""
+    """Learning rate at `step` (0-based): linear warm-up to lr, cosine down to min_lr_ratio * lr."""
     peak, warmup = config.optim.lr, warmup_steps(config)
     if step < warmup:
         return peak * (step + 1) / warmup

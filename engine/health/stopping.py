@@ -24,7 +24,7 @@ MARGIN = 5.0  # seconds reserved for the exit
 def under_torchrun() -> bool:
     """Whether torchrun started this process.
 
-    torchrun restarts a process that exits with an error.
+    With --max-restarts torchrun starts all processes again after one exits with an error.
     """
     return "TORCHELASTIC_RUN_ID" in os.environ
 

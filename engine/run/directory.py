@@ -40,7 +40,7 @@ def open_out(out: str | Path, resume: str) -> None:
 
 
 def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:
-    """Writes config.json: the config, the tokenizer, and what was chosen where the config says auto."""
+    """Writes config.json: the config, the tokenizer, and what `auto` was resolved to."""
     path = Path(train.out) / CONFIG_FILE
     temporary = path.with_name(f".{CONFIG_FILE}.writing")
     fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved}
@@ -75,7 +75,8 @@ def report(train: TrainConfig, unit: str, outcome: str) -> str:
 
 
 def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
-    """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the optimizer's state.
+    """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the
+    optimizer's state.
 
     AdamW keeps two moments and a step count per parameter. Muon keeps one moment per matrix of a
     block, and AdamW's state for the rest. optimizer None: no state, as for imported weights.
@@ -92,9 +93,9 @@ def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
 def check_disk(train: TrainConfig) -> None:
     """Raises BadInput unless --out's disk has room for all checkpoints that will exist at one time.
 
-    These are the keep_last newest, the one with the lowest validation loss and the one being written,
-    but at most as many as the run saves. Space used by existing checkpoints counts as free. Call it on
-    one rank, if steps are left to train, after open_out.
+    These are the keep_last newest, the one with the lowest validation loss and the one being
+    written, but at most as many as the run saves. Space used by existing checkpoints counts as
+    free. Call it on one rank, if steps are left to train, after open_out.
     """
     each = checkpoint_bytes(train.model, train.optim.name)
     saves = 1 if train.save_every is None else math.ceil(train.num_steps / train.save_every)

@@ -1,11 +1,12 @@
-"""Weights in and out of runs: loading a run's model, importing released weights, and exporting for transformers.
+"""Weights in and out of runs: loading a run's model, importing released weights, and exporting for
+transformers.
 
-`transformers.AutoModelForCausalLM` and `AutoTokenizer` open an exported directory without a network.
-vocab.json maps each token to its id; a token's bytes are written as GPT-2's printable characters.
-merges.txt has one merge per line, in the order they were learned. The exported tokenizer gives the
-same ids as ours with one exception: it turns a literal <|endoftext|> into the end-of-text id, and here
-that is ordinary text.
-Source: encoder.py in github.com/openai/gpt-2 (characters and files).
+`transformers.AutoModelForCausalLM` and `AutoTokenizer` open an exported directory without a
+network. vocab.json maps each token to its id; a token's bytes are written as GPT-2's printable
+characters. merges.txt has one merge per line, in the order they were learned. The exported
+tokenizer gives the same ids as ours with one exception: it turns a literal <|endoftext|> into the
+end-of-text id, and here that is ordinary text. Source: encoder.py in github.com/openai/gpt-2
+(characters and files).
 """
 
 import json
@@ -34,8 +35,8 @@ def load_model(
 ) -> tuple[GPT2, Tokenizer, Checkpoint]:
     """(model, tokenizer, checkpoint) of a run's newest whole checkpoint.
 
-    is_best: of the one with the lowest validation loss instead. The model is float32 and in eval mode.
-    Raises BadInput if there is no such checkpoint.
+    is_best: of the one with the lowest validation loss instead. The model is float32 and in eval
+    mode. Raises BadInput if there is no such checkpoint.
     """
     config.load(run)  # raises its own error message if the directory is not a run
     lowest = checkpoints.best(run) if is_best else None
@@ -57,7 +58,8 @@ def load_model(
 
 
 def load_weights(source: str, model: GPT2) -> None:
-    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2 name.
+    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2
+    name.
 
     Raises BadInput if the source cannot be read or is a model of another shape.
     """
@@ -88,9 +90,11 @@ def check_tokenizer(data_directory: str, expected: str) -> None:
 
 
 def import_weights(source: str, out: str) -> Path:
-    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns the checkpoint.
+    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns
+    the checkpoint.
 
-    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is not new or empty.
+    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is
+    not new or empty.
     """
     _check_new("import", out)
     try:
@@ -137,7 +141,8 @@ def _check_new(command: str, out: str) -> None:
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length: int) -> None:
     """Writes the tokenizer's files beside a model's; each appears whole or not at all.
 
-    model_max_length: tokens, the model's n_positions. Raises BadInput if the directory cannot be written.
+    model_max_length: tokens, the model's n_positions. Raises BadInput if the directory cannot be
+    written.
     """
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {

@@ -97,7 +97,7 @@ class Metrics:
     def print0(self, line: str) -> None:
         """Prints one line without disturbing the progress bar."""
         if self._console is not None:
-            self._console.print0(line)
+            self._console.print_line(line)
 
     def end_step(self, step: int) -> None:
         """Ends `step`: moves the bar and writes the row.
@@ -226,12 +226,12 @@ class Lines:
             left = (now - self._began) / done * (self.num_steps - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         width = len(str(self.num_steps))
-        self.print0(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
+        self.print_line(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
 
     def advance(self, step: int) -> None:
         """No-op: plain lines have no bar."""
 
-    def print0(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line."""
         print(line, flush=True)
 
@@ -266,13 +266,13 @@ class Bar:
         ]
         self._progress.update(self._task, description="  ".join(parts))
         if "val_loss" in fields:
-            self.print0(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
+            self.print_line(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
         self._progress.update(self._task, completed=step)
 
-    def print0(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(line, markup=False)
 

@@ -1,4 +1,4 @@
-"""Resuming: finds a checkpoint, rejects one of another run, and fills model and optimizer from it."""
+"""Resuming: finds a checkpoint, refuses one of another run, fills model and optimizer from it."""
 
 import hashlib
 import uuid
@@ -131,8 +131,9 @@ def restore(checkpoint: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Opti
 
 
 def check_shared_out(out: str | Path, parallel: str, ranks: Ranks) -> None:
-    """Raises BadInput on every rank unless all hosts see rank 0's --out. No-op for ddp, which needs no
-    shared directory.
+    """Raises BadInput on every rank unless all hosts see rank 0's --out.
+
+    No-op for ddp, which needs no shared directory.
     """
     if parallel == "ddp" or ranks.world_size == 1:
         return

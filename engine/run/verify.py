@@ -18,7 +18,7 @@ from engine.tokens.shards import sha256
 
 SCANNED_TOKENS = 1 << 24  # tokens compared with the vocabulary size at a time
 CHECKPOINTS = "checkpoints"
-# Files of a checkpoint: see engine/run/checkpoint.py.
+# Files of a checkpoint. Defined here and not in checkpoint.py, which imports PyTorch.
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, SHARDED = "model.safetensors", "optimizer.safetensors", "sharded"
 VERSION = 1  # of a checkpoint's layout
@@ -108,7 +108,8 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         for field, count in (("bytes", path.stat().st_size), ("tokens", len(tokens))):
             if listed.get(field, count) != count:
                 wrong.append(f"must have {listed[field]} {field}, got {count}")
-        # Read the file before its memory map is used: an unreadable page of a map kills the process.
+        # Read the file before its memory map is used: an unreadable page of a map kills the
+        # process.
         digest = sha256(path)
         for start in range(0, len(tokens), SCANNED_TOKENS):
             piece = tokens[start : start + SCANNED_TOKENS]

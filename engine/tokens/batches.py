@@ -48,8 +48,8 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
 
     A Feistel network permutes the words of 2h bits, for the least h >= 1 with size <= 2^(2h). It is
     applied again to words outside range(size) until they are inside, which is still a permutation.
-    A word needs fewer than 4 applications on average.
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
+    A word needs fewer than 4 applications on average. Source: Black & Rogaway 2002, "Ciphers with
+    arbitrary finite domains", section 3 (cycle walking).
     """
     round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))

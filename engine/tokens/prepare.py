@@ -133,7 +133,7 @@ def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str,
 def _exit_with_parent() -> None:
     """Exits this worker soon after its parent dies.
 
-    A killed parent tells no one; the worker would wait forever.
+    A killed parent cannot stop its workers, and they would wait forever.
     """
     parent = os.getppid()
 
