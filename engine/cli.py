@@ -1,4 +1,7 @@
-"""The `gpt2` command. Each subcommand imports what it needs when it runs, so that help is instant."""
+"""The `gpt2` command.
+
+Each subcommand imports what it needs when it runs, so that --help is fast.
+"""
 
 import importlib.util
 import os
@@ -8,34 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DAMAGED, DONE, BadInput, nearest
+from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, nearest
 
 SUMMARIES = {
-    "prepare": "text to token shards",
+    "prepare": "turn text into token shards",
     "train": "train a preset on token shards; resumes by itself",
     "sample": "continue a prompt with a trained model",
-    "eval": "validation loss of a trained model",
-    "import": "GPT-2 weights in the Hugging Face layout to a run directory",
-    "export": "a run to a directory that transformers opens",
-    "plot": "draw a run's loss curve and learning rate again",
-    "verify": "whether every shard and checkpoint is whole",
-    "doctor": "what this machine has, and what each op runs on here and why",
+    "eval": "print the validation loss of a trained model",
+    "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
+    "export": "turn a run into a directory that transformers opens",
+    "plot": "redraw a run's loss curve and learning rate",
+    "verify": "check that every shard and checkpoint is whole",
+    "doctor": "show this machine's hardware and software, and what each op runs on and why",
 }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Continues a prompt with a trained model, writing to the terminal as it goes."""
+    """Continues a prompt with a trained model. Prints each token as it is sampled."""
 
     run: str  # run directory
-    prompt: str  # text to continue; at most the model's context
-    max_new_tokens: int = 200  # tokens to add; a drawn end of text stops sooner
-    temperature: float = 0.8  # 0 takes the likeliest token each time; 1 draws from the model as it is
-    top_k: int | None = 50  # draw among the k likeliest; None: among all
-    top_p: float | None = None  # draw among the fewest likeliest that hold this much probability
-    seed: int | None = None  # makes the draws repeatable; sample i uses seed + i
-    num_samples: int = 1  # continuations, one after another
-    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
+    prompt: str  # text to continue, at most n_positions tokens
+    max_new_tokens: int = 200  # most tokens to add; an end-of-text token stops earlier
+    temperature: float = 0.8  # divides the logits; 0: the most likely token each time; 1: the model's distribution
+    top_k: int | None = 50  # sample from the k most likely tokens; None: from all
+    top_p: float | None = None  # sample from the fewest most likely tokens with this total probability; None: from all
+    seed: int | None = None  # seed that makes samples repeatable; sample i, from 0, uses seed + i; None: random
+    num_samples: int = 1  # number of continuations
+    best: bool = False  # use the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
@@ -43,33 +46,33 @@ class Evaluate:
     """Prints the validation loss of a run's newest checkpoint, or of its best."""
 
     run: str  # run directory
-    data: str | None = None  # token shards; None: the run's own
-    eval_tokens: int | None = None  # validation tokens; None: as many as the run used
-    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
+    data: str | None = None  # directory of token shards; None: the run's
+    eval_tokens: int | None = None  # tokens of the validation split to use; None: as many as the run used
+    best: bool = False  # use the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
 class Export:
-    """Writes what transformers.AutoModelForCausalLM and AutoTokenizer open: safetensors, config and tokenizer."""
+    """Writes a run's model and tokenizer as files that the transformers library opens."""
 
     run: str  # run directory
-    out: str  # directory to write
-    best: bool = False  # the checkpoint with the lowest validation loss, not the newest
+    out: str  # directory to write, new or empty
+    best: bool = False  # use the checkpoint with the lowest validation loss, not the newest
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Draws loss_curve.png and lr_schedule.png of a run again."""
+    """Redraws loss_curve.png and lr_schedule.png of a run."""
 
     run: str  # run directory
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Says what this machine has and what each op of the model runs on here, with the reason. Starts nothing."""
+    """Shows what this machine has, and what each op runs on here and why. Starts nothing."""
 
-    preset: str = "gpt2"  # the model whose heads to judge by
-    head_dim: int | None = None  # width of a head; None: the preset's
+    preset: str = "gpt2"  # model preset, for its head_dim
+    head_dim: int | None = None  # elements per attention head; None: the preset's
     precision: str = "auto"  # auto, bf16, fp16, tf32 or fp32, as for gpt2 train
 
 
@@ -83,7 +86,7 @@ def _parse(kind: type, args: list[str], prog: str) -> Any:
 
 
 def prepare(args: list[str], prog: str) -> None:
-    """Text to token shards."""
+    """Turns text into token shards."""
     import tyro
 
     from engine.tokens import prepare as preparation
@@ -91,7 +94,7 @@ def prepare(args: list[str], prog: str) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(preparation.PrepareConfig):
-        """Turns text into token shards: one document per file, per .jsonl line, per .parquet row."""
+        """Turns text into token shards. A document is a file, a .jsonl line or a .parquet row."""
 
         sources: tyro.conf.Positional[tuple[str, ...]]  # .txt .md .py .jsonl .parquet, directories of them; or: stdlib
 
@@ -105,7 +108,7 @@ def train(args: list[str], prog: str) -> None:
     """Trains in this process; torchrun engine/train.py trains in several."""
     from engine import config
 
-    config.parse(args, prog)  # help and bad flags, before PyTorch is imported
+    config.parse(args, prog)  # answers --help and bad flags before PyTorch is imported
     import runpy
 
     sys.argv = [prog, *args]
@@ -113,7 +116,7 @@ def train(args: list[str], prog: str) -> None:
 
 
 def sample(args: list[str], prog: str) -> None:
-    """Continues a prompt, printing each token as it is drawn."""
+    """Continues a prompt. Prints each token as it is sampled."""
     asked = _parse(Sample, args, prog)
     import codecs
 
@@ -132,7 +135,7 @@ def sample(args: list[str], prog: str) -> None:
         )
     prompt = torch.tensor([ids], device=model.wte.weight.device)
     for number in range(asked.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
         try:
             drawn = stream(
                 model,
@@ -156,7 +159,7 @@ def sample(args: list[str], prog: str) -> None:
 
 
 def evaluate(args: list[str], prog: str) -> None:
-    """Validation loss of a run."""
+    """Prints the validation loss of a run."""
     asked = _parse(Evaluate, args, prog)
     import dataclasses
     import math
@@ -183,25 +186,29 @@ def evaluate(args: list[str], prog: str) -> None:
 
 
 def import_(args: list[str], prog: str) -> None:
-    """Released weights to a run directory."""
+    """Turns released weights into a run directory."""
     import tyro
 
     @dataclass(frozen=True)
     class Import:
-        """Makes a run directory, to sample, evaluate or train from, of GPT-2 weights in the Hugging Face layout."""
+        """Makes a run directory from GPT-2 weights in the Hugging Face layout.
+
+        The run can be sampled, evaluated, and trained from with --init-from.
+        """
 
         source: tyro.conf.Positional[str]  # a directory with config.json and model.safetensors, or a name such as gpt2
-        out: str  # run directory to make
+        out: str  # run directory to make, new or empty
 
     asked = _parse(Import, args, prog)
+    from engine.config import GPT_PROMPT
     from engine.run import export
 
-    step_path = export.import_weights(asked.source, asked.out)
-    print(f'{step_path}\ntry: gpt2 sample --run {asked.out} --prompt "Hello, I\'m a language model,"')
+    checkpoint_path = export.import_weights(asked.source, asked.out)
+    print(f'{checkpoint_path}\ntry: gpt2 sample --run {asked.out} --prompt "{GPT_PROMPT}"')
 
 
 def export(args: list[str], prog: str) -> None:
-    """A run to a directory that transformers opens."""
+    """Turns a run into a directory that transformers opens."""
     asked = _parse(Export, args, prog)
     from engine.run import export as exporting
 
@@ -210,7 +217,7 @@ def export(args: list[str], prog: str) -> None:
 
 
 def plot(args: list[str], prog: str) -> None:
-    """Both pictures of a run."""
+    """Redraws both plots of a run and prints their paths."""
     asked = _parse(Plot, args, prog)
     import dataclasses
 
@@ -226,14 +233,17 @@ def plot(args: list[str], prog: str) -> None:
 
 
 def verify(args: list[str], prog: str) -> int:
-    """Every shard and checkpoint, byte by byte."""
+    """Checks every shard and checkpoint, byte by byte. Returns the exit code."""
     import tyro
 
     @dataclass(frozen=True)
     class Verify:
-        """Reads every byte of data and run directories and says of each file whether it is whole. Changes nothing."""
+        """Reads all files of data and run directories and prints which are whole.
 
-        paths: tyro.conf.Positional[tuple[str, ...]]  # data directories, run directories
+        Changes nothing.
+        """
+
+        paths: tyro.conf.Positional[tuple[str, ...]]  # data directories or run directories
 
     asked = _parse(Verify, args, prog)
     if not asked.paths:
@@ -244,7 +254,7 @@ def verify(args: list[str], prog: str) -> int:
 
 
 def doctor(args: list[str], prog: str) -> None:
-    """This machine, op by op."""
+    """Prints this machine's hardware and software, and the implementation of each op."""
     asked = _parse(Doctor, args, prog)
     from typing import get_args
 
@@ -266,20 +276,20 @@ def doctor(args: list[str], prog: str) -> None:
 
 
 def shadowed_package() -> str | None:
-    """An error message if `import kernels` or `import model` would find another project's package, else None."""
+    """Error message if `kernels` or `model` would be imported from another project, else None."""
     root = Path(__file__).resolve().parent.parent
     for name in ("kernels", "model"):
         spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if found != root / name:
+        package = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if package != root / name:
             return (
-                f"doctor: `import {name}` must find {root / name}, got {found or 'nothing'}; another package of this "
+                f"doctor: `import {name}` must find {root / name}, got {package or 'nothing'}; another package of this "
                 f"name is installed or comes first on the path: uninstall it, or run from {root}"
             )
     return None
 
 
-COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # None: done
+COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the exit code; None: DONE
     "prepare": prepare,
     "train": train,
     "sample": sample,
@@ -305,20 +315,20 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
-        return 0 if args else 2
+        return DONE if args else BAD_INPUT
     try:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
         return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
     except BadInput as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has what it wanted
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

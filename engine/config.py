@@ -1,7 +1,8 @@
-"""What a training run is: one typed config, its presets, and the command line that changes it.
+"""Config of a training run: its fields, presets and command line.
 
-`gpt2 train PRESET --flag value`: the preset gives every field a value, a flag changes one, nested fields are dotted
-(`--optim.lr 3e-4`, `--model.dropout 0.1`). Free of PyTorch, so that --help answers at once.
+`gpt2 train PRESET --flag value`: the preset sets every field, and each flag changes one. Nested
+fields are dotted (`--optim.lr 3e-4`, `--model.dropout 0.1`). Imports no PyTorch, so that --help is
+fast.
 """
 
 import dataclasses
@@ -22,19 +23,19 @@ GPT_PROMPT = "Hello, I'm a language model,"
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW as in the GPT-3 paper, appendix B, or Muon for the blocks' matrices with AdamW for the rest."""
+    """AdamW as in the GPT-3 paper, appendix B; or Muon for block matrices, AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: learns more from a token, works more for a step
+    name: Literal["adamw", "muon"] = "adamw"  # muon: learns more per token, takes more time per step
     lr: float = 6e-4  # peak learning rate of AdamW
-    muon_lr: float = 0.02  # peak learning rate of Muon, which follows the same schedule
+    muon_lr: float = 0.02  # peak learning rate of Muon, on the same schedule
     muon_momentum: float = 0.95  # decay of Muon's running mean of the gradient
-    min_lr_ratio: float = 0.1  # of lr, where the cosine ends
-    warmup_tokens: int = 375_000_000  # tokens of linear warm-up; never more than a tenth of the run
-    beta1: float = 0.9  # decay of the gradient's running mean
-    beta2: float = 0.95  # decay of its running square
-    eps: float = 1e-8  # added to the root of the running square
-    weight_decay: float = 0.1  # on matrices and embeddings; none on biases and LayerNorm
-    clip: float = 1.0  # largest norm of the whole gradient
+    min_lr_ratio: float = 0.1  # final learning rate / peak learning rate
+    warmup_tokens: int = 375_000_000  # tokens of linear warm-up; at most a tenth of the run
+    beta1: float = 0.9  # decay of AdamW's running mean of the gradient
+    beta2: float = 0.95  # decay of AdamW's running mean of the squared gradient
+    eps: float = 1e-8  # added to the square root of AdamW's running mean of the squared gradient
+    weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorm have none
+    clip: float = 1.0  # maximum norm of the whole gradient
 
 
 @dataclass(frozen=True)
@@ -42,39 +43,39 @@ class TrainConfig:
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
     data: str = "data/fineweb-edu"  # directory of token shards
-    out: str = "runs/gpt2"  # run directory: config, metrics, samples, pictures, checkpoints
+    out: str = "runs/gpt2"  # run directory: config, metrics, samples, plots, checkpoints
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
-    context: int | None = None  # T, tokens per sequence; None: the model's n_positions
+    context: int | None = None  # tokens per sequence; None: the model's n_positions
     micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: at most 16, to divide the step
-    precision: Precision = "auto"  # auto: bf16 where it is fast here, else tf32 or fp32
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it can run
-    compile: bool | None = None  # --compile or --no-compile; None: on a GPU
-    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # replicas, one model in shards, or replicas in shards
-    shard_size: int | None = None  # hsdp: processes that share one replica; None: those of one host
+    precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
+    compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
+    shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
-    recompute: Literal["none", "attention", "block"] = "none"  # activations made again in the backward, to save memory
-    seed: int = 1  # of the weights, the order of the data and dropout
-    resume: str = "auto"  # auto: go on from --out's last whole checkpoint; never: set that run aside; or a checkpoint
-    resume_changed: bool = False  # go on although data, seed, batch, context or dropout are not those of the checkpoint
-    init_from: str | None = None  # start from these weights: a directory in the Hugging Face layout, or a GPT-2 name
-    eval_every: int | None = 250  # steps between validations, samples and pictures; None: only at the end
-    eval_tokens: int = 1_048_576  # validation tokens, the same ones each time
+    recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward, to save memory
+    seed: int = 1  # seed of the initial weights, the data order and dropout
+    resume: str = "auto"  # auto: newest whole checkpoint in --out; never: move that run aside; or a checkpoint's path
+    resume_changed: bool = False  # resume although data, seed, batch, context or dropout differ from the checkpoint's
+    init_from: str | None = None  # initial weights: a run, a directory in the Hugging Face layout, or a GPT-2 name
+    eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
+    eval_tokens: int = 1_048_576  # tokens per validation, the same each time
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
-    keep_last: int = 2  # checkpoints kept, besides the one with the lowest validation loss
-    async_save: bool = True  # checkpoints are written by a thread while training goes on
-    max_minutes: float | None = None  # save and stop in time for a queue's limit, counted from the launch
-    grace_seconds: float = 25.0  # from a signal to the end of the process, saved or not
-    timeout_minutes: float = 10.0  # at most that ranks wait for each other; longer than a compile and a save
-    max_skipped: int = 20  # updates skipped in a row, for a loss or gradient that is not finite, before the run stops
+    keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
+    async_save: bool = True  # write checkpoints in a thread while training goes on
+    max_minutes: float | None = None  # minutes from launch before which to save and stop; None: no limit
+    grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
+    timeout_minutes: float = 10.0  # minutes that ranks wait for each other; longer than a compile or a save
+    max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
-    check_replicas_every: int | None = 100  # steps between comparisons of all replicas' weights, to the bit
-    log_every: int = 10  # steps between training measurements
+    check_replicas_every: int | None = 100  # steps between bitwise comparisons of the replicas' weights; None: never
+    log_every: int = 10  # steps between rows of training loss, speed and memory
     tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard
-    wandb: bool = False  # also send the measurements to Weights & Biases
-    profile: str | None = None  # START:STOP, steps to trace into OUT for Perfetto
-    prompt: str = GPT_PROMPT  # what the samples continue
-    sample_tokens: int = 64  # length of a sample
+    wandb: bool = False  # also send the metrics to Weights & Biases
+    profile: str | None = None  # START:STOP: trace steps START to STOP - 1 into OUT, for ui.perfetto.dev
+    prompt: str = GPT_PROMPT  # prompt of the samples
+    sample_tokens: int = 64  # tokens per sample
     model: GPT2Config = field(default_factory=GPT2Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -85,11 +86,11 @@ class TrainConfig:
 
     @property
     def sequence_length(self) -> int:
-        """T."""
+        """T: tokens per sequence."""
         return self.model.n_positions if self.context is None else self.context
 
     def problems(self) -> list[str]:
-        """Every sentence that a user must act on before this config can run; empty when there is none."""
+        """Error messages for all fields with invalid values; empty if there are none."""
         wrong = []
         for name in (
             "num_steps",
@@ -128,7 +129,7 @@ class TrainConfig:
                     f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
                 )
         for name in ("lr", "clip", "eps"):
-            if not getattr(self.optim, name) > 0:  # so put that NaN is refused too
+            if not getattr(self.optim, name) > 0:  # this form rejects NaN too
                 wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
         for name in ("weight_decay", "warmup_tokens"):
             if not getattr(self.optim, name) >= 0:
@@ -148,20 +149,24 @@ def _flag(name: str) -> str:
 
 
 def parse_profile(text: str) -> tuple[int, int]:
-    """(START, STOP) of "START:STOP", the value of --profile. Raises ValueError if it is not two steps in order."""
-    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
-    if found is None or not int(found[1]) < int(found[2]):
+    """(START, STOP) of "START:STOP", the value of --profile.
+
+    Raises ValueError if it is not two steps in order.
+    """
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
         raise ValueError(
             "--profile must be START:STOP, the first step to trace and the one after the last, such as 10:13, got "
             f"{text!r}"
         )
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 # ---- Presets ------------------------------------------------------------------------------------------------------
 
-# Peak learning rate and tokens per step by model, from table 2.1 of Brown et al. 2020, arXiv:2005.14165, with batches
-# rounded to powers of two. GPT-2's own were never published: its sizes take those of the nearest GPT-3 model.
+# Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
+# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size
+# takes those of the nearest GPT-3 model.
 _GPT3_RECIPE = {
     "gpt2": (6.0e-4, 2**19),
     "gpt2-medium": (3.0e-4, 2**19),
@@ -220,7 +225,10 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def parse(args: list[str], prog: str) -> TrainConfig:
-    """The config that `PRESET --flags` stand for. Raises BadInput; an unknown flag exits with 2 and the nearest one."""
+    """Parses `PRESET --flags`.
+
+    Raises BadInput for a bad preset or value; for an unknown flag tyro exits with 2.
+    """
     import tyro
 
     if args and args[0] in ("-h", "--help"):
@@ -232,7 +240,7 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     if preset not in PRESETS:
         raise BadInput(f"{prog}: the preset must be one that exists, got {preset!r}{nearest(preset, PRESETS)}")
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
-    args = [word for arg in args for word in switches.get(arg, [arg])]
+    args = [part for arg in args for part in switches.get(arg, [arg])]
     try:
         config = tyro.cli(TrainConfig, args=args, default=PRESETS[preset], prog=f"{prog} {preset}")
     except ValueError as error:
@@ -243,10 +251,11 @@ def parse(args: list[str], prog: str) -> TrainConfig:
 
 
 def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(micro_batch_size, accumulation): sequences per forward pass and forward passes per step, on each rank.
+    """(micro_batch_size, accumulation) of each rank.
 
-    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with the nearest values
-    that work, if that cannot hold.
+    These are the sequences per forward pass and the forward passes per step:
+    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with
+    the nearest valid values, if no integers satisfy this.
     """
     T, wanted = config.sequence_length, config.micro_batch_size
     unit = T * world_size * (wanted or 1)
@@ -282,7 +291,7 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(fields: dict) -> TrainConfig:
-    """The inverse of to_dict. Fields that this version does not know are left out."""
+    """Inverse of to_dict. Ignores fields that this version does not know."""
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     nested = {"model": GPT2Config, "optim": OptimConfig}
     values = {name: value for name, value in fields.items() if name in known}
@@ -293,7 +302,10 @@ def from_dict(fields: dict) -> TrainConfig:
 
 
 def load(run: str | Path) -> TrainConfig:
-    """The config of a run directory. Raises BadInput if it holds none."""
+    """The config of a run directory.
+
+    Raises BadInput if it has no config.json, or one that cannot be read.
+    """
     path = Path(run) / CONFIG_FILE
     if not path.is_file():
         raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")

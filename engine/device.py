@@ -1,8 +1,10 @@
-"""The device: which precision and compiler it can use, its memory and peak FLOP/s, and the report of `gpt2 doctor`.
+"""The device: which precision and compiler it can use, its memory and peak FLOP/s, and the report
+of `gpt2 doctor`.
 
-Precision is that of activations and matrix products. bf16: bfloat16. fp16: float16, with the loss scaled so that small
-gradients survive. tf32: float32 activations, products rounded to 10-bit mantissas on tensor cores. fp32: float32
-throughout. Parameters, their gradients, optimizer state and statistics are float32 in all four.
+Precision is that of activations and matrix products. bf16: bfloat16. fp16: float16, with the loss
+scaled so that small gradients survive. tf32: float32 activations, products rounded to 10-bit
+mantissas on tensor cores. fp32: float32 throughout. Parameters, their gradients, optimizer state
+and statistics are float32 in all four.
 """
 
 import ctypes
@@ -73,7 +75,10 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile the training step, why). asked: --compile, or None for the default: on a GPU only."""
+    """(whether to compile the training step, why).
+
+    asked: --compile, or None for the default: on a GPU only.
+    """
     wanted = device.type == "cuda" if asked is None else asked
     if not wanted:
         return False, "off, as asked" if asked is False else f"off, the default on a {device.type}"
@@ -82,7 +87,10 @@ def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
 
 
 def compile_obstacle(device: torch.device) -> str | None:
-    """Why torch.compile cannot run here, or None. A GPU needs Triton and a C compiler, a CPU a C++ compiler."""
+    """Why torch.compile cannot run here, or None.
+
+    A GPU needs Triton and a C compiler, a CPU a C++ compiler.
+    """
     if device.type == "cuda":
         if not HAS_TRITON:
             return "Triton is not installed"
@@ -102,9 +110,9 @@ def compile_obstacle(device: torch.device) -> str | None:
 def tune_malloc() -> None:
     """Makes glibc reuse the memory of freed tensors; does nothing without glibc.
 
-    By default glibc returns every freed megabyte to the kernel, which hands it back page by page. A step of `tiny` on
-    512 bytes with AdamW took 48 ms so and 42 ms tuned (medians of 4 interleaved runs, 2 cores of an AMD EPYC Milan,
-    torch 2.13).
+    By default glibc returns every freed megabyte to the kernel, which hands it back page by page. A
+    step of `tiny` on 512 bytes with AdamW took 48 ms without this and 42 ms with it (medians of 4
+    interleaved runs, 2 cores of an AMD EPYC Milan, torch 2.13).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -121,7 +129,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Highest memory use so far, in GiB: allocated by PyTorch on a GPU, resident in the process on a CPU."""
+    """Highest memory use so far in GiB: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -130,14 +138,14 @@ def peak_gib(device: torch.device) -> float:
 
 
 def alloc_retries(device: torch.device) -> int | None:
-    """Times that the GPU's allocator had to free its cache to find room, which is slow; None on a CPU."""
+    """Times that the GPU's allocator had to free its cache, which is slow; None on a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0)  # empty before the first allocation
 
 
 def describe(device: torch.device) -> str:
-    """The device and its memory in words."""
+    """Name and memory of the device."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{device}, {gpu.name}, {format_bytes(gpu.total_memory)}"
@@ -164,7 +172,8 @@ def _cpu_memory_bytes() -> int | None:
 
 
 def report(head_dim: int, asked_precision: str) -> str:
-    """What this machine has, and which implementation of each op runs here and why. Starts and writes nothing.
+    """What this machine has, and which implementation of each op runs here and why. Starts and
+    writes nothing.
 
     asked_precision: as for gpt2 train. Raises BadInput if this machine cannot do it.
     """
@@ -199,8 +208,8 @@ def _version(package: str) -> str:
 def _gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return [("GPU", "no CUDA device")]
-    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-        for index, gpu in enumerate(found)
+        for index, gpu in enumerate(gpus)
     ]

@@ -1,6 +1,7 @@
-"""Ranks: which process this is, its device, collectives over all processes, and DDP and FSDP2 around the model.
+"""Ranks: the process group, collectives over all processes, and DDP or FSDP2 around the model.
 
-torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is one process.
+torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE. Without it there is
+one process.
 """
 
 import json
@@ -34,14 +35,14 @@ class Ranks:
     """This process, its device, and collectives over all processes."""
 
     rank: int  # 0 to world_size - 1, over all hosts
-    local_rank: int  # on this host: the index of its GPU
+    local_rank: int  # rank on this host, which is the index of its GPU
     world_size: int
     device: torch.device
-    meeting: str = ""  # prefix of the keys that the processes of this attempt use in the store
+    meeting: str = ""  # prefix of this attempt's keys in the store: see _meet
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def print0(self, line: str) -> None:
@@ -49,12 +50,8 @@ class Ranks:
         if self.is_first:
             print(line, flush=True)
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all ranks, the same bits on each."""
-        return self.sum(value) / self.world_size
-
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, the same bits on each."""
+        """Sum of a tensor over all ranks, the same bits on each."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -73,7 +70,7 @@ class Ranks:
         self.gather(None)
 
     def gather(self, value: Any) -> list:
-        """The values of all ranks, in the order of the ranks, on every rank. The values must be picklable."""
+        """Values of all ranks, in rank order, on every rank. The values must be picklable."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -90,7 +87,8 @@ class Ranks:
     def fail_together(self) -> Iterator[None]:
         """If any rank raises BadInput inside, all ranks raise it, naming the ranks that failed.
 
-        Without it one rank would exit with an error message and the others would wait for it in the next collective.
+        Without it one rank would exit with an error message and the others would wait for it in the
+        next collective.
         """
         problem = None
         try:
@@ -100,23 +98,27 @@ class Ranks:
         problems = self.gather(problem)
         if not any(problems):
             return
-        alike: dict[str, list[str]] = {}
-        for rank, said in enumerate(problems):
-            if said:
-                alike.setdefault(said, []).append(str(rank))
-        whole = len(alike) == 1 and None not in problems
-        raise BadInput("\n".join(said if whole else f"rank {', '.join(at)}: {said}" for said, at in alike.items()))
+        ranks_of: dict[str, list[str]] = {}  # message -> ranks
+        for rank, message in enumerate(problems):
+            if message:
+                ranks_of.setdefault(message, []).append(str(rank))
+        is_same = len(ranks_of) == 1 and None not in problems  # every rank raised this one
+        lines = [message if is_same else f"rank {', '.join(at)}: {message}" for message, at in ranks_of.items()]
+        raise BadInput("\n".join(lines))
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises BadInput on every rank unless all ranks have the same facts; names the facts and ranks that differ."""
-        everyone = self.gather(facts)
+        """Raises BadInput on every rank unless all have the same facts.
+
+        Names the facts and ranks that differ.
+        """
+        gathered = self.gather(facts)
         wrong = []
         for name in facts:
-            holders: dict[str, list[str]] = {}
-            for rank, theirs in enumerate(everyone):
-                holders.setdefault(str(theirs.get(name)), []).append(str(rank))
-            if len(holders) > 1:
-                parts = [f"{value} on rank {', '.join(at)}" for value, at in holders.items()]
+            ranks_of: dict[str, list[str]] = {}  # value -> ranks
+            for rank, theirs in enumerate(gathered):
+                ranks_of.setdefault(str(theirs.get(name)), []).append(str(rank))
+            if len(ranks_of) > 1:
+                parts = [f"{value} on rank {', '.join(at)}" for value, at in ranks_of.items()]
                 wrong.append(f"{name}: {'; '.join(parts)}")
         if wrong:
             raise BadInput(
@@ -125,7 +127,10 @@ class Ranks:
             )
 
     def connect_store(self) -> dist.Store | None:
-        """A new connection to the rendezvous store, for another thread; None if there is one process."""
+        """Opens a new connection to the rendezvous store, for another thread.
+
+        None if there is one process.
+        """
         if self.world_size == 1:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -135,10 +140,10 @@ class Ranks:
 
 @contextmanager
 def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
-    """Joins the process group that torchrun describes, or none if there is one process; leaves it at the end.
+    """Joins torchrun's process group, and leaves it at the end. One process joins none.
 
-    timeout_minutes: of one collective, in which a rank may be preparing data, compiling or saving. Raises BadInput if
-    the processes cannot reach each other.
+    timeout_minutes: of one collective, during which a rank may be preparing data, compiling or
+    saving. Raises BadInput if the processes cannot reach each other.
     """
     ranks = _read_environment()
     if ranks.device.type == "cuda":
@@ -147,9 +152,9 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         device.tune_malloc()
     if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        late = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
-        late.daemon = True
-        late.start()
+        watchdog = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
+        watchdog.daemon = True
+        watchdog.start()
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -162,11 +167,11 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
                 timeout=timeout,
                 device_id=ranks.device if ranks.device.type == "cuda" else None,
             )
-            dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first that really crosses the network
+            dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first collective, which connects the processes
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise BadInput(_unreachable(ranks, error)) from error
         finally:
-            late.cancel()
+            watchdog.cancel()
     try:
         yield ranks
     finally:
@@ -175,11 +180,13 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
 
 
 def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
-    """A prefix for keys in the store that only this attempt uses, the same on every rank.
+    """Agrees on a prefix for store keys that only this attempt uses. The same on every rank.
 
-    torchrun keeps one store over its restarts (github.com/pytorch/pytorch/issues/135712), so an attempt would find
-    the addresses of dead processes there. Its restart count does not help: each host counts for itself. So rank 0 makes
-    a name, each rank answers to the newest name with a random token, and goes on when rank 0 has seen that token.
+    torchrun keeps one store across its restarts (github.com/pytorch/pytorch/issues/135712), so an
+    attempt would find the addresses of dead processes there. Its restart count does not help,
+    because each host counts separately. So rank 0 publishes a name. Each other rank answers the
+    newest name with a random token, and continues once rank 0 has listed that token. Raises
+    TimeoutError naming the missing ranks.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     others = range(1, ranks.world_size)
@@ -213,10 +220,10 @@ def _leave(ranks: Ranks) -> None:
 
 def _unreachable(ranks: Ranks, error: Exception) -> str:
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    said = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines()
     return (
         f"distributed: rank {ranks.rank} must reach the other {ranks.world_size - 1} processes, meeting at {address}, "
-        f"got {said[0] if said else error!r}; check that every host runs the same torchrun command, that no firewall "
+        f"got {lines[0] if lines else error!r}; check that every host runs the same torchrun command, that no firewall "
         "stands between them, and name the interface of their network with GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME "
         "on GPUs)"
     )
@@ -246,11 +253,12 @@ def wrap(
     is_compiled: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The model to run: on the device, compiled if asked, its gradients averaged over all ranks.
+    """Wraps the model for training: on the device, compiled if asked, gradients averaged.
 
-    ddp wraps the raw model. fsdp and hsdp shard it in place and return it; they move it to the GPU block by block, so
-    leave it on the CPU before, and build the optimizer after. shard_size: hsdp's ranks per replica; None: those of one
-    host. reshard: free gathered weights after a block's forward. Raises BadInput if the ranks do not divide evenly.
+    ddp wraps the raw model. fsdp and hsdp shard it in place and return it. They move it to the GPU
+    block by block, so leave it on the CPU, and build the optimizer afterwards. shard_size: ranks
+    per replica of hsdp; None: those of one host. reshard: free gathered weights after a block's
+    forward. Raises BadInput if shard_size does not divide the number of ranks.
     """
     if parallel == "ddp":
         model = raw_model.to(ranks.device)
@@ -261,22 +269,27 @@ def wrap(
         device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is added to it in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no in-place op changes the view
     mesh = _mesh(ranks, parallel, shard_size)
-    # Weights are gathered in the compute dtype, gradients summed in float32. The model itself casts activations.
+    # Weights are gathered in the compute dtype, gradients are summed in float32.
+    # The model itself casts activations.
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in raw_model.h:
         if is_compiled:
-            block.compile(dynamic=False)  # per block: a graph of the whole model would hold gathers and hooks
+            block.compile(dynamic=False)  # per block: a graph of the whole model would contain all-gathers and hooks
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # The backward pass begins with the root's weights, the head's: freeing them would gather them twice.
+    # The backward pass begins with the root's weights (the head's).
+    # If they were freed, they would be gathered twice.
     fully_shard(raw_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     register_fsdp_forward_method(raw_model, "last_logits")
     return raw_model
 
 
 def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
-    """fsdp: one replica over all ranks. hsdp: one over each shard_size neighbours, so weights stay on a host."""
+    """Makes the device mesh.
+
+    fsdp: (ranks,), one replica. hsdp: (replicas, shard_size), each replica over neighbouring ranks.
+    """
     if not dist.is_initialized():  # one process, which no torchrun started
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if parallel == "fsdp":
@@ -293,15 +306,16 @@ def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each rank holds only a part of the model, so that every forward needs all ranks."""
+    """Whether each rank holds only a shard of the model, so that every forward needs all ranks."""
     return isinstance(model, FSDPModule)
 
 
 def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
-    """Sets whether the next backward pass averages gradients. Call it before the forward: DDP decides there.
+    """Sets whether the next backward pass averages gradients.
 
-    FSDP reduce-scatters after every micro-batch regardless: without it each rank would hold whole gradients, and has no
-    room for them. Only the all-reduce over replicas waits for the last micro-batch.
+    Call it before the forward pass, because DDP reads the setting there.
+    FSDP reduce-scatters after every micro-batch in any case: a rank has no room for whole
+    gradients. Only its all-reduce over replicas waits for the last micro-batch.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
@@ -310,34 +324,38 @@ def synchronize_gradients(model: nn.Module, wanted: bool) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
+    """This rank's shard of a tensor; a tensor that is not sharded is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the whole gradient to max_norm. Returns its norm before: float32 scalar, same bits on each rank."""
+    """Clips the whole gradient to max_norm.
+
+    Returns the norm before clipping: a float32 scalar, the same bits on each rank.
+    """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
     if is_sharded(model):  # one all-reduce for all parameters; PyTorch's norm of DTensors makes one for each
-        mesh, squares = parameters[0].grad.device_mesh, norm.double().square()
-        dist.all_reduce(squares, group=mesh.get_group("shard"))
-        if mesh.ndim == 2:  # replicas summed apart: a bit of difference would make them drift
-            dist.broadcast(squares, group=mesh.get_group("replicate"), group_src=0)
-        norm = squares.sqrt().float()
+        mesh, squared = parameters[0].grad.device_mesh, norm.double().square()
+        dist.all_reduce(squared, group=mesh.get_group("shard"))
+        if mesh.ndim == 2:  # each replica has its own sum; replicas that differed in a bit would drift apart
+            dist.broadcast(squared, group=mesh.get_group("replicate"), group_src=0)
+        norm = squared.sqrt().float()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 @contextmanager
 def outside_training(raw_model: nn.Module) -> Iterator[None]:
-    """For forwards without a backward, of any shape: runs a sharded model uncompiled and reshards it at the end.
+    """Context manager for forwards without a backward, of any shape.
 
     Every rank must run the same number of forwards inside.
+    A sharded model runs uncompiled and is resharded at the end.
     """
     if not is_sharded(raw_model):
         yield
         return
-    with torch.compiler.set_stance("force_eager"):  # no graph per ragged batch and per length of a sample
+    with torch.compiler.set_stance("force_eager"):  # else one compiled graph per batch shape and sample length
         yield
     for module in raw_model.modules():
         if isinstance(module, FSDPModule):

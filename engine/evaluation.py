@@ -1,8 +1,8 @@
-"""Validation loss on a fixed set of tokens, computed by all ranks, and the text sample that goes with it.
+"""Validation loss on a fixed set of tokens, computed by all ranks, and text samples.
 
-The set does not depend on batch size, number of ranks or step: windows spread evenly over the validation stream, in
-batches of a fixed size. Each rank takes whole batches, and every rank adds the batches' sums in the same order. So the
-loss has the same bits on any number of ranks.
+The windows are spread evenly over the validation stream, in batches of a fixed size. They do not
+depend on batch size, number of ranks or step. Each rank evaluates whole batches, and every rank
+adds the batches' sums in the same order. So the loss has the same bits on any number of ranks.
 """
 
 import math
@@ -17,37 +17,43 @@ from engine.tokens.tokenizer import Tokenizer
 from model.generate import generate
 from model.gpt2 import GPT2
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # tokens per forward pass
 
 
 def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
-    """Numbers of the validation windows, spread evenly. Raises BadInput if the stream has no whole window."""
-    present = stream.num_windows(context)
-    if present == 0:
+    """Indices of the validation windows, spread evenly.
+
+    Raises BadInput if the stream has no whole window.
+    """
+    num_windows = stream.num_windows(context)
+    if num_windows == 0:
         raise BadInput(
             f"data: the validation split must hold at least {context + 1} tokens, got {len(stream)}; "
             "prepare more text or a larger --val-fraction, or lower --context"
         )
-    count = min(present, max(1, eval_tokens // context))
-    return np.arange(count) * present // count
+    count = min(num_windows, max(1, eval_tokens // context))
+    return np.arange(count) * num_windows // count
 
 
 @torch.no_grad()
 def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context: int, ranks: Ranks) -> float:
-    """Mean loss per token over the windows, in nats, without dropout. All ranks call it. Leaves the model as it was."""
-    size = max(1, BATCH_TOKENS // context)  # sequences
+    """Mean loss over the windows, in nats per token, without dropout. All ranks call it.
+
+    Restores the model's training mode.
+    """
+    size = max(1, BATCH_TOKENS // context)  # sequences per batch
     batches = np.split(windows, range(size, len(windows), size))
     sums = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
     end = len(batches)
-    if is_sharded(raw_model):  # each forward needs all ranks: in the last round some repeat the last batch, uncounted
+    if is_sharded(raw_model):  # each forward needs all ranks: spare ranks repeat the last batch and drop its loss
         end = math.ceil(end / ranks.world_size) * ranks.world_size
     was_training = raw_model.training
     raw_model.eval()
     try:
         with outside_training(raw_model):
             for index in range(ranks.rank, end, ranks.world_size):
-                numbers = batches[min(index, len(batches) - 1)]
-                batch = stream.windows(numbers, context).to(ranks.device)  # (B, T + 1)
+                indices = batches[min(index, len(batches) - 1)]
+                batch = stream.windows(indices, context).to(ranks.device)  # (B, T + 1)
                 loss = raw_model(batch[:, :-1], batch[:, 1:])
                 if index < len(batches):
                     sums[index] = loss.double() * len(batch)
@@ -57,7 +63,10 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context
 
 
 def sample(raw_model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, seed: int, ranks: Ranks) -> str:
-    """The prompt continued by the model as it is now; the same seed draws alike at every step. Rank 0 has the text."""
+    """Continues a prompt with the current weights. All ranks call it; rank 0 has the text.
+
+    Returns prompt and continuation. The same seed makes the same random draws at every step.
+    """
     if not ranks.is_first and not is_sharded(raw_model):  # a sharded model runs on all ranks or on none
         return ""
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)

@@ -5,11 +5,11 @@
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
     open_record    metrics, saver, heartbeat, trace
 
-Bad input ends the run here, on all ranks together, before the GPU has done any work for it.
+Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,12 +57,12 @@ class Past:
     identity: dict  # what the run must share with its past: see resume.FIXED
     checkpoint: Checkpoint | None
     step: int  # updates done
-    tokens: int  # trained on
+    tokens: int  # tokens trained on so far
 
 
 @dataclass
 class Run:
-    """One training run: owns its parts, enters and closes them, and knows what a checkpoint must hold."""
+    """One training run: owns its parts, closes them, and knows what a checkpoint must hold."""
 
     config: TrainConfig
     ranks: Ranks
@@ -79,7 +79,10 @@ class Run:
     trace: Trace = field(init=False)
 
     def state(self, step: int, val_loss: float | None) -> dict:
-        """What a checkpoint holds besides weights and optimizer, as JSON types. Waits for the device."""
+        """What a checkpoint holds besides weights and optimizer, as JSON types.
+
+        Waits for the device.
+        """
         return {
             "step": step,
             "tokens": self.record.tokens(step),
@@ -92,7 +95,10 @@ class Run:
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Fills weights, optimizer, loss scale and guard. Raises BadInput if the checkpoint is another model's."""
+        """Fills weights, optimizer, loss scale and guard.
+
+        Raises BadInput if the checkpoint is another model's.
+        """
         resume.restore(checkpoint, self.raw_model, self.update.optimizer, self.ranks)
         state, scaler, guard = checkpoint.state, self.update.scaler, self.update.guard
         if scaler.is_enabled() and state["scaler"]:  # the checkpoint may be of a run in another precision
@@ -112,7 +118,10 @@ class Run:
         return evaluation.mean_loss(self.raw_model, data.val_stream, data.val_windows, context, self.ranks)
 
     def sample(self) -> str:
-        """The config's prompt continued by the model as it is now. All ranks call it; rank 0 has the text."""
+        """The config's prompt continued by the model as it is now.
+
+        All ranks call it; rank 0 has the text.
+        """
         config = self.config
         return evaluation.sample(
             self.raw_model,
@@ -124,27 +133,23 @@ class Run:
         )
 
     def check_replicas(self) -> str | None:
-        """An error message, the same on every rank, if replicas differ in a bit of their weights; else None."""
+        """An error message, the same on every rank, if replicas' weights differ; else None."""
         return replicas.check(self.raw_model, self.ranks, self.replica_group)
 
-    def __enter__(self) -> "Run":
-        with ExitStack() as parts:
-            parts.enter_context(self.heartbeat)  # closed last: it turns what went wrong into words
-            parts.enter_context(closing(self.data.batches))
-            parts.enter_context(closing(self.record))
-            parts.enter_context(self.saver)
-            parts.enter_context(closing(self.trace))
-            self._parts = parts.pop_all()
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self._parts.__exit__(kind, error, trace)
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Closes every part at the end, also after an exception; then waits for all ranks."""
+        with self.heartbeat:  # closed last: it turns an exception into an error message
+            # Nested, not an ExitStack: what fails while closing must see the exception before it.
+            with closing(self.data.batches), closing(self.record), self.saver, closing(self.trace):
+                yield
+            self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
 
 def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     """The run, ready for its first step, or None if it is complete. All ranks call it.
 
-    Raises BadInput, the same on all ranks, if config, data, checkpoint or machine will not do.
+    Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
     with ranks.fail_together():
         data = read_data(config, ranks)
@@ -160,7 +165,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
 
 
 def read_data(config: TrainConfig, ranks: Ranks) -> Data:
-    """Opens the shards. Raises BadInput if they are bad, too few, or of another vocabulary than the model's."""
+    """Opens the shards.
+
+    Raises BadInput if they are bad, too few, or of another vocabulary than the model's.
+    """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config.model.vocab_size, tokenizer, config.data)
     shape = batch_shape(config, ranks.world_size)
@@ -183,7 +191,10 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
 
 
 def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
-    """Opens --out on rank 0 and finds the checkpoint to go on from. Raises BadInput if ranks or runs differ."""
+    """Opens --out on rank 0 and finds the checkpoint to go on from.
+
+    Raises BadInput if ranks or runs differ.
+    """
     digest = shards.digest([data.train_stream, data.val_stream], config.data)
     identity = resume.identity(config, data.tokenizer.name, digest)
     ranks.check_alike(resume.facts(config, identity))
@@ -199,7 +210,10 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
 
 
 def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, precision: tuple[str, str]) -> Run:
-    """Makes model and optimizer, fills them, and says on rank 0 what will run. precision: its name, and why."""
+    """Makes model and optimizer, fills them, and prints on rank 0 what will run.
+
+    precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
+    """
     resume.check_shared_out(config.out, config.parallel, ranks)
     torch.manual_seed(config.seed)
     raw_model = GPT2(config.model)
@@ -236,6 +250,9 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
     if past.checkpoint is not None:
         run.load(past.checkpoint)
+    if ranks.is_first:
+        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size}
+        directory.write_config(config, data.tokenizer.name, resolved)
     ranks.print0(
         summary(run)
         + f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
@@ -245,7 +262,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
 
 
 def summary(run: Run) -> str:
-    """What is trained on what, and how a step is cut up: the first two lines of a run."""
+    """Sizes of model, data and step: the first two lines that a run prints."""
     config, data, ranks = run.config, run.data, run.ranks
     unit = data.tokenizer.unit
     return (
@@ -257,11 +274,8 @@ def summary(run: Run) -> str:
 
 
 def open_record(run: Run) -> None:
-    """Opens what the run leaves on the disk, and what keeps watch over it."""
+    """Opens the run's metrics, saver, trace and heartbeat."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
-    if ranks.is_first:
-        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size}
-        directory.write_config(config, data.tokenizer.name, resolved)
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.trace = Trace(config.profile, config.out, ranks)

@@ -2,10 +2,11 @@
 
     loss = mean over all micro-batches of all ranks;  g = its gradient;  clip g to a norm;  AdamW or Muon
 
-The guard skips an update whose loss or gradient norm is not finite, and on request one whose loss spikes. All of it
-runs on the device. Every rank judges the same two numbers, the mean loss and the norm of the whole gradient, so all
-ranks skip together. The fused optimizer takes the verdict as its `found_inf` and leaves weights, moments and step count
-alone. The host reads the verdict one step later, together with the other numbers, and never waits for it.
+The guard skips an update whose loss or gradient norm is not finite, and on request one whose loss
+spikes. All of it runs on the device. Every rank judges the same two numbers, the mean loss and the
+norm of the whole gradient, so all ranks skip together. The fused optimizer takes the verdict as its
+`found_inf` and leaves weights, moments and step count alone. The host reads the verdict one step
+later, together with the other numbers, and never waits for it.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ SKIPPED = 3  # index in Guard.state of the first of its two counts
 
 
 class Numbers(NamedTuple):
-    """What one update tells the host. On the device it is one (6,) float64 tensor, equal on all ranks."""
+    """What one update tells the host.
+
+    On the device it is one (6,) float64 tensor, equal on all ranks.
+    """
 
     loss: float  # mean over the global batch, nats per token
     grad_norm: float  # of the whole gradient, before clipping
@@ -39,7 +43,8 @@ class Numbers(NamedTuple):
 class Mailbox:
     """Carries Numbers from the device to the host one step late, when the copy has long arrived.
 
-    Every rank reads the numbers of the same step at the same step, so all ranks act on them together.
+    Every rank reads the numbers of the same step at the same step, so all ranks act on them
+    together.
     """
 
     def __init__(self) -> None:
@@ -64,9 +69,11 @@ class Mailbox:
 
 
 class Guard:
-    """Decides which updates are made. Its state is saved with the checkpoints, so a resumed run decides alike.
+    """Decides which updates are made. Its state is saved with the checkpoints, so a resumed run
+    decides alike.
 
-    state: (5,) float64 on the device: running mean and variance of the loss, updates made, skipped, skipped in a row.
+    state: (5,) float64 on the device: running mean and variance of the loss, updates made, skipped,
+    skipped in a row.
     """
 
     def __init__(self, device: torch.device, max_skipped: int = 20, skip_z_score: float | None = None):
@@ -74,7 +81,10 @@ class Guard:
         self.state = torch.zeros(5, dtype=torch.float64, device=device)
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether to skip this update: 1.0 or 0.0, a float32 scalar on the device. Does not wait for the device."""
+        """Whether to skip this update: 1.0 or 0.0, a float32 scalar on the device.
+
+        Does not wait for the device.
+        """
         mean, variance, count, skipped, streak = self.state
         loss = loss.double()
         skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -135,8 +145,9 @@ class Step:
     ) -> Tensor:
         """Makes update `index`, or skips it if the guard says so. Waits for nothing.
 
-        micro_batches: (tokens, targets), each (B, T) int64, of this rank. lr: peak-scaled learning rate of AdamW.
-        asked: whether this rank has a signal, and whether it is out of time. Returns Numbers as a (6,) float64 tensor.
+        micro_batches: (tokens, targets), each (B, T) int64, of this rank. lr: learning rate of
+        AdamW at this step; Muon's follows in proportion. asked: whether this rank has a signal, and
+        whether it is out of time. Returns Numbers as a (6,) float64 tensor.
         """
         device = self.ranks.device
         torch.manual_seed(derived_seed(self.seed, index, self.ranks.rank))  # dropout needs no saved random state

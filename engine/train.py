@@ -1,8 +1,8 @@
-"""Training, from top to bottom: `gpt2 train gpt2 --data DIR`, or `torchrun --nproc_per_node=8 engine/train.py ...`.
+"""Training, from top to bottom: `gpt2 train PRESET`, or `torchrun engine/train.py PRESET`.
 
-The loop reads in time order. Step s evaluates, samples and saves with the weights that s updates made, then makes one
-more update. A last pass evaluates and saves the final weights. What happens before the loop is in engine/start.py, one
-update is engine/step.py. Nothing imports this file.
+The loop reads in time order. Step s evaluates, samples and saves with the weights that s updates
+made, then makes one more update. A last pass evaluates and saves the final weights. What happens
+before the loop is in engine/start.py, one update is engine/step.py. Nothing imports this file.
 """
 
 import os
@@ -22,13 +22,16 @@ from engine.step import OUT_OF_TIME, Numbers
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
-    """Trains one run to its end, or until it is asked to stop. Returns the reason if it stopped early."""
+    """Trains one run to its end, or until it is asked to stop.
+
+    Returns the reason if it stopped early.
+    """
     run = start.build(config, ranks)
     if run is None:
         return None
     data, record, guard, clock = run.data, run.record, run.update.guard, run.update.clock
     stopping = None  # why the run stops early, once every rank knows
-    with run:
+    with run.opened():
         for step in range(run.past.step, config.num_steps + 1):  # one pass more than updates, for the final weights
             is_last, val_loss = step == config.num_steps, None
             saves = step > run.past.step and (is_last or stopping is not None or due(step, config.save_every))
@@ -62,9 +65,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                 now = Numbers(*numbers.tolist())  # waits for the GPU: only here
                 record.log(step, lr=lr, **metrics.measured(now, clock.read(), config, run.precision, ranks))
             record.end_step(step)
-            if (known := run.mailbox.exchange(numbers)) is not None:  # of the step before, which need no waiting
+            if (known := run.mailbox.exchange(numbers)) is not None:  # the previous step's: already copied
                 stopping = guard.verdict(known, step)
-    ranks.barrier()  # torchrun kills the other ranks when one exits, and one may still be saving
     if not is_last:
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping} and saved; the same command goes on")
         return stopping
@@ -78,7 +80,7 @@ def due(step: int, every: int | None) -> bool:
 
 
 def main(args: list[str]) -> int:
-    """Exit code: 0 done, 2 bad input, 3 numbers not to be trusted, 4 a process is lost, 75 stopped early and saved."""
+    """Exit code: 0 done, 2 bad input, 3 numbers not to be trusted, 4 process lost, 75 stopped early."""
     try:
         config = parse(args, "gpt2 train")
         stop = Stop(config.grace_seconds, config.max_minutes)
@@ -93,7 +95,7 @@ def main(args: list[str]) -> int:
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     if stopped_by is None or (stopped_by == OUT_OF_TIME and under_torchrun()):
-        return DONE  # torchrun would restart a process with any other code, past the limit
+        return DONE  # with any other code torchrun --max-restarts would start again, past the limit
     return STOPPED
 
 

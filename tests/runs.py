@@ -1,6 +1,6 @@
-"""Runs that several test files start, read and compare: in this process, under torchrun, or as checkpoints alone.
+"""Helpers that start, read and compare runs: in this process, under torchrun, or as checkpoints alone.
 
-An exit code is the command's; floats are compared as hex, files by their bytes.
+Floats are compared as hex, files by their bytes.
 """
 
 import os
@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run(*args: str) -> int:
-    """The exit code of a command, in this process."""
+    """Runs a command in this process and returns its exit code."""
     try:
         return cli.main(list(args))
     except SystemExit as done:
@@ -37,14 +37,14 @@ def train(out: Path, shards: Path, *flags: str) -> int:
 
 
 def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Trains with torchrun and waits."""
+    """Trains under torchrun and waits for it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     command += [str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), "--out", str(out), *flags]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 def measured(out: Path) -> list[dict]:
-    """The rows of a run without its timings, floats as hex."""
+    """Rows of metrics.jsonl without the timings, floats as hex."""
     rows = metrics.read_rows(out / "metrics.jsonl")
     return [
         {key: value.hex() if isinstance(value, float) else value for key, value in row.items() if key not in TIMINGS}
@@ -57,7 +57,7 @@ def newest(out: Path) -> Path:
 
 
 def assert_same_run(left: Path, right: Path) -> None:
-    """Same rows, samples, weights and optimizer, to the bit."""
+    """Asserts that two runs have the same rows, samples, weights and optimizer state, to the bit."""
     assert measured(left) == measured(right)
     assert (left / "samples.txt").read_bytes() == (right / "samples.txt").read_bytes()
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -65,17 +65,17 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 
 def workers(launcher: subprocess.Popen) -> dict[int, int]:
-    """The process of each rank."""
-    found = {}
+    """Process id of each rank."""
+    pids = {}
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         environment = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{child}/environ").read_text().split("\0"))
         if "RANK" in environment:
-            found[int(environment["RANK"])] = int(child)
-    return found
+            pids[int(environment["RANK"])] = int(child)
+    return pids
 
 
 def save_filled(out: Path, step: int, keep_last: int = 10) -> Path:
-    """A checkpoint of a tiny model whose every weight is `step`."""
+    """Saves a checkpoint of a tiny model, all of whose weights are `step`. Returns its path."""
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, step)
     nn.init.constant_(model.bias, step)
@@ -87,13 +87,13 @@ def save_filled(out: Path, step: int, keep_last: int = 10) -> Path:
     return checkpoint.save(out, {"step": step}, model, optimizer, keep_last)
 
 
-def load_filled(found: checkpoint.Checkpoint) -> int:
-    """The step of a save_filled, by its state and all its weights."""
+def load_filled(saved: checkpoint.Checkpoint) -> int:
+    """Loads a checkpoint of save_filled and returns its step. Asserts that all weights equal it."""
     model = nn.Linear(3, 2)
-    checkpoint.load_weights(found, model)
-    checkpoint.load_optimizer(found, model, torch.optim.AdamW(model.parameters(), fused=True))
-    assert all((p == found.step).all() for p in model.parameters())
-    return found.step
+    checkpoint.load_weights(saved, model)
+    checkpoint.load_optimizer(saved, model, torch.optim.AdamW(model.parameters(), fused=True))
+    assert all((p == saved.step).all() for p in model.parameters())
+    return saved.step
 
 
 def steps(out: Path) -> list[int]:

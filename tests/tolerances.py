@@ -1,8 +1,10 @@
-"""How close an op must come to its float64 definition: the one table, and the one comparison that uses it.
+"""Tolerances of an op against its float64 definition: one table, and one comparison that uses it.
 
-float32 and float64: error <= TOLERANCE * scale. bfloat16 and float16: error <= 2 * PyTorch's error + TOLERANCE * scale,
-where PyTorch's error is that of its own op in the same precision. Errors are the largest over all elements, against
-float64 on the same rounded inputs; scale is the largest exact value, or 1 where all are smaller.
+    float32, float64:    error <= TOLERANCE * scale
+    bfloat16, float16:   error <= 2 * PyTorch's error + TOLERANCE * scale
+
+PyTorch's error is that of its own op in the same precision. An error is the largest over all elements, against
+float64 on the same rounded inputs. scale is the largest exact value, or 1 if all are smaller.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MANY = 4099 if DEVICE.type == "cuda" else 37  # rows, for which the interpreter takes 10 ms each
+MANY = 4099 if DEVICE.type == "cuda" else 37  # rows; the interpreter takes 10 ms for each
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -30,7 +32,7 @@ DTYPES = [
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is full of NaN, and only deterministic algorithms run: what an op forgets to write shows."""
+    """Fills fresh memory with NaN, so that an element that no op wrote shows. Deterministic algorithms only."""
     was_on, was_warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -44,12 +46,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same standard normal numbers on every device."""
+    """Standard normal numbers, the same on every device."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def values_and_gradients(op: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
-    """The op's outputs, then the gradient of sum(outputs * douts) in every floating input. Strides stay as they are."""
+    """Outputs of the op, then the gradient of sum(outputs * douts) for every floating input. Keeps strides."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = op(*leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -58,14 +60,14 @@ def values_and_gradients(op: Callable, inputs: Sequence[Tensor], douts: Sequence
 
 
 def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with the floating ones in float64."""
+    """Converts floating tensors to float64; others stay as they are."""
     return [t.double() if t.is_floating_point() else t for t in tensors]
 
 
 def assert_accurate(
     got: Sequence[Tensor], pytorch: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype, names: str
 ) -> None:
-    """Holds every tensor of `got` to the criterion at the top of this file."""
+    """Asserts the criterion at the top of this file for every tensor of `got`."""
     for name, ours, theirs, truth in zip(names.split(), got, pytorch, exact, strict=True):
         assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
         assert ours.isfinite().all(), f"{name}: not finite"
@@ -78,13 +80,13 @@ def assert_accurate(
 
 
 def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Every tensor is within TOLERANCE of the expected one's largest value: two orders of the same arithmetic."""
+    """Asserts errors within TOLERANCE * largest expected value: the same sums in another order."""
     for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         assert error <= TOLERANCE[theirs.dtype] * scale, f"tensor {i}: error {error:.3g} at scale {scale:.3g}"
 
 
 def assert_bitwise(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Every tensor has the same dtype, shape and bits."""
+    """Asserts that every tensor has the same dtype, shape and bits."""
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

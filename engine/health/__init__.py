@@ -1,1 +1,1 @@
-"""What keeps a run alive: signals, heartbeat, failures in words, equal replicas, and where the time goes."""
+"""Health of a run: signals, heartbeat, error messages, replica checks and timing."""

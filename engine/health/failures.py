@@ -1,4 +1,4 @@
-"""Failures in words: out of memory, a full disk and a lost peer become an error message that says what to do.
+"""Error messages for out of memory, a full disk and a lost peer, which say what to do.
 
 Any other exception is a bug of ours, and keeps its traceback.
 """
@@ -17,8 +17,8 @@ from engine.errors import BadInput, Lost
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
-# Messages of out-of-memory errors that have no type of their own: PyTorch's CPU allocator on Linux and on Windows, the
-# CUDA runtime, and cuBLAS asking for a workspace.
+# Messages of out-of-memory errors that have no type of their own: PyTorch's CPU allocator on Linux
+# and on Windows, the CUDA runtime, and cuBLAS asking for a workspace.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -36,7 +36,8 @@ def explain(
 ) -> BadInput | Lost | None:
     """The error to raise in place of this one, or None if it is a bug of ours.
 
-    where: says which step each rank is at; called only for a lost peer, since it may wait for the store.
+    where: says which step each rank is at; called only for a lost peer, since it may wait for the
+    store.
     """
     if out_of_memory(error):
         return BadInput(out_of_memory_sentence(error, config, micro_batch_size, ranks))
@@ -110,7 +111,7 @@ def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
 
 def _request(error: BaseException) -> str | None:
     """Size of the allocation that failed, from PyTorch's message."""
-    if found := re.search(r"[Tt]ried to allocate (\d[\d.]* [KMG]iB)", str(error)):
-        return found[1]
-    found = re.search(r"tried to allocate (\d+) bytes", str(error))
-    return format_bytes(int(found[1])) if found else None
+    if match := re.search(r"[Tt]ried to allocate (\d[\d.]* [KMG]iB)", str(error)):
+        return match[1]
+    match = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return format_bytes(int(match[1])) if match else None

@@ -1,8 +1,9 @@
 """Heartbeat file and hang watchdog.
 
-OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state (running, stopped, done
-or failed) and reason. Each rank has a thread that reports its place to the others through torchrun's store. A rank of
-several that makes no progress for `timeout_minutes` says who is behind, writes its stacks to OUT and exits.
+OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state
+(running, stopped, done or failed) and reason. A thread of each rank reports its step and phase to
+the others through torchrun's store. If the run has several ranks, a rank that makes no progress for
+`timeout_minutes` prints which ranks are behind, writes its stacks to OUT and exits.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ from engine.errors import LOST
 from engine.health import failures
 
 HEARTBEAT = "heartbeat"
-EVERY = 1.0  # seconds between two reports of a rank
-STALE = 5.0  # seconds after which a rank that does not report is said to be silent
+EVERY = 1.0  # seconds between reports of a rank
+STALE = 5.0  # seconds without a report after which a rank counts as late
 
 
 def write_heartbeat(out: str | Path, **fields: object) -> None:
-    """Replaces OUT/heartbeat in one piece, so that no reader sees half of it."""
+    """Replaces OUT/heartbeat atomically, so that no reader sees half of it."""
     path = Path(out) / HEARTBEAT
     temporary = path.with_name(f".{HEARTBEAT}.writing")
     temporary.write_text(json.dumps(fields) + "\n")
@@ -36,29 +37,35 @@ Place = tuple[int, str, float]  # where a rank is: step, phase, time of its last
 
 
 def account(rank: int, world_size: int, places: dict[int, Place], now: float) -> str:
-    """Which ranks the others wait for, as `rank` sees it. places: of every rank that has reported."""
-    furthest = max((step for step, _, _ in places.values()), default=0)
+    """Describes the ranks that are behind, as `rank` sees it.
+
+    places: of every rank that has reported.
+    """
+    last_step = max((step for step, _, _ in places.values()), default=0)
     here = places.get(rank)
     late = []
     for other in range(world_size):
         if other not in places:
             late.append(f"rank {other} was not heard of")
             continue
-        step, phase, seen = places[other]
+        step, phase, reported = places[other]
         is_elsewhere = here is not None and (step, phase) != here[:2]
-        if other != rank and (step < furthest or now - seen > STALE or is_elsewhere):
-            late.append(f"rank {other} was at step {step} ({phase}) and last heard of {now - seen:.0f} s ago")
+        if other != rank and (step < last_step or now - reported > STALE or is_elsewhere):
+            late.append(f"rank {other} was at step {step} ({phase}) and last heard of {now - reported:.0f} s ago")
     return "; ".join(late) or "no other rank is behind"
 
 
 class Heartbeat:
-    """Context manager around the loop, which calls `at` when it begins a phase. Runs this rank's threads."""
+    """Context manager around the loop.
+
+    The loop calls `at` when it begins a phase. Runs this rank's threads.
+    """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, start: int, micro_batch_size: int):
         self.config, self.ranks, self.micro_batch_size = config, ranks, micro_batch_size
         self.timeout = 60 * config.timeout_minutes
         self.step, self.phase, self.since = start, "starting", time.time()
-        self.ends = ("failed", "")  # state and reason of the last heartbeat; the loop sets another
+        self.ends = ("failed", "")  # state and reason of the final heartbeat; the loop sets it before it ends
         self._ended = threading.Event()
         self._store = ranks.connect_store()  # a second connection: the main thread may be blocked on the first
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -71,7 +78,10 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Writes the last heartbeat. Raises a lost peer, or memory that ran out, as an error in words."""
+        """Writes the final heartbeat.
+
+        Turns a lost peer, out of memory or a full disk into an error message.
+        """
         self._ended.set()
         self._thread.join()
         if error is None:
@@ -87,7 +97,7 @@ class Heartbeat:
         self.step, self.phase, self.since = step, phase, time.time()
 
     def account(self) -> str:
-        """Where this rank is and which ranks are behind."""
+        """Describes this rank's step and phase, and the ranks that are behind."""
         here = self.step, self.phase, time.time()
         return f"rank {self.ranks.rank} at step {self.step} ({self.phase}): " + account(
             self.ranks.rank, self.ranks.world_size, self._places() | {self.ranks.rank: here}, time.time()
@@ -97,7 +107,8 @@ class Heartbeat:
         while True:
             self._beat("running", "")
             waited = time.time() - self.since
-            # Later than the collectives' own timeout. One process alone holds up no other: its steps may take hours.
+            # Later than the timeout of collectives. A single process has no limit: a step may take
+            # hours.
             if self.ranks.world_size > 1 and waited > self.timeout + 2 * EVERY:
                 self._leave(waited)
             if self._ended.wait(min(EVERY, self.timeout / 4)):
@@ -105,7 +116,7 @@ class Heartbeat:
 
     def _beat(self, state: str, reason: str) -> None:
         if self.ranks.is_first:
-            with contextlib.suppress(OSError):  # the checkpoints report a full disk
+            with contextlib.suppress(OSError):  # saving a checkpoint reports a full disk
                 write_heartbeat(
                     self.config.out,
                     step=self.step,
@@ -116,14 +127,14 @@ class Heartbeat:
                 )
 
     def _report(self) -> None:
-        """Runs in a thread of its own: a request to a store whose host is cut off may hang for minutes."""
+        """Runs in its own thread: a request to an unreachable host's store may hang for minutes."""
         while not self._ended.is_set():
-            with contextlib.suppress(RuntimeError):  # the store is gone with its host: the collectives will fail too
+            with contextlib.suppress(RuntimeError):  # the store's host is gone: collectives will fail too
                 self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.phase, time.time()]))
             self._ended.wait(min(EVERY, self.timeout / 4))
 
     def _places(self) -> dict[int, Place]:
-        """What the ranks reported, as far as the store answers within STALE seconds."""
+        """The ranks' reports that the store returns within STALE seconds."""
         places: dict[int, Place] = {}
 
         def ask() -> None:
@@ -138,7 +149,7 @@ class Heartbeat:
         return dict(places)
 
     def _leave(self, waited: float) -> None:
-        """Ends this process, whose main thread hangs."""
+        """Ends this process because its main thread hangs."""
         stacks = Path(self.config.out) / f"hang_rank{self.ranks.rank}.txt"
         where = f"its stacks are in {stacks}"
         try:

@@ -1,7 +1,8 @@
-"""When a run stops before its last step: at a signal, or in time for a queue's limit.
+"""Early stops of a run: on a signal, or before a time limit such as a queue's.
 
-A request is a flag on one rank until the sum that carries the logged loss shows it to all, so every rank saves at the
-same step. The process is gone `grace_seconds` after a signal whatever happens, and at once after a second signal.
+A request is a flag on one rank. The all-reduce that sums the loss also sums the flags, so all ranks
+learn of it together and save at the same step. The process exits within `grace_seconds` of a signal
+in any case, and immediately at a second signal.
 """
 
 import os
@@ -15,39 +16,46 @@ from pathlib import Path
 from engine.errors import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO = 2.0  # seconds in which a signal again is the same one: a terminal and torchrun both hand on a Ctrl-C
-COMPILING = 2  # steps at the start that say nothing of how long later ones take
-MARGIN = 5.0  # seconds to say goodbye
+ECHO = 2.0  # seconds in which repeated signals count as one: a terminal and torchrun both forward a Ctrl-C
+COMPILING = 2  # first steps, left out of the slowest step's time because they compile
+MARGIN = 5.0  # seconds reserved for the exit
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process, and would start it again if it ended badly."""
+    """Whether torchrun started this process.
+
+    With --max-restarts torchrun starts all processes again after one exits with an error.
+    """
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launched_at(now: float | None = None) -> float:
-    """When this run was launched, in time.time() seconds: torchrun's start, whatever it restarted since, or our own."""
+    """Launch time of this run, in time.time() seconds.
+
+    That is the start of torchrun, before any restarts, or else of this process.
+    """
     now = time.time() if now is None else now
     process = os.getppid() if under_torchrun() else os.getpid()
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        booted_for = float(Path("/proc/uptime").read_text().split()[0])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, IndexError):  # not Linux
         return now
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot: field 22 of proc(5), 20th after the name
-    return now - (booted_for - started)
+    return now - (uptime - started)
 
 
 def time_is_up(elapsed: float, limit: float | None, step: float, save: float) -> bool:
-    """Whether another step could miss the limit. All in seconds; step and save are what the slowest took so far.
+    """Whether another step could exceed the limit. All in seconds; step, save: the slowest so far.
 
-    What is asked now is done two steps later, when all ranks know, and the save may take twice as long as before.
+    A stop requested now happens two steps later, when all ranks know of it. The save may take twice
+    as long as the slowest.
     """
     return limit is not None and elapsed + 3 * step + 2 * save + MARGIN >= limit
 
 
 class Stop:
-    """Listens for signals while it is entered, in a thread of its own: the main one may be stuck in a collective."""
+    """Context manager that listens for signals in a thread: the main one may be in a collective."""
 
     def __init__(self, grace_seconds: float, max_minutes: float | None):
         self.grace_seconds = grace_seconds
@@ -71,16 +79,19 @@ class Stop:
         os.close(self._write)  # ends the thread
 
     def flags(self, save_seconds: float) -> tuple[bool, bool]:
-        """(a signal came, the time is up). Call it once per step, with the seconds of the slowest save so far."""
+        """(whether a signal came, whether time is up). Call it once per step.
+
+        save_seconds: duration of the slowest save so far.
+        """
         now = time.time()
         self._steps_begun += 1
         if self._steps_begun > COMPILING:
-            self._slowest = max(self._slowest, now - self._last)  # with the evaluation and the save in between
+            self._slowest = max(self._slowest, now - self._last)  # includes evaluation and save
         self._last = now
         return self.signal is not None, time_is_up(now - self.launched, self.limit, self._slowest, save_seconds)
 
     def _listen(self) -> None:
-        first = 0.0
+        first = 0.0  # time.monotonic() of the first signal
         while True:
             left = None if self.signal is None else max(0.0, first + self.grace_seconds - time.monotonic())
             ready, _, _ = select.select([self._read], [], [], left)
@@ -97,6 +108,6 @@ class Stop:
                 self._leave("a second signal")
 
     def _leave(self, why: str) -> None:
-        """Ends the process without waiting for anything."""
+        """Ends the process immediately."""
         print(f"\ngpt2 train: {why}: leaving at once; the last checkpoint is whole", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED - signal.SIGINT + (self.signal or signal.SIGTERM))  # 128 + the signal's number

@@ -1,11 +1,11 @@
-"""Where the wall time of a run goes: the clock behind metrics.jsonl, and the trace of `--profile START:STOP`.
+"""Timing of a run: the times in metrics.jsonl, and the trace of `--profile START:STOP`.
 
     step = data + communication + compute        milliseconds per update
-    wall = updates * step + eval + checkpoint    of the loop, but for a few microseconds
+    wall = updates * step + eval + checkpoint    of the loop, to within a few microseconds
 
-Communication is what the backward pass could not hide: from this rank's last gradient to the moment when the gradients
-of all ranks are averaged. So it includes waiting for slower ranks. On a GPU it is measured with events on the GPU's
-own clock, without a synchronisation.
+Communication is the part that the backward pass did not hide: from this rank's last gradient until
+the gradients of all ranks are averaged. So it includes waiting for slower ranks. On a GPU it is
+measured with CUDA events, without a synchronisation.
 """
 
 import time
@@ -21,28 +21,32 @@ from engine.config import parse_profile
 from engine.distributed import Ranks
 
 Part = Literal["data", "update", "evaluation", "checkpoint"]
-FIELDS = {"evaluation": "eval_ms", "checkpoint": "checkpoint_ms"}  # of metrics.jsonl
-Moment = float | torch.cuda.Event  # seconds of time.perf_counter, or a point in the GPU's work
+FIELDS = {"evaluation": "eval_ms", "checkpoint": "checkpoint_ms"}  # part: field of metrics.jsonl
+Moment = float | torch.cuda.Event  # on a CPU: seconds of time.perf_counter; on a GPU: an event
 
 
 class Clock:
-    """Splits the wall time between two readings. Only read() waits for the GPU."""
+    """Splits the wall time between two calls of read() into parts.
+
+    Only read() waits for the GPU.
+    """
 
     def __init__(self, device: torch.device):
         self._is_gpu = device.type == "cuda"
         self._last_gradient: Moment | None = None
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._steps, self._step_seconds, self._data_seconds = 0, 0.0, 0.0
         self._communications: list[tuple[Moment, Moment]] = []
-        self._parts: list[tuple[str, Moment, Moment, float]] = []  # field, begin, end, seconds on the CPU's clock
+        self._parts: list[tuple[str, Moment, Moment, float]] = []  # field, begin, end, seconds by the CPU's clock
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """Counts the time inside as one of these. A step is its data and its update; the others stand apart.
+        """Context manager that counts the time inside for a part.
 
-        An update ends when the CPU has issued it. The GPU may still work, until a step that waits for it.
+        A step consists of data and update. Evaluation and checkpoint are counted separately.
+        An update ends when the CPU has issued it. The GPU may still be working on it.
         """
         since = time.perf_counter()
         began = self._mark(since) if name in FIELDS else since
@@ -58,38 +62,44 @@ class Clock:
                 self._steps += name == "update"
 
     def watch(self, *parameters: nn.Parameter) -> None:
-        """Measures communication from the last gradient of these parameters; give the raw model's first layers.
+        """Measures communication from the last gradient of these parameters.
 
-        Without torch.compile the embedding's gradient is the last of all, since the head shares it. A compiled
-        backward pass hands out all gradients at its end, in any order: so watch the first block too.
-        For DDP only: FSDP hands out a gradient after it is summed, which leaves nothing to measure.
+        Pass the parameters of the raw model's first layers.
+        Without torch.compile the last gradient is the embedding's, because the head shares its
+        weight. A compiled backward pass produces all gradients at its end, in any order, so watch
+        the first block too. For DDP only: FSDP produces a gradient after it is summed, so there is
+        nothing to measure.
         """
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._gradient_is_here)
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def _gradient_is_here(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
         if self._is_gpu and self._last_gradient is not None:
-            self._last_gradient.record()  # an event keeps its newest recording only
+            self._last_gradient.record()  # an event keeps only its newest recording
         else:
             self._last_gradient = self._mark(time.perf_counter())
 
     def synchronized(self) -> None:
-        """Marks the end of the backward pass that averages gradients. No-op where no gradient is watched."""
+        """Marks the end of the backward pass that averages gradients.
+
+        No-op if no gradient is watched.
+        """
         if self._last_gradient is not None:
             self._communications.append((self._last_gradient, self._mark(time.perf_counter())))
             self._last_gradient = None
 
     def read(self) -> dict[str, float]:
-        """Milliseconds since the last reading. Call it between updates, after waiting for the GPU.
+        """Times in milliseconds since the last call.
 
-        step_ms, data_ms, compute_ms and, if gradients are watched, communication_ms: means per update, absent without
-        one. eval_ms, checkpoint_ms: totals, absent where no time was spent.
+        Call it between updates, after waiting for the GPU.
+        step_ms, data_ms, compute_ms and, if gradients are watched, communication_ms: means per
+        update; absent if there was no update. eval_ms, checkpoint_ms: totals; absent if zero.
         """
-        apart: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for name, began, ended, seconds in self._parts:
             spent = self._seconds(began, ended)
-            apart[name] = apart.get(name, 0.0) + 1e3 * spent
-            self._step_seconds += seconds - spent  # the GPU was still working on queued updates
+            totals[name] = totals.get(name, 0.0) + 1e3 * spent
+            self._step_seconds += seconds - spent  # in which the GPU was still working on queued updates
         fields = {}
         if self._steps:
             step_ms, data_ms = (1e3 * total / self._steps for total in (self._step_seconds, self._data_seconds))
@@ -98,8 +108,8 @@ class Clock:
                 waited = sum(self._seconds(began, ended) for began, ended in self._communications)
                 fields["communication_ms"] = 1e3 * waited / self._steps
                 fields["compute_ms"] -= fields["communication_ms"]
-        self._forget()
-        return fields | {name: spent for name, spent in apart.items() if spent}
+        self._reset()
+        return fields | {name: total for name, total in totals.items() if total}
 
     def _mark(self, now: float) -> Moment:
         if not self._is_gpu:
@@ -111,17 +121,17 @@ class Clock:
     def _seconds(self, began: Moment, ended: Moment) -> float:
         if not self._is_gpu:
             return ended - began
-        ended.synchronize()  # the GPU may not have reached it yet
+        ended.synchronize()  # the GPU may not have reached the event yet
         return began.elapsed_time(ended) / 1e3
 
 
 # ---- Trace --------------------------------------------------------------------------------------------------------
 
-_is_recording = False  # whether a trace is being made; record_function costs microseconds otherwise too
+_is_recording = False  # whether a trace is being made; without one, record_function would still cost microseconds
 
 
 def phase(name: str) -> AbstractContextManager:
-    """Names what is done inside in the trace. No-op when none is being made."""
+    """Names the code inside in the trace. No-op if no trace is being made."""
     if not _is_recording:
         return nullcontext()
     from torch.profiler import record_function
@@ -130,10 +140,11 @@ def phase(name: str) -> AbstractContextManager:
 
 
 class Trace:
-    """Traces steps START to STOP - 1 of rank 0 into OUT/trace_START_STOP.json.gz, to be opened in ui.perfetto.dev.
+    """Traces steps START to STOP - 1 of rank 0 into OUT/trace_START_STOP.json.gz, for Perfetto.
 
-    It shows what CPU and GPU did, under the names of the phases. Traced steps are slower than others, the first one by
-    seconds. Without `--profile`, and on other ranks, every call is a no-op. Raises ValueError as parse_profile does.
+    It shows the work of CPU and GPU under the names of the phases. Traced steps are slower, the
+    first one by seconds. Without `--profile`, and on other ranks, every call is a no-op. Raises
+    ValueError as parse_profile does.
     """
 
     def __init__(self, profile: str | None, out: str | Path, ranks: Ranks):
@@ -145,7 +156,10 @@ class Trace:
         self._first = self._last = 0  # steps in the trace
 
     def step(self, step: int) -> None:
-        """Marks the beginning of a step: starts the trace or, waiting for the GPU, ends and writes it."""
+        """Marks the beginning of a step.
+
+        Starts the trace, or ends and writes it, which waits for the GPU.
+        """
         if self._is_done:
             return
         if self._profiler is not None and step >= self._stop:
@@ -156,7 +170,7 @@ class Trace:
             self._last = step
 
     def close(self) -> None:
-        """Writes a trace that is not complete, or says that there is none."""
+        """Writes an incomplete trace, or prints that the run reached none of the steps."""
         if self._profiler is not None:
             self._finish()
         elif not self._is_done:
@@ -181,7 +195,7 @@ class Trace:
         try:
             profiler.export_chrome_trace(str(writing))
             writing.replace(self._path)
-        except (OSError, RuntimeError) as error:  # training is worth more than its trace
+        except (OSError, RuntimeError) as error:  # a failed trace must not end the run
             writing.unlink(missing_ok=True)
             self._print0(f"no trace: {self._path} could not be written: {error}")
             return

@@ -1,1 +1,1 @@
-"""A run on the disk: checkpoints, metrics, pictures, and finding the way back into them."""
+"""Files of a run: checkpoints, metrics, plots, exported weights; and resuming from them."""

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, never in between, and loading one runs no code from it.
+"""Checkpoints on the disk. Each is complete or absent, and loading one runs no code from it.
 
     OUT/checkpoints/step_00001200/
         model.safetensors       the raw model's parameters, under the released names
@@ -7,14 +7,15 @@
         state.json              step, tokens, config, data digest, validation loss, loss scale, world size
         manifest.json           bytes and sha256 of all others
 
-A checkpoint is written under a temporary name, each file fsynced, the manifest last, then renamed and the parent
-fsynced; it exists when its manifest verifies. The digests are our own because PyTorch and safetensors load flipped
-bits without a word. Only after a good save are older ones deleted, and never the one with the lowest validation loss.
-No random state is needed: the order of the data and the dropout masks are functions of (seed, step).
+A checkpoint is written under a temporary name. Each file is fsynced, the manifest last. Then the
+directory is renamed and its parent fsynced. A checkpoint counts as complete if its manifest
+verifies. The digests are our own because PyTorch and safetensors load flipped bits without an
+error. Older checkpoints are deleted only after a successful save, and the one with the lowest
+validation loss is always kept. No random state is saved: the order of the data is a function of
+(seed, step), and the dropout masks are a function of (seed, step, rank).
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -34,11 +35,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
+from engine.run.verify import MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
+from engine.tokens.shards import sha256
 
-MANIFEST = "manifest.json"
-VERSION = 1  # of the layout
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-SHARDED = "sharded"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
 
@@ -56,7 +55,10 @@ class Checkpoint:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether training can go on from it; imported weights cannot."""
+        """Whether it holds the optimizer's state, without which training cannot resume.
+
+        Imported weights have none.
+        """
         return (self.path / SHARDED).is_dir() or (self.path / OPTIMIZER).exists()
 
 
@@ -64,14 +66,14 @@ class Checkpoint:
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Everything that a checkpoint holds besides its state: `model.<name>` and `optimizer.<name>.<moment>`.
+    """Tensors to save, by name: `model.<name>` and `optimizer.<name>.<moment>`.
 
-    model is the raw one. The tensors are the live ones, sharded where the model is.
+    model: the raw one. Returns the live tensors, not copies; they are sharded if the model is.
     """
     named = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is not None and optimizer.state:
         for name, p in model.named_parameters():
-            if p not in optimizer.state:  # a sharded model whose weights are gathered shows others than it trains
+            if p not in optimizer.state:  # a sharded model with gathered weights lists the gathered ones
                 raise RuntimeError(f"checkpoint: every parameter must be the optimizer's, got another {name}")
             state = optimizer.state[p]
             named |= {f"optimizer.{name}.{moment}": state[moment] for moment in MOMENTS if moment in state}
@@ -81,7 +83,7 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 def save(
     out: str | Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None, keep_last: int
 ) -> Path:
-    """Writes a checkpoint of a model that is not sharded, at once. See `write`."""
+    """Writes a checkpoint of a model that is not sharded, in this thread. See `write`."""
     return write(out, state, named_tensors(model, optimizer), keep_last, print)
 
 
@@ -95,10 +97,11 @@ def write(
 ) -> Path:
     """Writes the checkpoint of state["step"], then deletes older ones; returns its path.
 
-    tensors: as `named_tensors` returns, not changed meanwhile. The keep_last newest stay, and the one with the lowest
-    state["val_loss"]. With a group all its processes call this, each with its shards and all seeing `out`; without one,
-    one process does.
-    Raises OSError if the disk refuses and Diverged if a weight is not finite; the older checkpoints stay.
+    tensors: as returned by `named_tensors`; they must not change during the call. keep_last: the
+    number of newest checkpoints to keep; the one with the lowest state["val_loss"] is kept too.
+    group: if given, all its processes call this, each with its own shards, and all must see `out`.
+    If None, one process calls it. Raises OSError if the disk refuses, and Diverged if a weight is
+    not finite. In both cases the older checkpoints stay.
     """
     root = Path(out) / "checkpoints"
     final = root / f"step_{state['step']:08d}"
@@ -108,7 +111,7 @@ def write(
         with _fail_together(group):
             _check_finite(tensors)
             if is_first:
-                _open(root, writing)
+                _start_writing(root, writing)
         with _fail_together(group):
             files = _write_sharded(writing, tensors, group) if group is not None else _write_whole(writing, tensors)
         with _fail_together(group):
@@ -125,7 +128,11 @@ def write(
 
 @contextlib.contextmanager
 def _fail_together(group: dist.ProcessGroup | None):
-    """What fails on one process of the group fails on all of them, so that none waits for a file that never comes."""
+    """If any process of the group raises OSError or Diverged inside, all processes raise it.
+
+    If several raise, the error of the lowest rank is taken. Without this the others would wait for
+    a file that is never written.
+    """
     error = None
     try:
         yield
@@ -145,7 +152,7 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
             raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
 
 
-def _open(root: Path, writing: Path) -> None:
+def _start_writing(root: Path, writing: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     recover(root)
     for leftover in root.glob(".writing_*"):
@@ -154,10 +161,13 @@ def _open(root: Path, writing: Path) -> None:
 
 
 def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
-    """Writes weights and optimizer as one file each; returns their entries of the manifest."""
+    """Writes weights and optimizer as one file each.
+
+    Returns their manifest entries by file name.
+    """
     files = {}
     for name in (MODEL, OPTIMIZER):
-        prefix = name.removesuffix("safetensors")  # also of the names in `tensors`
+        prefix = name.removesuffix("safetensors")  # "model." or "optimizer.", as in the names of `tensors`
         chosen = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if chosen:
             _save_tensors(writing / name, chosen)
@@ -166,7 +176,10 @@ def _write_whole(writing: Path, tensors: dict[str, Tensor]) -> dict[str, dict]:
 
 
 def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, dict]:
-    """Every process of the group writes, flushes and digests its own shards; returns all entries of the manifest."""
+    """Writes, fsyncs and digests this process's shards.
+
+    Returns the manifest entries of all processes.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # safetensors: no pickle in it
 
@@ -174,7 +187,7 @@ def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.Proces
     try:
         storage = HuggingFaceStorageWriter(path=str(directory), save_distributed=True)
         dcp.save(tensors, storage_writer=storage, process_group=group)
-    except dcp.api.CheckpointException as error:  # on every process, with the reason of the one that failed
+    except dcp.api.CheckpointException as error:  # raised on every process, with the error of the one that failed
         raise OSError(str(next(iter(error.failures.values()))[0])) from error
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine = {f"{SHARDED}/{path.name}": _flushed(path) for path in sorted(directory.iterdir())[rank::world_size]}
@@ -186,21 +199,25 @@ def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.Proces
 
 
 def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> None:
-    """Adds state and manifest, and gives the directory its name: from then on the checkpoint exists."""
+    """Writes state and manifest, then renames the directory: from then on the checkpoint exists."""
     (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = files | {STATE: _flushed(writing / STATE)}
     (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
     _fsync(writing / MANIFEST)
     _fsync(writing)
     replaced = final.with_name(f".replaced_{final.name}")
-    if final.exists():  # of a run that was resumed from before it, or one that no longer verifies
+    if final.exists():  # the run was resumed from an earlier step, or this one no longer verifies
         final.rename(replaced)
     writing.rename(final)
     _fsync(final.parent)
 
 
 def recover(root: Path) -> None:
-    """Gives a checkpoint its name back if its replacement ended between two renames, or deletes what was replaced."""
+    """Finishes an interrupted replacement of a checkpoint.
+
+    If the new checkpoint is in place, the old one is deleted; otherwise the old one gets its name
+    back.
+    """
     for replaced in root.glob(".replaced_*"):
         final = root / replaced.name.removeprefix(".replaced_")
         if final.exists():
@@ -210,9 +227,12 @@ def recover(root: Path) -> None:
 
 
 def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]) -> None:
-    """Deletes all up to `final` but the newest keep_last and the best. Later ones stay: `final` may be a step back."""
+    """Deletes checkpoints up to `final`, except the newest keep_last and the best.
+
+    Checkpoints of later steps stay: the run may have been resumed from an earlier step.
+    """
     spared = best(root.parent)
-    for old in [path for path in _directories(root) if path <= final][:-keep_last]:
+    for old in [path for path in _step_directories(root) if path <= final][:-keep_last]:
         if old != spared:
             try:
                 shutil.rmtree(old)
@@ -221,12 +241,12 @@ def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]
 
 
 def best(out: str | Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, or None if none was saved where the run was evaluated."""
+    """Path of the checkpoint with the lowest validation loss, or None if no checkpoint has one."""
     losses = []
-    for path in _directories(Path(out) / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # damaged: it may hold anything
+    for path in _step_directories(Path(out) / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged state.json may hold anything
             loss = json.loads((path / STATE).read_text()).get("val_loss")
-            if isinstance(loss, float) and math.isfinite(loss):  # NaN is below nothing, and so may come out first
+            if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
                 losses.append((loss, path))
     return min(losses)[1] if losses else None
 
@@ -234,15 +254,15 @@ def best(out: str | Path) -> Path | None:
 def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
     try:
         save_file({name: local(tensor).contiguous().cpu() for name, tensor in chosen.items()}, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
+    except SafetensorError as error:  # safetensors raises this for a full disk
         raise OSError(f"{path}: {error}") from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves 0600, which a colleague cannot read
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors sets 0600, which other users cannot read
 
 
 def _flushed(path: Path) -> dict:
-    """A file's entry of the manifest, once it is on the disk."""
+    """Fsyncs a file and returns its manifest entry."""
     _fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _fsync(path: Path) -> None:
@@ -253,12 +273,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _directories(root: Path) -> list[Path]:
+def _step_directories(root: Path) -> list[Path]:
     """Checkpoint directories, oldest step first."""
     return sorted(path for path in root.glob("step_*") if path.is_dir())
 
@@ -266,56 +281,30 @@ def _directories(root: Path) -> list[Path]:
 # ---- Find ---------------------------------------------------------------------------------------------------------
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None if every digest verifies."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
-        files = manifest["files"]
-        for name, expected in files.items():
-            found = (path / name).stat().st_size
-            if found != expected["bytes"]:
-                return f"{name} must have {expected['bytes']} bytes, got {found}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} does not match its sha256"
-        weights = SHARDED if (path / SHARDED).is_dir() else MODEL
-        listed = {name.partition("/")[0] for name in files}
-        if missing := {weights, STATE} - listed:
-            return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
-        if strangers := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
-            return f"{MANIFEST} must list {' and '.join(sorted(strangers))}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    return None
-
-
 def read(path: str | Path) -> Checkpoint:
     """The checkpoint at a path. Raises BadInput if it is not whole."""
     path = Path(path)
     if not path.is_dir():
         raise BadInput(f"checkpoint: must be a directory such as OUT/checkpoints/step_00000100, got {path}")
-    if (reason := damage(path)) is not None:
+    if (reason := checkpoint_damage(path)) is not None:
         raise BadInput(f"checkpoint: {path} must be whole, but {reason}; use an older one")
     try:
         return Checkpoint(path, json.loads((path / STATE).read_text()))
-    except ValueError as error:  # whoever made it also made its digest
+    except ValueError as error:  # its digest verifies, but it was never JSON
         raise BadInput(
             f"checkpoint: {path} must be whole, but {STATE} is no JSON: {error}; use an older one"
         ) from error
 
 
 def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, or None if it has none at all; `warn` is told of each that is passed over.
+    """The newest whole checkpoint of a run, or None if it has no checkpoints.
 
-    Raises BadInput, with each one's reason, if there are checkpoints and none is whole.
+    Calls `warn` with a line for each newer one that is damaged. Raises BadInput, with the reason
+    for each, if there are checkpoints and none is whole.
     """
-    found = _directories(Path(out) / "checkpoints")
     reasons = []
-    for path in reversed(found):
-        if (reason := damage(path)) is None:
+    for path in reversed(_step_directories(Path(out) / "checkpoints")):
+        if (reason := checkpoint_damage(path)) is None:
             for line in reasons:
                 warn(f"passing over {line}")
             return read(path)
@@ -332,15 +321,20 @@ def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copies the checkpoint's parameters into the raw model. Raises BadInput if names or shapes differ.
+    """Copies the checkpoint's parameters into the raw model.
 
-    Any checkpoint fills any model, whole or sharded; if this one is sharded, all its processes call it.
+    Raises BadInput if names or shapes differ.
+    Checkpoint and model may each be sharded or not. If the model is sharded, all its processes call
+    this.
     """
     _fill(checkpoint, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, "model.", "parameters")
 
 
 def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer the state it had. Raises BadInput if the checkpoint has none, as imported weights do."""
+    """Fills the optimizer's state.
+
+    Raises BadInput if the checkpoint has none, as with imported weights.
+    """
     if not checkpoint.has_optimizer:
         raise BadInput(
             f"checkpoint: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; "
@@ -352,7 +346,11 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
 
 
 def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:
-    """Copies what is saved under a prefix into tensors of the same names and shapes."""
+    """Copies the saved tensors whose names begin with prefix into targets, by name.
+
+    what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names or
+    shapes differ.
+    """
     path = checkpoint.path
     if is_sharded := (path / SHARDED).is_dir():
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -362,7 +360,7 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
     else:
         try:
             file = safe_open(path / f"{prefix}safetensors", "pt")
-        except SafetensorError as error:  # whoever made it also made its digest
+        except SafetensorError as error:  # its digest verifies, but it was never a safetensors file
             raise BadInput(f"checkpoint: {path} must hold safetensors, got {prefix}safetensors: {error}") from error
         shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -373,14 +371,14 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
     if is_sharded:
         import torch.distributed.checkpoint as dcp
 
-        alone = not any(isinstance(target, DTensor) for target in targets.values())
+        is_alone = not any(isinstance(target, DTensor) for target in targets.values())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that no process group is there
-            dcp.load(dict(targets), storage_reader=reader, no_dist=alone)
+            warnings.simplefilter("ignore")  # PyTorch warns if there is no process group
+            dcp.load(dict(targets), storage_reader=reader, no_dist=is_alone)
         return
     for name, target in targets.items():
         saved = file.get_tensor(name.removeprefix(prefix))
-        if isinstance(target, DTensor):  # every process has the whole tensor and keeps its part
+        if isinstance(target, DTensor):  # each process reads the whole tensor and keeps its shard
             saved = distribute_tensor(
                 saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
             )

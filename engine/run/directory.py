@@ -1,4 +1,4 @@
-"""The run directory: making it, its room on the disk, its config.json, and the last words of a run."""
+"""The run directory: its creation, disk space, config.json, and the final report of a run."""
 
 import json
 import math
@@ -14,13 +14,16 @@ from engine.errors import BadInput
 from engine.run import metrics, plots
 from model.presets import GPT2Config, parameter_shapes
 
-_REST_OF_A_RUN = 2**20  # bytes left for metrics, samples and pictures
-_HEADER = 128  # bytes that safetensors' header takes for one tensor, at most
+_REST_OF_A_RUN = 2**20  # bytes reserved for metrics, samples and plots
+_HEADER = 128  # most bytes per tensor in the header of a safetensors file
 _JSON = 8192  # bytes of state.json and manifest.json
 
 
 def open_out(out: str | Path, resume: str) -> None:
-    """Makes the run directory; with resume "never" sets an old one aside. Raises BadInput if it cannot be written."""
+    """Makes the run directory. With resume "never", moves an existing one aside.
+
+    Raises BadInput if the directory cannot be written.
+    """
     out = Path(out)
     try:
         if resume == "never" and out.is_dir() and any(out.iterdir()):
@@ -37,7 +40,7 @@ def open_out(out: str | Path, resume: str) -> None:
 
 
 def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:
-    """Writes config.json: the config, the tokenizer, and what was chosen where the config says auto."""
+    """Writes config.json: the config, the tokenizer, and what `auto` was resolved to."""
     path = Path(train.out) / CONFIG_FILE
     temporary = path.with_name(f".{CONFIG_FILE}.writing")
     fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved}
@@ -46,12 +49,12 @@ def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> Non
 
 
 def tokenizer_name(run: str | Path) -> str:
-    """The tokenizer that a run's config names."""
+    """Name of a run's tokenizer, from its config.json."""
     return json.loads((Path(run) / CONFIG_FILE).read_text()).get("tokenizer", "gpt2")
 
 
 def report(train: TrainConfig, unit: str, outcome: str) -> str:
-    """The last words of a run: a sample, the validation loss, and where everything is."""
+    """Final report of a run: a sample, the validation loss, and the paths of its files."""
     out = Path(train.out)
     rows = metrics.read_rows(out / metrics.METRICS_FILE)
     val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), float("nan"))
@@ -68,14 +71,15 @@ def report(train: TrainConfig, unit: str, outcome: str) -> str:
     )
 
 
-# ---- Room on the disk ---------------------------------------------------------------------------------------------
+# ---- Disk space ---------------------------------------------------------------------------------------------------
 
 
 def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
-    """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the optimizer's state.
+    """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the
+    optimizer's state.
 
-    AdamW keeps two moments and a step count per parameter. Muon keeps one moment per matrix of a block, and AdamW's of
-    the rest. None keeps nothing, as for imported weights.
+    AdamW keeps two moments and a step count per parameter. Muon keeps one moment per matrix of a
+    block, and AdamW's state for the rest. optimizer None: no state, as for imported weights.
     """
     elements = tensors = 0
     for name, shape in parameter_shapes(model).items():
@@ -89,28 +93,28 @@ def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
 def check_disk(train: TrainConfig) -> None:
     """Raises BadInput unless --out's disk has room for all checkpoints that will exist at one time.
 
-    These are keep_last, the one with the lowest validation loss, and the one being written; no more than the run
-    saves. Existing checkpoints count as room. Call it on one rank when something is left to train, after an old run was
-    set aside.
+    These are the keep_last newest, the one with the lowest validation loss and the one being
+    written, but at most as many as the run saves. Space used by existing checkpoints counts as
+    free. Call it on one rank, if steps are left to train, after open_out.
     """
     each = checkpoint_bytes(train.model, train.optim.name)
     saves = 1 if train.save_every is None else math.ceil(train.num_steps / train.save_every)
     count = min(train.keep_last + 2, saves)
-    there = _bytes_under(Path(train.out) / "checkpoints")
-    needed = max(each * count - there, each) + _REST_OF_A_RUN  # one is written before any is deleted
-    free = shutil.disk_usage(_existing(Path(train.out))).free
+    existing_bytes = _bytes_under(Path(train.out) / "checkpoints")
+    needed = max(each * count - existing_bytes, each) + _REST_OF_A_RUN  # one is written before any is deleted
+    free = shutil.disk_usage(_nearest_existing(Path(train.out))).free
     if free < needed:
-        most = (free - _REST_OF_A_RUN + there) // each - 2
+        most = (free - _REST_OF_A_RUN + existing_bytes) // each - 2
         lower = f"lower --keep-last to {most}, " if 1 <= most < train.keep_last else ""
         raise BadInput(
             f"train: the disk of --out {train.out} must have {format_bytes(needed)} free, for {count} checkpoint"
             f"{'s' if count > 1 else ''} of {format_bytes(each)}"
-            f"{f' less the {format_bytes(there)} there' if there else ''}, got "
+            f"{f' less the {format_bytes(existing_bytes)} there' if existing_bytes else ''}, got "
             f"{format_bytes(free)}; {lower}make room there or choose another --out"
         )
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     """The nearest of path and its parents that exists."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())

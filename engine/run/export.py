@@ -1,10 +1,12 @@
-"""Weights in and out of runs: loading a run's model, importing released weights, and exporting for transformers.
+"""Weights in and out of runs: loading a run's model, importing released weights, and exporting for
+transformers.
 
-An exported directory opens with `transformers.AutoModelForCausalLM` and `AutoTokenizer` without a network. Of its
-tokenizer, vocab.json maps each token, its bytes written as GPT-2's printable characters, to its id; merges.txt has one
-merge a line, in the order they were learned. The ids are ours for any text with one exception: a literal <|endoftext|>
-in the text becomes the end-of-text id there and is ordinary text here.
-Source: encoder.py in github.com/openai/gpt-2 (characters and files).
+`transformers.AutoModelForCausalLM` and `AutoTokenizer` open an exported directory without a
+network. vocab.json maps each token to its id; a token's bytes are written as GPT-2's printable
+characters. merges.txt has one merge per line, in the order they were learned. The exported
+tokenizer gives the same ids as ours with one exception: it turns a literal <|endoftext|> into the
+end-of-text id, and here that is ordinary text. Source: encoder.py in github.com/openai/gpt-2
+(characters and files).
 """
 
 import json
@@ -31,11 +33,12 @@ from model.gpt2 import GPT2, GPT2Config
 def load_model(
     run: str | Path, warn: Callable[[str], None] = print, is_best: bool = False
 ) -> tuple[GPT2, Tokenizer, Checkpoint]:
-    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, or of the one with the lowest validation loss.
+    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint.
 
-    The model is float32 and in eval mode. Raises BadInput if there is no such checkpoint.
+    is_best: of the one with the lowest validation loss instead. The model is float32 and in eval
+    mode. Raises BadInput if there is no such checkpoint.
     """
-    config.load(run)  # an error message of its own for a directory that is no run
+    config.load(run)  # raises its own error message if the directory is not a run
     lowest = checkpoints.best(run) if is_best else None
     checkpoint = checkpoints.newest(run, warn) if lowest is None else checkpoints.read(lowest)
     if checkpoint is None:
@@ -55,7 +58,8 @@ def load_model(
 
 
 def load_weights(source: str, model: GPT2) -> None:
-    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2 name.
+    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2
+    name.
 
     Raises BadInput if the source cannot be read or is a model of another shape.
     """
@@ -86,9 +90,11 @@ def check_tokenizer(data_directory: str, expected: str) -> None:
 
 
 def import_weights(source: str, out: str) -> Path:
-    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns the checkpoint.
+    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns
+    the checkpoint.
 
-    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is not new or empty.
+    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is
+    not new or empty.
     """
     _check_new("import", out)
     try:
@@ -135,7 +141,8 @@ def _check_new(command: str, out: str) -> None:
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length: int) -> None:
     """Writes the tokenizer's files beside a model's; each appears whole or not at all.
 
-    model_max_length: tokens, the model's n_positions. Raises BadInput if the directory cannot be written.
+    model_max_length: tokens, the model's n_positions. Raises BadInput if the directory cannot be
+    written.
     """
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     settings = {
@@ -147,9 +154,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length
     }
     ranks = gpt2_ranks() if tokenizer.name == "gpt2" else {bytes([byte]): byte for byte in range(256)}
     characters = byte_characters()
-    vocabulary = {_written(token, characters): rank for token, rank in ranks.items()}
+    vocabulary = {_to_characters(token, characters): rank for token, rank in ranks.items()}
     vocabulary[END_OF_TEXT] = tokenizer.end_of_text
-    lines = [f"{_written(left, characters)} {_written(right, characters)}" for left, right in merges(ranks)]
+    lines = [f"{_to_characters(left, characters)} {_to_characters(right, characters)}" for left, right in merges(ranks)]
     contents = {
         "vocab.json": json.dumps(vocabulary),
         "merges.txt": "\n".join(["#version: 0.2", *lines, ""]),  # readers skip the first line
@@ -179,7 +186,7 @@ def byte_characters() -> list[str]:
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token of several bytes was merged from, in the order of the ranks.
 
-    A token's pair is what its bytes come to when every merge learned before it has been applied.
+    A token's pair is the two parts that remain of its bytes after all earlier merges are applied.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -194,5 +201,5 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def _written(token: bytes, characters: list[str]) -> str:
+def _to_characters(token: bytes, characters: list[str]) -> str:
     return "".join(characters[byte] for byte in token)

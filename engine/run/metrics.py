@@ -1,8 +1,8 @@
-"""What a run measures: metrics.jsonl, a progress bar or plain lines, samples.txt, the sinks, and MFU.
+"""Metrics of a run: metrics.jsonl, samples.txt, console output, MFU, and rows for the sinks.
 
-Row s holds what was measured with the weights that s updates made: val_loss, and the loss and gradient of the batch
-of step s. A row is written when its step is over, once per step number: going on from a checkpoint at step k first
-drops the rows from k on, which will be made again.
+Row s of metrics.jsonl was measured with the weights after s updates: val_loss, and the loss and
+gradient norm of the batch of step s. A row is written when its step ends, once per step. A run that
+resumes at step k first drops the rows from k on, since it repeats those steps.
 """
 
 import json
@@ -25,20 +25,23 @@ from model.presets import flops_per_token
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 SAMPLE_HEADING = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
-PLAIN_EVERY = 5.0  # seconds between lines where there is no terminal
+PLAIN_EVERY = 5.0  # seconds between lines if the output is not a terminal
 
 
 def measured(
     numbers: Numbers, times: dict[str, float], config: TrainConfig, precision: str, ranks: Ranks
 ) -> dict[str, float | None]:
-    """The fields of a logged step, from the update's numbers and the clock's reading. A row leaves out None."""
+    """Fields of one row of metrics.jsonl.
+
+    times: milliseconds, from Clock.read. A row leaves out fields of None.
+    """
     tokens_per_s = 1e3 * config.tokens_per_step / times["step_ms"]
     peak = device.peak_flops(ranks.device, precision)  # FLOP/s of one device, or None
     flops = flops_per_token(config.model, config.sequence_length)
     return {
         "loss": numbers.loss if math.isfinite(numbers.loss) else None,  # JSON has no NaN; the update was skipped
         "grad_norm": numbers.grad_norm if math.isfinite(numbers.grad_norm) else None,
-        "skipped": int(numbers.skipped) or None,  # updates so far
+        "skipped": int(numbers.skipped) or None,  # updates skipped so far
         "tokens_per_s": tokens_per_s,
         "mfu": flops * tokens_per_s / (peak * ranks.world_size) if peak else None,
         "peak_gib": device.peak_gib(ranks.device),
@@ -48,7 +51,7 @@ def measured(
 
 
 class Metrics:
-    """The run's record on rank 0; on other ranks every call does nothing."""
+    """Writer of a run's metrics and samples on rank 0; on other ranks every call is a no-op."""
 
     def __init__(self, config: TrainConfig, start: int, active: bool, unit: str, tokens_before: int | None = None):
         self.config, self.active = config, active
@@ -66,7 +69,7 @@ class Metrics:
         self._sinks = Sinks(config, start, self.print0)
 
     def log(self, step: int, **fields: float) -> None:
-        """Adds fields to the row of `step`, which end_step or close will write."""
+        """Adds fields to the row of `step`. end_step, sync or close writes the row."""
         if not self.active:
             return
         if self._row is None:
@@ -75,11 +78,14 @@ class Metrics:
         self._console.update(step, fields)
 
     def tokens(self, step: int) -> int:
-        """Tokens trained on when `step` begins; steps before this process's first may have been of another size."""
+        """Tokens trained on before `step`.
+
+        Steps before a resume may have had another number of tokens.
+        """
         return self._tokens_before + (step - self._start) * self.config.tokens_per_step
 
     def rows(self) -> list[dict]:
-        """Every row so far, the one still being filled among them."""
+        """Every row so far, including the one not yet written."""
         return read_rows(self.out / METRICS_FILE) + ([self._row] if self._row is not None else [])
 
     def sample(self, step: int, text: str) -> None:
@@ -91,10 +97,13 @@ class Metrics:
     def print0(self, line: str) -> None:
         """Prints one line without disturbing the progress bar."""
         if self._console is not None:
-            self._console.print0(line)
+            self._console.print_line(line)
 
     def end_step(self, step: int) -> None:
-        """Step `step` is over: writes its row, so that a checkpoint of the next step finds it written."""
+        """Ends `step`: moves the bar and writes the row.
+
+        So the row is in the file before a checkpoint of the next step.
+        """
         if not self.active:
             return
         self._console.advance(step + 1)
@@ -102,7 +111,10 @@ class Metrics:
             self._write_row()
 
     def sync(self, row_is_complete: bool) -> None:
-        """Waits until the rows are on the disk, this step's too if complete. Call it before a checkpoint."""
+        """Fsyncs metrics.jsonl; with row_is_complete, first writes this step's row.
+
+        Call it before a checkpoint.
+        """
         if not self.active:
             return
         if row_is_complete and self._row is not None:
@@ -110,7 +122,7 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Writes the last row and ends the display."""
+        """Writes the last row, and closes the file, the sinks and the console."""
         if not self.active:
             return
         if self._row is not None:
@@ -130,7 +142,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without a last line that was cut short."""
+    """The rows of a metrics.jsonl, up to a line that was cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -151,21 +163,21 @@ def _sample_heading(step: int) -> str:
 
 
 def drop_samples_from(path: Path, step: int) -> None:
-    """Keeps only the samples before `step`, recognised by their headings."""
+    """Keeps only the samples of steps before `step`, read from their headings."""
     if not path.exists():
         return
-    kept, keeping = [], True
-    with path.open(encoding="utf-8", newline="\n") as file:  # no other line end: a sample may hold any text
+    lines, is_kept = [], True
+    with path.open(encoding="utf-8", newline="\n") as file:  # a sample may contain other line ends, such as \r
         for line in file:
             if heading := SAMPLE_HEADING.fullmatch(line):
-                keeping = int(heading[1]) < step
-            if keeping:
-                kept.append(line)
-    _replace(path, "".join(kept))
+                is_kept = int(heading[1]) < step
+            if is_kept:
+                lines.append(line)
+    _replace(path, "".join(lines))
 
 
 def last_sample(path: Path) -> str:
-    """The newest sample of a samples.txt, or nothing."""
+    """The newest sample of a samples.txt, or "" if there is no file."""
     return SAMPLE_HEADING.split(path.read_text(encoding="utf-8"))[-1].strip("\n") if path.exists() else ""
 
 
@@ -178,7 +190,7 @@ def _replace(path: Path, text: str) -> None:
 # ---- Console ------------------------------------------------------------------------------------------------------
 
 
-def _short(name: str, value: float) -> str:
+def _format_field(name: str, value: float) -> str:
     forms: dict[str, Callable[[float], str]] = {
         "loss": lambda v: f"loss {v:.3f}",
         "val_loss": lambda v: f"val loss {v:.4f}",
@@ -195,38 +207,40 @@ SHOWN = ("loss", "val_loss", "lr", "tokens_per_s", "mfu", "peak_gib", "skipped")
 
 
 class Lines:
-    """A plain line now and then, for pipes and log files."""
+    """Console output for pipes and log files: a plain line every few seconds."""
 
     def __init__(self, num_steps: int, start: int, unit: str):
         self.num_steps, self.start, self.unit = num_steps, start, unit
         self._began = self._printed = time.monotonic()
 
     def update(self, step: int, fields: dict[str, float]) -> None:
-        """Prints the fields, at once if they hold a validation loss and else every few seconds."""
+        """Prints the fields: a validation loss always, others at most every PLAIN_EVERY seconds."""
         now = time.monotonic()
         if "val_loss" not in fields and now - self._printed < PLAIN_EVERY:
             return
         self._printed = now
-        parts = [_short(name, fields[name]).format(unit=self.unit) for name in SHOWN if fields.get(name) is not None]
+        parts = [
+            _format_field(name, fields[name]).format(unit=self.unit) for name in SHOWN if fields.get(name) is not None
+        ]
         if (done := step - self.start) > 0 and "loss" in fields:
             left = (now - self._began) / done * (self.num_steps - step)
             parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         width = len(str(self.num_steps))
-        self.print0(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
+        self.print_line(f"step {step:>{width}}/{self.num_steps}  " + "  ".join(parts))
 
     def advance(self, step: int) -> None:
-        """Nothing moves."""
+        """No-op: plain lines have no bar."""
 
-    def print0(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line."""
         print(line, flush=True)
 
     def close(self) -> None:
-        """Nothing to take down."""
+        """No-op: there is no bar to stop."""
 
 
 class Bar:
-    """A progress bar on a terminal; validation losses stay above it as lines."""
+    """Console output for a terminal: a progress bar, with a line above it per validation loss."""
 
     def __init__(self, num_steps: int, start: int, unit: str):
         from rich.console import Console
@@ -247,19 +261,21 @@ class Bar:
     def update(self, step: int, fields: dict[str, float]) -> None:
         """Shows the newest value of each field."""
         self._fields |= {name: value for name, value in fields.items() if name in SHOWN and value is not None}
-        parts = [_short(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields]
+        parts = [
+            _format_field(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields
+        ]
         self._progress.update(self._task, description="  ".join(parts))
         if "val_loss" in fields:
-            self.print0(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
+            self.print_line(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
         self._progress.update(self._task, completed=step)
 
-    def print0(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints a line above the bar."""
         self._progress.console.print(line, markup=False)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar, and leaves its last state on the terminal."""
         self._progress.stop()

@@ -1,4 +1,4 @@
-"""The two pictures of a run, loss_curve.png and lr_schedule.png, for someone who did not run it."""
+"""Plots of a run, labelled for a reader who did not run it: loss_curve.png and lr_schedule.png."""
 
 import math
 from pathlib import Path
@@ -12,12 +12,18 @@ TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
-    """Draws both pictures into config.out from rows of metrics.jsonl and returns their paths; unit: token or byte."""
+    """Draws both plots into config.out from rows of metrics.jsonl.
+
+    Returns their paths. unit: token or byte.
+    """
     return [_loss_curve(config, rows, unit), _lr_schedule(config, rows, unit)]
 
 
 def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
-    """A figure drawn without a display, whatever matplotlib is set to elsewhere in the process."""
+    """(figure, axes) on the Agg backend, which needs no display.
+
+    The rest of the process may use another backend.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,15 +40,15 @@ def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
 
 
 def _token_axis(most: int, unit: str) -> tuple[float, str]:
-    """(divisor, label) that keep the numbers on the axis short."""
-    for size, word in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
+    """(divisor, label) of an axis up to `most` tokens, such that its numbers are short."""
+    for size, name in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
         if most >= size:
-            return size, f"{word}training {unit}s"
+            return size, f"{name}training {unit}s"
     return 1, f"training {unit}s"
 
 
 def _smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Exponential moving average, bias-corrected: divided by 1 - weight^count."""
     smoothed, mean = [], 0.0
     for count, value in enumerate(values, start=1):
         mean = weight * mean + (1.0 - weight) * value
@@ -52,7 +58,7 @@ def _smooth(values: list[float], weight: float) -> list[float]:
 
 def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     train, val = (
-        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]  # a run may diverge
+        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]  # NaN: diverged
         for name in ("loss", "val_loss")
     )
     uniform = math.log(config.model.vocab_size)
@@ -107,7 +113,7 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
 
 
 def _save(figure, path: Path) -> Path:
-    """Writes the PNG beside its place and moves it there, so that a viewer never opens half a picture."""
+    """Writes the PNG under a temporary name and renames it: no viewer opens half a file."""
     temporary = path.with_name(f".{path.name}.writing")
     figure.savefig(temporary, dpi=110, format="png")
     return temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: finding it, refusing one of another run, and filling model and optimizer from it."""
+"""Resuming: finds a checkpoint, refuses one of another run, fills model and optimizer from it."""
 
 import hashlib
 import uuid
@@ -16,10 +16,10 @@ from engine.run import checkpoint as checkpoints
 from engine.run.checkpoint import Checkpoint
 from model.gpt2 import GPT2
 
-# A resumed run must share these with its past: the weights or the order of the data depend on each.
+# These must be the same before and after resuming: the weights or the data order depend on each.
 FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "optimizer", "tokenizer", "data_digest")
 SAFE = ("sequence_length", "tokens_per_step", "seed", "data_digest")  # may change with --resume-changed
-SAFE_OF_MODEL = ("dropout", "init")  # fields of the model that may change so too
+SAFE_OF_MODEL = ("dropout", "init")  # fields of the model that may change with it too
 PACKAGES = [Path(__file__).resolve().parents[2] / name for name in ("kernels", "model", "engine")]
 
 
@@ -38,7 +38,7 @@ def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
 
 
 def facts(train: TrainConfig, run_identity: dict) -> dict:
-    """What must be the same on every rank: flags, code, data and versions."""
+    """Facts that must be the same on every rank: flags, code, data and versions."""
     fields = config.to_dict(train)
     nested = {f"{part}.{name}": value for part in ("model", "optim") for name, value in fields.pop(part).items()}
     code = hashlib.sha256()
@@ -54,7 +54,10 @@ def facts(train: TrainConfig, run_identity: dict) -> dict:
 
 
 def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start afresh. Raises BadInput if it belongs to another run than this."""
+    """The checkpoint to resume from, or None to start at step 0.
+
+    Raises BadInput if it belongs to another run.
+    """
     if train.resume == "never":
         return None
     checkpoints.recover(Path(train.out) / "checkpoints")
@@ -76,7 +79,10 @@ def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str]
 
 
 def _check_identity(checkpoint: Checkpoint, run_identity: dict, may_change: bool, warn: Callable[[str], None]) -> None:
-    """Raises BadInput with all that differs from the run that made the checkpoint, or warns where it may change."""
+    """Raises BadInput listing what differs from the run that made the checkpoint.
+
+    Warns instead if may_change is set and all differences are safe.
+    """
     past = checkpoint.state["identity"]
     changed = {name: _difference(past[name], run_identity[name]) for name in FIXED if past[name] != run_identity[name]}
     if not changed:
@@ -103,9 +109,10 @@ def _difference(old, new) -> str:
 
 
 def restore(checkpoint: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Fills model and optimizer on every rank. Unless they are sharded only rank 0 reads: the others may have no file.
+    """Fills model and optimizer on every rank.
 
-    Raises BadInput on every rank if the checkpoint is another model's.
+    If they are not sharded, only rank 0 reads the files, which other hosts may not have. Raises
+    BadInput on every rank if the checkpoint is another model's.
     """
     is_sharded = distributed.is_sharded(raw_model)
     with ranks.fail_together():
@@ -124,7 +131,10 @@ def restore(checkpoint: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Opti
 
 
 def check_shared_out(out: str | Path, parallel: str, ranks: Ranks) -> None:
-    """Raises BadInput on every rank unless all hosts see rank 0's --out, where a sharded run needs that."""
+    """Raises BadInput on every rank unless all hosts see rank 0's --out.
+
+    No-op for ddp, which needs no shared directory.
+    """
     if parallel == "ddp" or ranks.world_size == 1:
         return
     probe = Path(out) / ranks.broadcast_object(f".probe_{uuid.uuid4().hex}")

@@ -1,8 +1,9 @@
-"""Checkpoints while training goes on: a copy of all tensors in memory, written by a thread.
+"""Asynchronous checkpoints: tensors are copied in memory, and a thread writes the copy to the disk.
 
-Training waits for the copy alone. The next save waits for the last one, and so does the end of the run. A disk that
-refuses costs one checkpoint and a warning; if it refuses twice in a row, or the last one, the run ends with the
-reason. Where the model is sharded every process copies and writes its own part.
+Training waits only for the copy. The next save, and the end of the run, wait until the thread has
+finished. A save that fails is lost, and a warning says so. If two saves in a row fail, or the last
+one does, the run ends with the reason. If the model is sharded, every process copies and writes its
+own part.
 """
 
 import shutil
@@ -24,7 +25,10 @@ from model.gpt2 import GPT2
 
 
 class Saver:
-    """Saves one run's model and optimizer. Every rank calls every method, whether or not it has something to write."""
+    """Saves one run's model and optimizer.
+
+    Every rank calls every method, also those that write nothing.
+    """
 
     def __init__(
         self,
@@ -37,24 +41,27 @@ class Saver:
         self.config, self.raw_model, self.optimizer, self.print0 = config, raw_model, optimizer, print0
         is_sharded = distributed.is_sharded(raw_model)
         self.writes = is_sharded or ranks.is_first
-        # Collectives of the thread must not mix with those of training: a group of their own, on the CPU.
+        # The thread's collectives must not mix with training's: they have a group on the CPU.
         self.group = dist.new_group(backend="gloo") if is_sharded and ranks.world_size > 1 else None
-        self.seconds = 0.0  # that the slowest save took, from the copy to the last flush
-        self.last_step: int | None = None  # whose checkpoint is known to be whole
+        self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
+        self.last_step: int | None = None  # step of the last save that succeeded
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._failures = 0
+        self._failures = 0  # in a row
         self._stager = None
 
     def save(self, state: dict) -> None:
-        """Saves the weights and moments of now, with a state. Raises BadInput if the last two saves failed."""
+        """Saves the current weights and optimizer state, and `state`.
+
+        Raises BadInput if the last two saves failed.
+        """
         self.wait()
         if not self.writes:
             return
         tensors = checkpoint.named_tensors(self.raw_model, self.optimizer)
         if not self.config.async_save:
             self._write(state, tensors)
-            self._settle(state["step"])
+            self._record_result(state["step"])
             return
         self._thread = threading.Thread(target=self._write, args=(state, self._copy(tensors)), name="saver")
         self._thread.start()
@@ -64,7 +71,10 @@ class Saver:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Closes it, but only says that the last save failed if the run ends by something worse."""
+        """Waits for the last save.
+
+        If another exception ends the run, a failed save is printed, not raised.
+        """
         try:
             self.close()
         except BadInput as failure:
@@ -77,17 +87,21 @@ class Saver:
         self.wait(is_last=True)
 
     def wait(self, is_last: bool = False) -> None:
-        """Waits for the save under way. Raises BadInput if it is the second in a row that failed, or the last one."""
+        """Waits for the save in progress.
+
+        Raises BadInput after two failures in a row, or if is_last after one.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._settle(self._step)
+            self._record_result(self._step)
         if self._error is not None and (is_last or self._failures > 1):
-            said, self._error = f"{self._sentence()}; the run ends here, {self._known()}", None  # said once
-            raise BadInput(said)
+            message = f"{self._failure_message()}; the run ends here, {self._last_saved()}"
+            self._error = None  # raised only once
+            raise BadInput(message)
 
     def _copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors on the CPU, in memory that is kept from save to save: touching new pages costs more than this."""
+        """Copies the tensors to CPU memory that saves reuse: new pages cost more than the copy."""
         if self._stager is None:
             on_gpu = next(iter(tensors.values())).is_cuda
             self._stager = DefaultStager(
@@ -105,22 +119,22 @@ class Saver:
         self._error = None
         try:
             checkpoint.write(self.config.out, state, tensors, self.config.keep_last, self.print0, self.group)
-        except Exception as error:  # in a thread of its own, it would end nothing but the thread
+        except Exception as error:  # raised in the thread, it would not reach the main thread
             self._error = error
         self.seconds = max(self.seconds, time.perf_counter() - began)
 
-    def _settle(self, step: int) -> None:
-        """Takes note of how a save ended. Raises what is not the disk's fault."""
+    def _record_result(self, step: int) -> None:
+        """Records whether a save succeeded. Raises its error unless that is an OSError."""
         if self._error is None:
             self.last_step, self._failures = step, 0
             return
         if not isinstance(self._error, OSError):
-            error, self._error = self._error, None  # told once: `close` must not say another thing
+            error, self._error = self._error, None  # raised only once: `close` must not report it again
             raise error
         self._failures += 1
-        self.print0(f"{self._sentence()}; training goes on, {self._known()}")
+        self.print0(f"{self._failure_message()}; training goes on, {self._last_saved()}")
 
-    def _sentence(self) -> str:
+    def _failure_message(self) -> str:
         tensors = checkpoint.named_tensors(self.raw_model, self.optimizer).values()
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         try:
@@ -132,5 +146,5 @@ class Saver:
             "make room there"
         )
 
-    def _known(self) -> str:
+    def _last_saved(self) -> str:
         return "nothing is saved yet" if self.last_step is None else f"saved up to step {self.last_step}"

@@ -1,7 +1,7 @@
-"""Where a run's measurements go besides metrics.jsonl: TensorBoard and Weights & Biases. Neither can stop a run.
+"""Sinks for the rows of metrics.jsonl: TensorBoard and Weights & Biases. Neither can stop a run.
 
-A sink that is not installed, does not open or fails once is dropped with one line, and training goes on: the record
-of a run is metrics.jsonl, and both can be filled from it again.
+A sink that is not installed, does not open or fails once is dropped with one line, and training
+goes on. The record of a run is metrics.jsonl; either sink can be filled from it again.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from engine.config import TrainConfig
 
 WANDB_PROJECT = "gpt2"
 WANDB_ID_FILE = "wandb_id"
-WANDB_FINISH_SECONDS = 60  # to send the rest at the end; without a network it would wait for one for ever
-THREAD_SECONDS = 1.0
+WANDB_FINISH_SECONDS = 60  # most time to send the rest at the end; without a network wandb would wait for ever
+THREAD_SECONDS = 1.0  # most time to wait for a writer thread of TensorBoard that has failed
 LONGEST_REASON = 300  # characters
 
 
@@ -27,16 +27,16 @@ class Sinks:
     def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
         self._print0 = print0
         self._open: dict[str, TensorBoard | WeightsAndBiases] = {}
-        for name, asked, kind in (
-            ("tensorboard", train.tensorboard, TensorBoard),
-            ("wandb", train.wandb, WeightsAndBiases),
+        for name, is_asked, connect in (
+            ("tensorboard", train.tensorboard, lambda: TensorBoard(train.out, start)),
+            ("wandb", train.wandb, lambda: WeightsAndBiases(train, print0)),
         ):
-            if asked:
+            if is_asked:
                 try:
-                    self._open[name] = kind(train, start, print0)
+                    self._open[name] = connect()
                 except ImportError as error:
                     self._drop(name, f"{error} (pip install {name})")
-                except Exception as error:  # whatever it is, it must not cost the run
+                except Exception as error:  # no error of a sink may end the run
                     self._drop(name, error)
 
     def write(self, row: dict[str, float]) -> None:
@@ -48,7 +48,7 @@ class Sinks:
                 self._drop(name, error)
 
     def close(self) -> None:
-        """Sends what is still to be sent and closes every sink."""
+        """Sends what is left and closes every sink."""
         while self._open:
             name, sink = self._open.popitem()
             try:
@@ -57,23 +57,23 @@ class Sinks:
                 self._drop(name, error)
 
     def _drop(self, name: str, reason: Exception | str) -> None:
-        words = " ".join(str(reason).split()) or type(reason).__name__
-        self._print0(f"{name}: {words[:LONGEST_REASON]}; going on without it")
+        one_line = " ".join(str(reason).split()) or type(reason).__name__
+        self._print0(f"{name}: {one_line[:LONGEST_REASON]}; going on without it")
         if (sink := self._open.pop(name, None)) is not None:
-            with contextlib.suppress(Exception):  # it has failed already
+            with contextlib.suppress(Exception):  # its failure has been printed
                 sink.close()
 
 
 class TensorBoard:
     """Event files in OUT/tensorboard."""
 
-    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
+    def __init__(self, out: str | Path, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
         self._excepthook = threading.excepthook
-        threading.excepthook = self._hear  # at once: opening already writes
+        threading.excepthook = self._on_thread_error  # before the writer opens: opening already writes
         try:
-            self._writer = SummaryWriter(Path(train.out) / "tensorboard", purge_step=start)
+            self._writer = SummaryWriter(Path(out) / "tensorboard", purge_step=start)
         except BaseException:
             threading.excepthook = self._excepthook
             raise
@@ -85,34 +85,34 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Writes what is held and closes the file."""
+        """Writes what is buffered and closes the file."""
         try:
             self._writer.close()
         finally:
             for thread in threading.enumerate():
-                if _is_tensorboard_s(thread):  # it failed, and is about to say so
+                if _is_tensorboard_thread(thread):  # it failed, and is about to call the hook
                     thread.join(THREAD_SECONDS)
             threading.excepthook = self._excepthook
 
-    def _hear(self, error: threading.ExceptHookArgs) -> None:
-        # The thread that writes the file raises there, with a traceback on the terminal, what the next write raises
-        # here: that one becomes our one line.
-        if not _is_tensorboard_s(error.thread):
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # TensorBoard's writer thread would print a traceback. The next write raises the same error
+        # in this thread, where Sinks turns it into one line.
+        if not _is_tensorboard_thread(error.thread):
             self._excepthook(error)
 
 
-def _is_tensorboard_s(thread: threading.Thread | None) -> bool:
+def _is_tensorboard_thread(thread: threading.Thread | None) -> bool:
     return type(thread).__module__.startswith("tensorboard.")
 
 
 class WeightsAndBiases:
-    """A run of the project gpt2, under the run's name. WANDB_MODE=offline keeps it in OUT/wandb.
+    """A W&B run in the project gpt2, named as this run. WANDB_MODE=offline keeps it in OUT/wandb.
 
-    OUT/wandb_id holds its id: a run that goes on is the same one there, and --resume never, which sets OUT aside,
-    begins another.
+    OUT/wandb_id holds its id, so a resumed run continues the same W&B run. --resume never sets OUT
+    aside and so starts a new one.
     """
 
-    def __init__(self, train: TrainConfig, start: int, print0: Callable[[str], None]):
+    def __init__(self, train: TrainConfig, print0: Callable[[str], None]):
         import wandb
 
         path = Path(train.out) / WANDB_ID_FILE
@@ -127,9 +127,9 @@ class WeightsAndBiases:
             config=config.to_dict(train),
             settings=wandb.Settings(silent=True, console="off", finish_timeout=WANDB_FINISH_SECONDS),
         )
-        self._first = self._run.step  # the rows before it are there, and W&B takes no step twice
-        later = f"offline; to send it later: wandb sync {train.out}/wandb/offline-run-*"
-        print0(f"wandb: {later if self._run.offline else self._run.url or 'off, as WANDB_MODE says'}")
+        self._first = self._run.step  # W&B has the rows before it, and accepts no step twice
+        offline = f"offline; to send it later: wandb sync {train.out}/wandb/offline-run-*"
+        print0(f"wandb: {offline if self._run.offline else self._run.url or 'off, as WANDB_MODE says'}")
 
     def write(self, row: dict[str, float]) -> None:
         """Logs a row under its step."""
@@ -137,5 +137,5 @@ class WeightsAndBiases:
             self._run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def close(self) -> None:
-        """Sends the rest and ends the run: as failed, if an exception is on its way."""
+        """Sends the rest and ends the W&B run, as failed if an exception is being handled."""
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

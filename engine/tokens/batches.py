@@ -1,8 +1,9 @@
-"""The batch of step s: a pure function of (data, seed, s).
+"""Batches of a run: the batch of step s is a pure function of (data, seed, s).
 
-A keyed permutation orders all windows of an epoch: no window twice, none left out, and nothing to store. Step s takes
-the windows s * S to (s + 1) * S - 1 of the endless sequence of epochs, where S = tokens_per_step / T. Micro-batches and
-ranks are slices of those. So a run on 1, 2 or 8 GPUs sees the same batches, and resuming needs only the step number.
+A keyed permutation orders the windows of an epoch. Each window occurs once, and no order is stored.
+With S = tokens_per_step / T, step s takes windows s * S to (s + 1) * S - 1 of the sequence of all
+epochs. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees the same
+batches, and resuming needs only the step number.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,7 @@ FEISTEL_ROUNDS = 6
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words in which every input bit moves every output bit: splitmix64's finaliser.
+    """Bijection of uint64, splitmix64's finaliser: every input bit affects every output bit.
 
     Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """
@@ -35,7 +36,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def derived_seed(*key: int) -> int:
-    """A seed of 63 bits that any change to the key changes."""
+    """Seed of 63 bits, hashed from the key. Similar keys give unrelated seeds."""
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = _mix(state ^ np.array([part % (1 << 64)], dtype=np.uint64))
@@ -43,11 +44,12 @@ def derived_seed(*key: int) -> int:
 
 
 def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """Where a keyed permutation of range(size) sends each index: O(1) memory, int64 in and out.
+    """Images of indices under a keyed permutation of range(size): O(1) memory, int64 in and out.
 
-    A Feistel network permutes the 2h-bit words, the fewest that hold `size`; a word outside range(size) is sent on
-    until it falls inside, which keeps it a permutation and takes fewer than 4 turns on average.
-    Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains", section 3 (cycle walking).
+    A Feistel network permutes the words of 2h bits, for the least h >= 1 with size <= 2^(2h). It is
+    applied again to words outside range(size) until they are inside, which is still a permutation.
+    A word needs fewer than 4 applications on average. Source: Black & Rogaway 2002, "Ciphers with
+    arbitrary finite domains", section 3 (cycle walking).
     """
     round_keys = _mix(np.uint64(derived_seed(*key)) + np.arange(1, FEISTEL_ROUNDS + 1, dtype=np.uint64))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -65,12 +67,15 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 
 def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.ndarray:
-    """The windows of one step, (sequences,) int64, for all ranks and micro-batches; it may straddle two epochs."""
+    """Window indices of one step, for all ranks and micro-batches: (sequences,) int64.
+
+    May span two epochs.
+    """
     positions = np.arange(step * sequences, (step + 1) * sequences)
     windows = np.empty_like(positions)
     for epoch in np.unique(positions // num_windows):
-        now = positions // num_windows == epoch
-        windows[now] = permute(positions[now] % num_windows, num_windows, seed, int(epoch))
+        in_epoch = positions // num_windows == epoch
+        windows[in_epoch] = permute(positions[in_epoch] % num_windows, num_windows, seed, int(epoch))
     return windows
 
 
@@ -79,7 +84,10 @@ def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.n
 
 @dataclass
 class Batches:
-    """What one rank trains on: `at(step)` gives its micro-batches, read ahead by a background thread."""
+    """Micro-batches of one rank.
+
+    `at(step)` returns them; a background thread reads one step ahead.
+    """
 
     stream: TokenStream
     context: int  # T, tokens per sequence
@@ -88,7 +96,7 @@ class Batches:
     seed: int
     rank: int = 0
     world_size: int = 1
-    pin: bool = False  # page-locked memory, so that the copy to a GPU overlaps with work
+    pin: bool = False  # whether to use page-locked memory, so that the copy to a GPU overlaps with compute
 
     def __post_init__(self) -> None:
         self.sequences = self.micro_batch_size * self.accumulation * self.world_size  # per step, all ranks

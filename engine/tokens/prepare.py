@@ -1,13 +1,15 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`
-(see engine/tokens/sources.py).
-Each document is written as the end-of-text token, then its text's tokens. A document belongs to validation by a hash
-of its text, so a corpus that grows keeps its split; where that leaves a split empty, as with a single book, every
-document gives its tail instead. The same sources make the same bytes, whatever the number of workers.
+Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`.
+See engine/tokens/sources.py.
+Each document is written as the end-of-text token, then its text's tokens. A hash of the text
+decides whether a document is for validation, so documents stay in their split when the corpus
+grows. If that leaves a split empty, as with a single book, the tail of every document is for
+validation instead.
+The same sources make the same bytes with any number of workers.
 
-Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest last: a
-preparation that was stopped leaves nothing that could be taken for data.
+Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest
+last. An interrupted preparation leaves nothing that could be mistaken for data.
 """
 
 import hashlib
@@ -28,23 +30,23 @@ import numpy as np
 
 from engine.errors import BadInput
 from engine.tokens import tokenizer
-from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, write_shard
+from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
 from engine.tokens.sources import find_files, parse, raw_documents
 
-BATCH_BYTES = 1 << 20  # of text handed to a worker at a time
+BATCH_BYTES = 1 << 20  # bytes of text per batch handed to a worker
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How text becomes token shards."""
+    """Options of `gpt2 prepare`."""
 
     out: str  # directory for the shards and manifest.json
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257, for models a CPU trains
-    workers: int | None = None  # processes; None: one per CPU core
-    val_fraction: float = 0.01  # share of the documents kept for validation
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257 tokens, for small models on a CPU
+    workers: int | None = None  # worker processes; None: one per CPU core
+    val_fraction: float = 0.01  # fraction of the documents used for validation
     shard_tokens: int = 100_000_000  # tokens per shard
-    text_field: str = "text"  # the field of a .jsonl line or the column of a .parquet file
-    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are no text: count and leave out, or stop
+    text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
+    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are not text: leave out and count, or stop
     overwrite: bool = False  # replace other data in the same directory
 
     def __post_init__(self) -> None:
@@ -64,33 +66,37 @@ class PrepareConfig:
 
 @dataclass
 class Encoded:
-    """What a worker makes of a batch: tokens of each split, in order, and counts."""
+    """A tokenised batch: tokens of each split, in the order of the documents, and counts."""
 
-    tokens: dict[str, np.ndarray]
-    documents: Counter
-    skipped: Counter
+    tokens: dict[str, np.ndarray]  # by split, (n,) uint16
+    documents: Counter  # by split
+    skipped: Counter  # by reason
     text_bytes: int
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
-    """Whether a hash of the document puts it in the validation split."""
-    word = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(word, "little") < val_fraction * 2**64
+    """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-_worker_tokenizer = None  # one per process, built at its first batch
+_worker_tokenizer = None  # one per worker process, built for its first batch
 
 
 def encode_batch(
     batch: list[tuple[str, bytes]], *, name: str, val_fraction: float, text_field: str, by_tail: bool
 ) -> Encoded:
-    """Parses, splits and tokenises a batch of documents."""
+    """Parses, splits and tokenises a batch of documents.
+
+    batch: (kind, bytes) of each document, as from raw_documents. name: the tokenizer's. by_tail:
+    take the last val_fraction of every document's tokens for validation, not whole documents.
+    """
     global _worker_tokenizer
     if _worker_tokenizer is None or _worker_tokenizer.name != name:
         _worker_tokenizer = tokenizer.load(name)
     pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     result = Encoded({}, Counter(), Counter(), 0)
-    start = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
+    end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
     for kind, raw in batch:
         text, reason = parse(kind, raw, text_field)
         if reason is not None:
@@ -106,7 +112,7 @@ def encode_batch(
             parts = {split: _worker_tokenizer.encode(text)}
         for split, tokens in parts.items():
             if len(tokens):
-                pieces[split] += [start, tokens]
+                pieces[split] += [end_of_text, tokens]
                 result.documents[split] += 1
     result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
     return result
@@ -124,8 +130,11 @@ def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str,
         yield batch
 
 
-def _end_with_parent() -> None:
-    """Ends this worker soon after its parent: one that was killed could not tell it, and it would wait forever."""
+def _exit_with_parent() -> None:
+    """Exits this worker soon after its parent dies.
+
+    A killed parent cannot stop its workers, and they would wait forever.
+    """
     parent = os.getppid()
 
     def watch() -> None:
@@ -136,15 +145,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _in_order(pool: Executor | None, work, batches, ahead: int) -> Iterator[Encoded]:
-    """work(batch) for every batch, in order, with at most `ahead` of them waiting in memory."""
+def _map_in_order(pool: Executor | None, encode, batches, max_pending: int) -> Iterator[Encoded]:
+    """Yields encode(batch) for every batch, in order; at most max_pending are in memory."""
     if pool is None:
-        yield from map(work, batches)
+        yield from map(encode, batches)
         return
     pending: deque[Future] = deque()
     for batch in batches:
-        pending.append(pool.submit(work, batch))
-        if len(pending) >= ahead:
+        pending.append(pool.submit(encode, batch))
+        if len(pending) >= max_pending:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
@@ -154,61 +163,63 @@ def _in_order(pool: Executor | None, work, batches, ahead: int) -> Iterator[Enco
 
 
 class ShardWriter:
-    """Cuts one split's tokens into shards of equal size and records each."""
+    """Writer of one split's shards.
+
+    Each has shard_tokens tokens, except the last, which may have fewer.
+    """
 
     def __init__(self, directory: Path, name: str, split: str, shard_tokens: int):
         self.directory, self.name, self.split, self.shard_tokens = directory, name, split, shard_tokens
-        self.pieces: list[np.ndarray] = []
-        self.held = 0
-        self.records: list[dict] = []
+        self.pieces: list[np.ndarray] = []  # of the next shard
+        self.buffered = 0  # tokens in pieces
+        self.records: list[dict] = []  # manifest entries
 
     def add(self, tokens: np.ndarray) -> None:
-        """Takes tokens (n,) uint16, writing each shard that they complete."""
+        """Appends tokens (n,) uint16 and writes each shard that becomes full."""
         while len(tokens):
-            piece, tokens = np.split(tokens, [self.shard_tokens - self.held])
+            piece, tokens = np.split(tokens, [self.shard_tokens - self.buffered])
             self.pieces.append(piece)
-            self.held += len(piece)
-            if self.held == self.shard_tokens:
+            self.buffered += len(piece)
+            if self.buffered == self.shard_tokens:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what is held, if anything, as a shard."""
-        if not self.held:
+        """Writes the buffered tokens, if any, as a shard."""
+        if not self.buffered:
             return
         path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
         write_shard(path, np.concatenate(self.pieces))
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.records.append(
             {
                 "file": path.name,
                 "split": self.split,
-                "tokens": self.held,
+                "tokens": self.buffered,
                 "bytes": path.stat().st_size,
-                "sha256": sha256,
+                "sha256": sha256(path),
             }
         )
-        self.pieces, self.held = [], 0
+        self.pieces, self.buffered = [], 0
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> dict:
-    """Prepares the sources and returns the manifest. Data already made from the same sources is left as it is.
+    """Tokenises the sources into config.out and returns the manifest.
 
-    Raises BadInput if a source or the directory will not do, or the text leaves a split empty.
+    Data already made by the same request is left as it is. Raises BadInput if a source cannot be
+    read, the directory cannot be used, or a split would be empty.
     """
     out = Path(config.out)
     files = find_files(sources)
     request = _request(sources, files, config)
     building = out / BUILDING
-    _take_back(out, building)
+    _remove_orphans(out, building)
     try:
-        present = read_manifest(out)
+        existing = read_manifest(out)
     except BadInput:
         if not config.overwrite:
             raise
-        present = None
-    if present is not None and present.get("request") == request and _complete(out, present):
-        return present
+        existing = None
+    if existing is not None and existing.get("request") == request and _is_complete(out, existing):
+        return existing
     others = [path for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
     if others and not config.overwrite:
         raise BadInput(
@@ -229,8 +240,8 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
-                f"{manifest['tokens']['val']} validation tokens from {len(files)} files{_said(manifest['skipped'])}; "
-                "give more text or a larger --val-fraction"
+                f"{manifest['tokens']['val']} validation tokens from {len(files)} files"
+                f"{_skipped_note(manifest['skipped'])}; give more text or a larger --val-fraction"
             )
         manifest |= {"request": request, "sources": sources}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -241,63 +252,66 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
         for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
             os.replace(building / name, out / name)
     finally:
-        _take_back(out, building)
+        _remove_orphans(out, building)
         shutil.rmtree(building, ignore_errors=True)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
     return manifest
 
 
-def _take_back(out: Path, building: Path) -> None:
-    """Removes the shards that a preparation moved into place before it was stopped: its manifest had not followed."""
+def _remove_orphans(out: Path, building: Path) -> None:
+    """Removes shards that an interrupted preparation moved into place without the manifest."""
     if (out / MANIFEST).exists() or not (building / MANIFEST).exists():
-        return  # it ended, or moved nothing yet
+        return  # it completed, or moved nothing
     try:
         shards = read_manifest(building)["shards"]
-    except BadInput:  # stopped while it wrote the manifest: nothing was moved yet
+    except BadInput:  # interrupted while it wrote the manifest: it moved nothing
         return
     for shard in shards:
         if not (building / shard["file"]).exists():
             (out / shard["file"]).unlink(missing_ok=True)
 
 
-def _complete(out: Path, manifest: dict) -> bool:
-    """Whether every shard of the manifest is there in its full size."""
+def _is_complete(out: Path, manifest: dict) -> bool:
+    """Whether every shard of the manifest exists with the listed number of bytes."""
     shards = [(out / shard["file"], shard.get("bytes")) for shard in manifest["shards"]]
     return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
 def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
-    """What was asked for, as a digest: two requests with the same one make the same bytes."""
-    asked = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
-    seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([asked, seen]).encode()).hexdigest()
+    """Digest of the options, and of each file's path, size and time.
+
+    Equal requests make the same bytes.
+    """
+    options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
 
 
 def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bool) -> dict:
-    """Writes all shards into `building` and returns the manifest, without writing it."""
+    """Writes all shards into `building`. Returns the manifest, which it does not write."""
     workers = config.workers or os.cpu_count() or 1
     name = Path(config.out).name or "data"
     writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
     documents, skipped, text_bytes = Counter(), Counter(), 0
-    work = partial(
+    encode = partial(
         encode_batch,
         name=config.tokenizer,
         val_fraction=config.val_fraction,
         text_field=config.text_field,
         by_tail=by_tail,
     )
-    pool = ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, initializer=_exit_with_parent) if workers > 1 else None
     try:
         batches = _batches(raw_documents(files, config.text_field))
-        for encoded in _in_order(pool, work, batches, ahead=2 * workers):
+        for encoded in _map_in_order(pool, encode, batches, max_pending=2 * workers):
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
             documents += encoded.documents
             skipped += encoded.skipped
             text_bytes += encoded.text_bytes
             if skipped and config.on_bad_text == "fail":
-                raise BadInput(f"prepare: every document must be text{_said(skipped)}; see --on-bad-text")
+                raise BadInput(f"prepare: every document must be text{_skipped_note(skipped)}; see --on-bad-text")
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -318,13 +332,13 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
     }
 
 
-def _said(skipped: dict[str, int]) -> str:
-    """ ", left out: 3 not UTF-8, 1 empty", or nothing."""
+def _skipped_note(skipped: dict[str, int]) -> str:
+    """Text such as ", left out: 3 not UTF-8, 1 empty", or "" if nothing was skipped."""
     return "" if not skipped else ", left out: " + ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
 
 
 def describe(manifest: dict, out: str) -> str:
-    """What was made, in two or three lines."""
+    """Summary of a manifest for the terminal: three lines, or four if documents were skipped."""
     lines = [
         f"{out}: {manifest['text_bytes'] / 1e6:,.1f} MB of text, tokenizer {manifest['tokenizer']}, "
         f"validation by {manifest['split']}"
@@ -335,5 +349,5 @@ def describe(manifest: dict, out: str) -> str:
             f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
         )
     if manifest["skipped"]:
-        lines.append(f"  {_said(manifest['skipped']).removeprefix(', ')}")
+        lines.append(f"  {_skipped_note(manifest['skipped']).removeprefix(', ')}")
     return "\n".join(lines)

@@ -1,9 +1,11 @@
-"""Token shards: one file, one split's stream of tokens, and windows of that stream.
+"""Token shards: the file format, a split's shards as one stream, and windows of that stream.
 
-A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count), then uint16 tokens. This is the
-format of the published pre-tokenised FineWeb shards. One-dimensional uint16 .npy files are read too.
-A split's shards, in the order of their names, form one stream. The stream is cut into windows of T inputs; a window's
-targets are the same tokens shifted by one, so neighbouring windows share one token.
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, then zeros),
+then the tokens as little-endian uint16. The published pre-tokenised FineWeb shards have this
+format. One-dimensional uint16 .npy files are read too.
+A split's shards, in the order of their names, form one stream. The stream is cut into windows of T
+inputs. A window's targets are its inputs shifted by one token, so neighbouring windows share one
+token.
 """
 
 import hashlib
@@ -16,22 +18,25 @@ import numpy as np
 
 from engine.errors import BadInput
 
-if TYPE_CHECKING:  # prepare, its workers and --help use this file and must not wait for PyTorch
+if TYPE_CHECKING:  # prepare, its workers and --help import this file and must not wait for PyTorch
     from torch import Tensor
 
 HEADER_INTS = 256
 MAGIC = 20240520
 VERSION = 1
 MANIFEST = "manifest.json"
-BUILDING = ".building"  # where `prepare` works, inside the directory that it fills
-CHECKED_TOKENS = 1 << 20  # of each shard, scanned for range when it is opened; the rest is checked as it is read
+BUILDING = ".building"  # temporary directory of `prepare`, inside its --out
+CHECKED_TOKENS = 1 << 20  # first tokens of a shard checked for range when it is opened; the rest, when read
 
 
 # ---- Shards -------------------------------------------------------------------------------------------------------
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The shard's tokens, (n,) uint16, memory-mapped. Raises BadInput with file, field, found and expected."""
+    """The shard's tokens, (n,) uint16, memory-mapped.
+
+    Raises BadInput if the header, size or dtype is wrong.
+    """
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -57,10 +62,10 @@ def _open_bin(path: Path) -> np.ndarray:
         raise BadInput(f"{path}: the magic number must be {MAGIC}, got {header[0]}; this is not a token shard")
     if header[1] != VERSION:
         raise BadInput(f"{path}: the version must be {VERSION}, got {header[1]}")
-    expected, found = 4 * HEADER_INTS + 2 * int(header[2]), path.stat().st_size
-    if found != expected:
+    expected, num_bytes = 4 * HEADER_INTS + 2 * int(header[2]), path.stat().st_size
+    if num_bytes != expected:
         raise BadInput(
-            f"{path}: {header[2]} tokens take {expected} bytes, got {found}; "
+            f"{path}: {header[2]} tokens take {expected} bytes, got {num_bytes}; "
             "the file is cut short or damaged: copy or prepare it again"
         )
     if header[2] == 0:
@@ -77,22 +82,31 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         file.write(tokens.astype("<u2").tobytes())
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_manifest(directory: Path) -> dict | None:
-    """The directory's manifest.json, or None where shards came without one. Raises BadInput if it is no manifest."""
+    """The directory's manifest.json, or None if it has none.
+
+    Raises BadInput if the file is not a manifest.
+    """
     path = directory / MANIFEST
     if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text())
-        listed = [shard[field] for shard in manifest["shards"] for field in ("file", "split", "sha256")]
-        if not all(isinstance(field, str) for field in [manifest["tokenizer"], *listed]):
+        values = [shard[field] for shard in manifest["shards"] for field in ("file", "split", "sha256")]
+        if not all(isinstance(value, str) for value in [manifest["tokenizer"], *values]):
             raise TypeError("a tokenizer, file, split or sha256 that is no text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: must be a manifest of shards, got {error!r}; prepare the data again") from error
     return manifest
 
 
-def _existing(directory: str | Path) -> Path:
+def _require_directory(directory: str | Path) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
         raise BadInput(f"data: must be a directory of token shards, got {directory}; make one with gpt2 prepare")
@@ -101,23 +115,26 @@ def _existing(directory: str | Path) -> Path:
 
 @dataclass
 class TokenStream:
-    """One split's shards as one long array of tokens."""
+    """One split's shards, read as one long array of tokens."""
 
     paths: list[Path]
     shards: list[np.ndarray] = field(repr=False)
     vocab_size: int
 
     def __post_init__(self) -> None:
-        self.ends = np.cumsum([len(shard) for shard in self.shards])  # of each shard in the stream
+        self.ends = np.cumsum([len(shard) for shard in self.shards])  # position in the stream after each shard
         for path, shard in zip(self.paths, self.shards, strict=True):
             self._check_range(path, shard[:CHECKED_TOKENS])
 
     @classmethod
     def open(cls, directory: str | Path, split: str, vocab_size: int) -> "TokenStream":
-        """The shards `<name>_<split>_<number>` of a directory. Raises BadInput if there are none or one is bad."""
-        directory = _existing(directory)
-        found = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
-        paths = sorted(found, key=lambda path: path.name)
+        """Opens the shards `<name>_<split>_<number>` of a directory.
+
+        Raises BadInput if there is none or one is bad.
+        """
+        directory = _require_directory(directory)
+        matches = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
+        paths = sorted(matches, key=lambda path: path.name)
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
             raise BadInput(
@@ -144,7 +161,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start to start + count, (count,) uint16, across shard boundaries where need be."""
+        """Tokens start to start + count - 1 of the stream, across shards: (count,) uint16."""
         pieces, index = [], int(np.searchsorted(self.ends, start, side="right"))
         while count > 0:
             shard = self.shards[index]
@@ -156,18 +173,18 @@ class TokenStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _check_range(self, path: Path, tokens: np.ndarray) -> None:
-        if (worst := int(tokens.max(initial=0))) >= self.vocab_size:
+        if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
             raise BadInput(
-                f"{path}: every token must be below the vocabulary size {self.vocab_size}, got {worst}; "
+                f"{path}: every token must be below the vocabulary size {self.vocab_size}, got {largest}; "
                 "the shard is damaged or was made with another tokenizer"
             )
 
     def num_windows(self, context: int) -> int:
-        """Windows of `context` inputs and as many targets."""
+        """Number of whole windows, each of `context` inputs and as many targets."""
         return (len(self) - 1) // context
 
     def windows(self, indices: np.ndarray, context: int) -> "Tensor":
-        """Windows by number, (len(indices), context + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+        """Windows by index, (len(indices), context + 1) int64: inputs [:, :-1], targets [:, 1:]."""
         import torch
 
         rows = [self.read(int(index) * context, context + 1) for index in indices]
@@ -175,13 +192,16 @@ class TokenStream:
 
 
 def tokenizer_name(directory: str | Path) -> str:
-    """The tokenizer that made the shards: the manifest's, or gpt2 for shards that came without one."""
-    manifest = read_manifest(_existing(directory))
+    """Name of the shards' tokenizer: the manifest's, or gpt2 if there is no manifest."""
+    manifest = read_manifest(_require_directory(directory))
     return "gpt2" if manifest is None else manifest["tokenizer"]
 
 
 def digest(streams: list[TokenStream], directory: str | Path) -> str:
-    """Which data this is, in 16 hex digits: of the manifest's sha256 sums, or without one of names and sizes."""
+    """Digest of the data, 16 hex digits.
+
+    It covers the manifest's sha256 sums or, without a manifest, file names and token counts.
+    """
     manifest = read_manifest(Path(directory))
     if manifest is not None:
         identity = sorted((shard["file"], shard["sha256"]) for shard in manifest["shards"])

@@ -1,7 +1,8 @@
-"""Sources to documents: which files a source stands for, and the text of each document in them.
+"""Sources to documents: the files of each source, and the text of each document in them.
 
-A file of .txt, .md or .py is a document; of .jsonl each line is, of .parquet each row. The word `stdlib` stands for the
-sources of the running Python's standard library without its tests.
+A .txt, .md or .py file is one document. Each line of a .jsonl file is one, and so is each row of a
+.parquet file. The word `stdlib` names the source files of the running Python's standard library,
+without its tests.
 """
 
 import json
@@ -18,7 +19,10 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests",
 
 
 def find_files(sources: Iterable[str]) -> list[Path]:
-    """Every file of the sources, in an order that depends on their names alone. Raises BadInput for a bad source."""
+    """Every file of the sources, in an order that depends only on names.
+
+    Raises BadInput for a bad source.
+    """
     files: list[Path] = []
     for source in sources:
         path = Path(source)
@@ -46,8 +50,9 @@ def _walk(root: Path, suffixes: set[str], pruned: set[str]) -> list[Path]:
 
 
 def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[tuple[str, bytes]]:
-    """(kind, bytes) of every document: "text" as it stands, or "json" for a line still to be parsed.
+    """Yields (kind, bytes) of every document, for `parse`.
 
+    kind: "text", or "json" for a .jsonl line.
     Raises BadInput if a file cannot be read.
     """
     for path in files:
@@ -83,7 +88,10 @@ def _parquet_column(path: Path, column: str) -> Iterator[bytes]:
 
 
 def parse(kind: str, raw: bytes, text_field: str) -> tuple[str, str | None]:
-    """(text, None), or ("", reason) for a document that is no text."""
+    """(text, None) of a document, or ("", reason) if it is not text.
+
+    kind, raw: as from raw_documents.
+    """
     try:
         text = raw.decode("utf-8-sig")
         if kind == "json":

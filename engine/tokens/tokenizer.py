@@ -1,9 +1,11 @@
-"""Text to token ids and back: GPT-2's byte-pair encoding, and plain bytes. Neither touches the network.
+"""Text to token ids and back: GPT-2's byte-pair encoding, and plain bytes. No network is used.
 
-gpt2: 50,257 tokens, built by tiktoken from the vocabulary in engine/assets. bytes: 256 bytes and an end of text, so
-that a model on a laptop spends its work on the text and not on a head of 50,304 columns.
-encode never makes the end-of-text id, not even from a literal <|endoftext|>: only `prepare` writes it.
-Source: Radford et al. 2019, section 2.2; the vocabulary and the splitting pattern are OpenAI's (MIT licence).
+gpt2: 50,257 tokens, built by tiktoken from the vocabulary in engine/tokens/assets.
+bytes: 257 tokens, the 256 bytes and end of text. A small model on a CPU would spend most of its
+time in a head of 50,304 columns.
+encode never returns the end-of-text id, not even for a literal <|endoftext|>. Only `prepare` writes
+that id.
+Source: Radford et al. 2019, section 2.2. Vocabulary and splitting pattern: OpenAI (MIT licence).
 """
 
 import base64
@@ -21,11 +23,14 @@ VOCABULARY = Path(__file__).parent / "assets" / "r50k_base.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
 
-# Contractions, words, numbers, other signs (each with the space before it), trailing and other white space.
+# Contractions; words, numbers and other signs, each with the space before it;
+# trailing and other white space.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# \s+(?!\S) backs off by one character, and its engine keeps a way back for each of them: 1,000,000 of white space in
-# front of a word overflow that stack and end the process. Cut before the last of them, the tokens are the same.
+# \s+(?!\S) backtracks by one character, and the regex engine stacks a state for every character it
+# has matched. 1,000,000 characters of white space before a word overflow that stack and kill the
+# process. So a long run of white space is cut before its last character, which leaves the tokens
+# the same.
 LONG = 100_000
 SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
@@ -33,7 +38,10 @@ LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
 
 @lru_cache(maxsize=1)
 def gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's 50,256 byte strings and their ids. Raises BadInput if the packaged file is not the released one."""
+    """GPT-2's vocabulary: 50,256 byte strings to ids.
+
+    Raises BadInput if the packaged file is not the released one.
+    """
     content = VOCABULARY.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCABULARY_SHA256:
@@ -63,23 +71,23 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of any text, (n,) uint16. A lone surrogate becomes U+FFFD."""
+        """Token ids of a text, (n,) uint16. A lone surrogate becomes U+FFFD."""
         runs = LONG_SPACE.finditer(text) if len(text) > LONG else ()
         cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
         ids = [self._encoding.encode_ordinary(text[start:end]) for start, end in pairwise(cuts)]
         return np.concatenate([np.asarray(part, dtype=np.uint16) for part in ids])
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes that the ids stand for; one token may be part of a character."""
+        """Bytes of the ids. A token may be part of a character."""
         return self._encoding.decode_bytes([int(i) for i in ids])
 
     def decode(self, ids) -> str:
-        """Text of the ids; bytes that are no character become U+FFFD."""
+        """Text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class ByteTokenizer:
-    """One token a byte: ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
+    """One token per byte of UTF-8: ids 0 to 255; 256 is end of text."""
 
     name = "bytes"
     unit = "byte"
@@ -87,16 +95,16 @@ class ByteTokenizer:
     end_of_text = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of any text, (n,) uint16. A lone surrogate becomes U+FFFD."""
+        """Token ids of a text, (n,) uint16. A lone surrogate becomes U+FFFD."""
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return np.frombuffer(whole.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes that the ids stand for."""
+        """Bytes of the ids."""
         return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in map(int, ids))
 
     def decode(self, ids) -> str:
-        """Text of the ids; bytes that are no character become U+FFFD."""
+        """Text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 

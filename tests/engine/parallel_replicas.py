@@ -1,6 +1,7 @@
-"""Run by torchrun from test_parallel.py: trains one model in every way of `--parallel`, and beside it on one process.
+"""Trains one model in every `--parallel` mode and, for comparison, on one process.
 
-The last line is JSON: for each way, how far it was from the one process, and what each rank saw.
+torchrun runs it for test_parallel.py. The last line is JSON: for each mode, its differences from the one process, and
+what each rank saw.
 """
 
 import json
@@ -23,8 +24,9 @@ from engine.tokens.shards import TokenStream
 from model.gpt2 import GPT2, GPT2Config
 
 MODEL = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
+# With an eps of 1e-8 AdamW would make steps of the rounding error in gradients that should be zero.
 CONFIG = TrainConfig(model=MODEL, eval_tokens=16 * 21, optim=OptimConfig(clip=0.5, eps=1e-5))
-NUM_STEPS, ACCUMULATION = 5, 2  # an eps of 1e-8 would make steps of the rounding in gradients that should be zero
+NUM_STEPS, ACCUMULATION = 5, 2
 WAYS = {
     2: {
         "ddp, block": {"parallel": "ddp", "recompute": "block"},
@@ -45,20 +47,20 @@ all_reduce = dist.all_reduce
 
 
 def count(graph, inputs):
-    """A backend that takes no C++ compiler's time."""
+    """Backend of torch.compile that counts graphs and needs no C++ compiler."""
     graphs.append(graph)
     return aot_eager(graph, inputs)
 
 
 def count_all_reduce(tensor, *args, **options):
-    """Of whole gradients, which FSDP2 sums over replicas; norms and losses are one number each."""
+    """Counts all-reduces of gradients, which FSDP2 sums over replicas; norms and losses have one element."""
     if tensor.numel() > 1:
         sums.append(tensor)
     return all_reduce(tensor, *args, **options)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The loss and the norm of the gradient of each step. batches: (steps, ACCUMULATION, B, T + 1)."""
+    """Trains; returns loss and gradient norm of each step. batches: (steps, ACCUMULATION, B, T + 1)."""
     losses, norms = [], []
     for micro_batches in batches:
         total = torch.zeros(())
@@ -76,7 +78,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -
 
 
 def build(config: TrainConfig, compute_dtype: torch.dtype) -> GPT2:
-    """The same weights every time."""
+    """Model with the same initial weights every time."""
     torch.manual_seed(0)
     model = GPT2(config.model)
     model.configure("torch", compute_dtype, config.recompute)
@@ -84,18 +86,18 @@ def build(config: TrainConfig, compute_dtype: torch.dtype) -> GPT2:
 
 
 def full_weights(model: GPT2) -> dict[str, Tensor]:
-    """Of the raw model, whole, on every rank."""
+    """Weights of the raw model, unsharded, on every rank."""
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in weights.items()}
 
 
 def furthest(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference between two lists of tensors."""
+    """Largest difference between two lists of tensors."""
     return max((ours - theirs).abs().max().item() for ours, theirs in zip(got, expected, strict=True))
 
 
 def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
-    """One way of `--parallel`, held against one process that is given the batches of all ranks."""
+    """Compares one `--parallel` mode with one process that gets the batches of all ranks."""
     config = replace(CONFIG, **changes)
     compute_dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shape = (NUM_STEPS, ACCUMULATION, ranks.world_size, 2, 17)
@@ -120,7 +122,7 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     losses, norms = train(model, optimizer, batches[:, :, ranks.rank])
     report = {"graphs": len(graphs), "sums over replicas": len(sums)}
     weights = full_weights(raw_model)
-    report["losses"] = furthest([ranks.mean(loss) for loss in losses], expected_losses)
+    report["losses"] = furthest([ranks.sum(loss) / ranks.world_size for loss in losses], expected_losses)
     report["dtypes"] = sorted({str(t.dtype) for p in raw_model.parameters() for t in (p, *optimizer.state[p].values())})
     report["norms"] = furthest(norms, expected_norms)
     report["smallest norm"] = min(norm.item() for norm in norms)
@@ -158,7 +160,7 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
 
 
 def skips_an_update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
-    """Whether found_inf of 1.0 leaves weights, moments and the count of steps as they were, and 0.0 does not."""
+    """Whether found_inf = 1.0 leaves weights, moments and step counts unchanged, and 0.0 does not."""
 
     def everything() -> list[Tensor]:
         state = [t for p in model.parameters() for t in (p, *optimizer.state[p].values())]
@@ -188,7 +190,7 @@ def main(ranks: Ranks) -> None:
     if ranks.world_size == 4:
         raw_model = build(CONFIG, torch.float32)
         if ranks.rank == 1:
-            raw_model.ln_f.bias.data[3] = 2.0**-149  # the least change that there is
+            raw_model.ln_f.bias.data[3] = 2.0**-149  # the smallest float32 above zero
         reports["one of four"] = replicas.check(raw_model, ranks, dist.group.WORLD)
         try:
             distributed.wrap(GPT2(MODEL), ranks, parallel="hsdp", shard_size=3)

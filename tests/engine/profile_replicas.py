@@ -1,7 +1,8 @@
-"""Run by torchrun from test_guard_profile.py: what each of three updates on two ranks sums, and what it reads.
+"""Profiles three updates on two ranks with each kind of guard.
 
-The last line is JSON: for each way of judging and each update, the sizes of all tensors that were all-reduced, and how
-often a number left a tensor, by what asked for it; "" is Step and the guard. A GPU would have to wait for each.
+torchrun runs it for test_guard_profile.py. The last line is JSON: for each guard and update, the sizes of all tensors
+that were all-reduced, and how often a tensor's value was read, by the op that read it; "" is Step or the guard.
+On a GPU each read would synchronise.
 """
 
 import json
@@ -22,18 +23,18 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=16, vocab_size=257)  # 1.7 MB: two of DDP's buckets
 NUM_STEPS, ACCUMULATION = 3, 2
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")  # item, float and bool; masks; torch.equal
-TO_PYTHON = "aten::resolve_conj"  # tolist and numpy, which are no ops, call it, as matrix products do
+TO_PYTHON = "aten::resolve_conj"  # called by tolist and numpy, which are no ops, and by matrix products
 
 
 class NoGuard(Guard):
-    """Judges nothing and gives the optimizer no verdict."""
+    """Guard that gives the optimizer no verdict."""
 
     def judge(self, loss, grad_norm):
         return None
 
 
 class WaitingGuard(Guard):
-    """Asks for its verdict in both of Python's ways, as no guard may."""
+    """Guard that reads its verdict with item() and tolist(), as a guard must not."""
 
     def judge(self, loss, grad_norm):
         verdict = super().judge(loss, grad_norm)
@@ -42,7 +43,7 @@ class WaitingGuard(Guard):
 
 
 def asker(event: FunctionEvent) -> str:
-    """The outermost op that this one is part of, or nothing if it was called by itself."""
+    """Name of the outermost op that this event is part of, or "" if it was called directly."""
     names = [""]
     while (event := event.cpu_parent) is not None and not event.name.startswith("update "):
         names.append(event.name)
@@ -50,13 +51,13 @@ def asker(event: FunctionEvent) -> str:
 
 
 def is_read(event: FunctionEvent) -> bool:
-    """Whether a number leaves a tensor here."""
+    """Whether this event reads a tensor's value."""
     return event.name in READS or (event.name == TO_PYTHON and asker(event) == "")
 
 
 with distributed.process_group() as ranks:
     tokens = torch.randint(257, (NUM_STEPS, ACCUMULATION, 2, 17), generator=torch.Generator().manual_seed(ranks.rank))
-    found = {}
+    profiles = {}
     for kind in (Guard, NoGuard, WaitingGuard):
         torch.manual_seed(0)
         raw_model = GPT2(MODEL)
@@ -68,7 +69,7 @@ with distributed.process_group() as ranks:
                 with record_function(f"update {step}"):
                     mine = [(b[:, :-1], b[:, 1:]) for b in tokens[step]]
                     update(step, mine, 1e-3)
-        assert guard.counts().tolist() == [0.0, 0.0]  # the good path
+        assert guard.counts().tolist() == [0.0, 0.0]  # no update was skipped
         events = profiler.events()
         spans = sorted(
             (event.time_range.start, event.time_range.end) for event in events if event.name[:7] == "update "
@@ -77,6 +78,6 @@ with distributed.process_group() as ranks:
         sums = [[event.input_shapes[0] for event in events if event.name == "gloo:all_reduce"] for events in inside]
         reads = [Counter(asker(event) for event in events if is_read(event)) for events in inside]
         calls = [sum(event.name == "c10d::allreduce_" for event in events) for events in inside]
-        found[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
-    everyone = ranks.gather(found)
+        profiles[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
+    everyone = ranks.gather(profiles)
     ranks.print0(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))

@@ -1,4 +1,4 @@
-"""Ranks that were started with other flags, code, data or versions are told so before the first step."""
+"""Ranks started with different flags, code, data or versions are refused before the first step."""
 
 import dataclasses
 import shutil
@@ -23,17 +23,17 @@ def facts(*flags: str, data_digest: str = "d1", tokenizer: str = "bytes") -> dic
 
 
 def checked(monkeypatch, everyone: list[dict]) -> str | None:
-    """What check_alike says on every rank, given what each of them brings."""
+    """Error of check_alike, which must be the same on every rank, or None. everyone: facts of each rank."""
     monkeypatch.setattr(Ranks, "gather", lambda self, value: everyone)
-    said = set()
+    messages = set()
     for rank, mine in enumerate(everyone):
         try:
             Ranks(rank, 0, len(everyone), CPU).check_alike(mine)
-            said.add(None)
+            messages.add(None)
         except BadInput as error:
-            said.add(str(error))
-    assert len(said) == 1  # the same on every rank, so that none waits for the others
-    return said.pop()
+            messages.add(str(error))
+    assert len(messages) == 1  # else one rank would wait for the others
+    return messages.pop()
 
 
 def test_the_facts_are_every_flag_and_the_code_the_data_and_the_versions():
@@ -66,9 +66,9 @@ def test_what_differs_is_named_with_the_ranks(monkeypatch, changed, named):
 
 
 def test_all_that_differs_is_listed_and_three_ways_too(monkeypatch):
-    said = checked(monkeypatch, [facts("--seed", "3"), facts(data_digest="d2"), facts("--seed", "2"), facts()])
-    assert "--seed: 3 on rank 0; 1 on rank 1, 3; 2 on rank 2\n" in said
-    assert "data: d1 on rank 0, 2, 3; d2 on rank 1\n" in said
+    message = checked(monkeypatch, [facts("--seed", "3"), facts(data_digest="d2"), facts("--seed", "2"), facts()])
+    assert "--seed: 3 on rank 0; 1 on rank 1, 3; 2 on rank 2\n" in message
+    assert "data: d1 on rank 0, 2, 3; d2 on rank 1\n" in message
 
 
 def test_ranks_that_are_alike_go_on(monkeypatch):
@@ -77,7 +77,7 @@ def test_ranks_that_are_alike_go_on(monkeypatch):
 
 
 def test_a_rank_of_another_version_is_refused_on_both_sides(monkeypatch):
-    """It may not even have the same flags."""
+    """Another version may lack a flag."""
     older = {name: value for name, value in facts().items() if name != "--grace-seconds"} | {"code": "0"}
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [facts(), older])
     with pytest.raises(
@@ -88,16 +88,16 @@ def test_a_rank_of_another_version_is_refused_on_both_sides(monkeypatch):
         Ranks(1, 1, 2, CPU).check_alike(older)
 
 
-@pytest.mark.parametrize("house", ["kernels", "model", "engine"])
-def test_any_changed_line_of_code_is_another_fact(tmp_path, monkeypatch, house):
+@pytest.mark.parametrize("package", ["kernels", "model", "engine"])
+def test_any_changed_line_of_code_is_another_fact(tmp_path, monkeypatch, package):
     copies = []
     for source in resume.PACKAGES:
         copies.append(tmp_path / source.name)
         shutil.copytree(source, copies[-1], ignore=shutil.ignore_patterns("__pycache__"))
     here = facts()["code"]
     monkeypatch.setattr(resume, "PACKAGES", copies)
-    assert facts()["code"] == here  # wherever it lies
-    file = sorted((tmp_path / house).rglob("*.py"))[-1]
+    assert facts()["code"] == here  # in any directory
+    file = sorted((tmp_path / package).rglob("*.py"))[-1]
     file.write_text(file.read_text() + "\n# another line\n")
     assert facts()["code"] != here
     assert len(here) == 12

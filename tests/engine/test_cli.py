@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help at once; bad input is a sentence, exit code 2 and nothing half-written."""
+"""Command line: help without PyTorch; bad input gives a sentence, exit code 2 and no partial files."""
 
 import ast
 import hashlib
@@ -25,7 +25,7 @@ from kernels import dispatch
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS), ["train", "gpt2-xl"]], ids=" ".join)
 def test_help_needs_no_torch_and_exits_with_0(command):
-    # Seconds depend on the machine; what makes help slow is PyTorch, so that it is not imported is the test.
+    # Importing PyTorch is what makes help slow. Seconds depend on the machine, so the test looks for the import.
     code = (
         "import sys\nfrom engine import cli\n"
         f"try: code = cli.main({[*command, '--help']!r})\n"
@@ -39,13 +39,13 @@ def test_help_needs_no_torch_and_exits_with_0(command):
 
 def test_every_command_is_in_the_summary(capsys):
     assert run("--help") == 0
-    said = capsys.readouterr().out
-    assert all(re.search(rf"^  {name} +\w", said, re.MULTILINE) for name in cli.COMMANDS)
+    output = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", output, re.MULTILINE) for name in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/tokens/prepare.py", "model/presets.py"])
 def test_every_flag_is_explained_where_help_looks_for_it(name):
-    # Help shows the comment behind a field, on the same line: a formatter that wraps the line takes it away.
+    # Help shows the comment on the same line as a field. A formatter that wraps the line would hide it.
     source = (ROOT / name).read_text()
     classes = [
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name != "Encoded"
@@ -91,9 +91,9 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(args, sentence, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run(*args) == 2
-    said = capfd.readouterr()
-    assert sentence in re.sub(r"\s*│\s*", " ", said.err + said.out)  # tyro draws a box around its own
-    assert "Traceback" not in said.err
+    captured = capfd.readouterr()
+    assert sentence in re.sub(r"\s*│\s*", " ", captured.err + captured.out)  # tyro draws a box around its messages
+    assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +114,7 @@ RUN_BAD = {
 def test_bad_training_input_is_a_sentence_and_leaves_no_checkpoint(
     flags, sentence, shards, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # as it is without this test suite
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # as outside this test suite
     out = tmp_path / "run"
     assert run("train", *SMALL, "--data", str(shards), "--out", str(out), *flags) == 2
     assert sentence in capfd.readouterr().err
@@ -142,15 +142,15 @@ def test_a_shard_that_is_no_good_is_refused_before_the_first_step(shards, tmp_pa
     (bad,) = (tmp_path / "data").glob(f"*_{split}_*.bin")
     bad.write_bytes(harm(bad.read_bytes()))
     assert run("train", *SMALL, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")) == 2
-    said = capfd.readouterr().err
-    assert str(bad) in said
-    assert sentence in said
+    output = capfd.readouterr().err
+    assert str(bad) in output
+    assert sentence in output
     assert not (tmp_path / "run" / "config.json").exists()
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 class Bomb:
-    """Leaves a directory behind when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -174,7 +174,7 @@ def test_a_malicious_pickle_in_a_checkpoint_is_refused_and_does_not_run(trained,
     assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
     assert not mark.exists()
     pickle.loads(path.read_bytes())
-    assert mark.exists()  # it was armed
+    assert mark.exists()  # loading it would have run it
 
 
 def test_an_out_that_is_a_file_is_refused_and_kept(shards, tmp_path, capfd):
@@ -198,6 +198,6 @@ def test_a_run_whose_checkpoints_are_all_bad_names_the_way_out(trained, shards, 
     for path in out.glob("checkpoints/*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     assert run("train", *SMALL, "--data", str(shards), "--out", str(out), "--num-steps", "3") == 2
-    said = capfd.readouterr().err
-    assert "model.safetensors must have" in said
-    assert "--resume never" in said
+    output = capfd.readouterr().err
+    assert "model.safetensors must have" in output
+    assert "--resume never" in output

@@ -1,4 +1,4 @@
-"""The commands for a run that is there: sample, export, import, eval and plot."""
+"""Commands on an existing run: sample, export, import, eval and plot."""
 
 import os
 import re
@@ -25,12 +25,12 @@ def sample(trained: Path, *flags: str) -> int:
 
 
 def test_samples_are_repeatable_and_different_from_each_other(trained, capfd):
-    said = []
+    outputs = []
     for _ in range(2):
         assert sample(trained, "--prompt", "def ", "--seed", "1", "--num-samples", "2", "--top-p", "0.95") == 0
-        said.append(capfd.readouterr().out)
-    assert said[0] == said[1]
-    _, first, second = re.split(r"--- sample \d of 2 ---\n", said[0])
+        outputs.append(capfd.readouterr().out)
+    assert outputs[0] == outputs[1]
+    _, first, second = re.split(r"--- sample \d of 2 ---\n", outputs[0])
     assert first.startswith("def ")
     assert first.strip() != second.strip()
 
@@ -52,16 +52,16 @@ def test_samples_are_repeatable_and_different_from_each_other(trained, capfd):
 )
 def test_bad_sampling_input_is_a_sentence(trained, flags, sentence, capfd):
     assert sample(trained, *flags) == 2
-    said = capfd.readouterr()
-    assert sentence in said.err
-    assert said.out == ""
+    captured = capfd.readouterr()
+    assert sentence in captured.err
+    assert captured.out == ""
 
 
 def test_samples_stream_as_they_are_drawn(trained):
     command = [sys.executable, "-m", "engine.cli", "sample", "--run", str(trained), "--prompt", "d"]
     command += ["--max-new-tokens", "100000", "--temperature", "1", "--seed", "3"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    first = process.stdout.read(8)  # would wait for all 100,000 tokens, minutes, if they were not streamed
+    first = process.stdout.read(8)  # without streaming this would wait minutes for all 100,000 tokens
     began = time.monotonic()
     process.stdout.close()  # as `| head -c 8` does
     assert process.wait(timeout=30) == 0
@@ -75,21 +75,21 @@ def test_samples_stream_as_they_are_drawn(trained):
 def test_a_run_exported_and_imported_is_the_same_model(trained, tmp_path, capfd):
     assert run("export", "--run", str(trained), "--out", str(tmp_path / "hf")) == 0
     assert run("import", str(tmp_path / "hf"), "--out", str(tmp_path / "run")) == 0
-    said = []
+    outputs = []
     for directory in (trained, tmp_path / "run"):
         capfd.readouterr()
         assert sample(directory, "--prompt", "def ", "--seed", "5") == 0
-        said.append(capfd.readouterr().out)
-    assert said[0] == said[1]
+        outputs.append(capfd.readouterr().out)
+    assert outputs[0] == outputs[1]
 
 
 def test_an_exported_run_opens_in_transformers_and_says_the_same(trained, tmp_path):
     transformers = pytest.importorskip("transformers")
     assert run("export", "--run", str(trained), "--out", str(tmp_path / "hf")) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).eval()
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
     ours = GPT2.from_pretrained(tmp_path / "hf").eval()
-    ids = torch.tensor([words("def main(argv):")["input_ids"]])
+    ids = torch.tensor([tokenizer("def main(argv):")["input_ids"]])
     assert ids.tolist()[0] == list(b"def main(argv):")
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
@@ -122,23 +122,23 @@ def test_out_directories_that_hold_something_are_left_alone(trained, tmp_path, c
 
 @pytest.fixture
 def worsened(trained, tmp_path) -> Path:
-    """The run, whose step 2 is its best, with a step 3 of other weights that were found worse."""
+    """A copy of the run, whose best step is 2, with a checkpoint of step 3 that has a higher loss."""
     shutil.copytree(trained, tmp_path / "worsened")
     state = checkpoint.newest(trained, print).state
     torch.manual_seed(3)
     model = GPT2(GPT2Config(**state["identity"]["model"]))
     with torch.no_grad():
-        model.wte.weight.mul_(20)  # it speaks otherwise even where both have learned little
+        model.wte.weight.mul_(20)  # so that its samples differ, though neither has learned much
     checkpoint.save(tmp_path / "worsened", state | {"step": 3, "val_loss": state["val_loss"] + 1}, model, None, 9)
     return tmp_path / "worsened"
 
 
 def test_best_samples_the_checkpoint_with_the_lowest_loss(trained, worsened, capfd):
-    said = []
+    outputs = []
     for directory, flags in ((trained, []), (worsened, ["--best"]), (worsened, [])):
         assert sample(directory, "--prompt", "def ", "--seed", "5", *flags) == 0
-        said.append(capfd.readouterr().out)
-    assert said[0] == said[1] != said[2]
+        outputs.append(capfd.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
 
 
 def test_best_evaluates_the_checkpoint_with_the_lowest_loss(trained, worsened, capfd):
@@ -163,16 +163,16 @@ def test_best_of_a_run_without_a_validation_loss_is_a_sentence(command, tmp_path
     monkeypatch.chdir(tmp_path)
     capfd.readouterr()
     assert run(*command, "--run", "run", "--best") == 2
-    said = capfd.readouterr()
-    assert said.err == (
+    captured = capfd.readouterr()
+    assert captured.err == (
         "run: run must hold a checkpoint with a validation loss to have a best one, got none; leave out --best to take "
         "the newest, of step 0\n"
     )
-    assert said.out == ""
+    assert captured.out == ""
     assert not (tmp_path / "hf").exists()
 
 
-# ---- Looking ------------------------------------------------------------------------------------------------------
+# ---- Evaluation and plots -----------------------------------------------------------------------------------------
 
 
 def test_eval_prints_the_run_s_own_validation_loss(trained, capfd):

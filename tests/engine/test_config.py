@@ -1,4 +1,4 @@
-"""The config: every flag lands, every problem is told at once, and what an error advises works."""
+"""Config: every flag sets its field, all problems are reported at once, and an error's advice works."""
 
 import dataclasses
 import json
@@ -102,9 +102,9 @@ def test_an_unknown_flag_exits_with_2_and_the_nearest(flag, known, capsys):
     with pytest.raises(SystemExit) as raised:
         parse(["tiny", flag, "3"], PROG)
     assert raised.value.code == 2
-    said = capsys.readouterr().err
-    assert flag in said
-    assert re.search(rf"Perhaps you meant:\W+{known}\b", said)
+    output = capsys.readouterr().err
+    assert flag in output
+    assert re.search(rf"Perhaps you meant:\W+{known}\b", output)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ WRONG = {
 def test_all_problems_are_told_at_once():
     with pytest.raises(BadInput) as raised:
         parse(["tiny", *(word for pair in WRONG.items() for word in pair)], PROG)
-    told = re.findall(r"^(?:gpt2 train:)? *(--[a-z0-9.-]+) must .*, got", str(raised.value), re.MULTILINE)
-    assert sorted(told) == sorted(WRONG)
+    flags = re.findall(r"^(?:gpt2 train:)? *(--[a-z0-9.-]+) must .*, got", str(raised.value), re.MULTILINE)
+    assert sorted(flags) == sorted(WRONG)
 
 
 @pytest.mark.parametrize("flag", WRONG)

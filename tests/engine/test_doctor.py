@@ -1,4 +1,4 @@
-"""gpt2 doctor: a row per op with the true reason, and a word when a stranger's package stands in for ours."""
+"""`gpt2 doctor`: a row per op with the reason, and an error if a foreign package shadows one of ours."""
 
 import importlib.util
 import subprocess
@@ -12,15 +12,15 @@ from engine import cli, device
 from kernels.dispatch import MODULES
 
 
-def say(capsys, *args: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of gpt2 doctor."""
+def doctor(capsys, *args: str) -> tuple[int, str, str]:
+    """Runs `gpt2 doctor`; returns exit code, stdout and stderr."""
     code = cli.main(["doctor", *args])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 def test_prints_the_machine_and_a_row_for_every_op(capsys):
-    code, out, _ = say(capsys, "--precision", "fp32")
+    code, out, _ = doctor(capsys, "--precision", "fp32")
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines() if line}
     assert {"python", "torch", "triton", "processor", "precision", "disk", *MODULES} <= set(rows)
@@ -29,14 +29,14 @@ def test_prints_the_machine_and_a_row_for_every_op(capsys):
 
 
 def test_heads_too_narrow_for_triton_are_named(capsys):
-    _, out, _ = say(capsys, "--head-dim", "12", "--precision", "fp32")  # in the interpreter, or on a GPU
+    _, out, _ = doctor(capsys, "--head-dim", "12", "--precision", "fp32")  # in the interpreter, or on a GPU
     assert "attention             torch: head_dim 12 < 16" in out
     assert out.count("head_dim 12 < 16") == 1
 
 
 def test_the_presets_heads_are_judged_unless_a_width_is_given(capsys):
-    assert "ops at head_dim 32, fp32" in say(capsys, "--preset", "tiny", "--precision", "fp32")[1]
-    assert "ops at head_dim 80, fp32" in say(capsys, "--head-dim", "80", "--precision", "fp32")[1]
+    assert "ops at head_dim 32, fp32" in doctor(capsys, "--preset", "tiny", "--precision", "fp32")[1]
+    assert "ops at head_dim 80, fp32" in doctor(capsys, "--head-dim", "80", "--precision", "fp32")[1]
 
 
 REFUSED = [
@@ -48,7 +48,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("args", "sentence"), REFUSED, ids=lambda value: "" if isinstance(value, str) else value[0])
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, args, sentence):
-    code, out, err = say(capsys, *args)
+    code, out, err = doctor(capsys, *args)
     assert (code, out, err.strip()) == (2, "", f"doctor: {sentence}")
 
 

@@ -1,4 +1,4 @@
-"""The validation loss is one number: of fixed windows, whatever the batches and ranks, and it changes nothing."""
+"""Validation loss: the same for any batch size and any number of ranks, without side effects."""
 
 import dataclasses
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_the_loss_is_the_mean_over_windows_one_by_one(model, monkeypatch):
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 16])
 def test_any_number_of_ranks_gives_the_same_bits(model, monkeypatch, world_size):
-    """Ranks run one after the other: each hands in its part, and the last hears the sum."""
+    """Ranks run one after the other: each adds its part, and the last gets the full sum."""
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", 16 * 5)
     text = stream(5000)
     chosen = evaluation.windows(text, T, CONFIG.eval_tokens)

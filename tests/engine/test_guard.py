@@ -1,4 +1,4 @@
-"""Updates that would spoil a run are not made, all ranks count them alike, and the host never waits to learn of it."""
+"""Guard and Mailbox: bad updates are skipped to the bit and counted, and reach the host a step later."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def guard_of(max_skipped: int = 20, skip_z_score: float | None = None, device: s
 def judged(guard: Guard, loss: float, grad_norm: float = 1.0) -> float:
     device = guard.state.device
     verdict = guard.judge(torch.tensor(loss, device=device), torch.tensor(grad_norm, device=device))
-    assert (verdict.dtype, verdict.shape, verdict.device) == (torch.float32, (), device)  # as the fused optimizer wants
+    assert (verdict.dtype, verdict.shape, verdict.device) == (torch.float32, (), device)  # as the fused optimizer needs
     return verdict.item()
 
 
@@ -87,7 +87,7 @@ def test_without_a_z_score_no_finite_loss_is_a_spike():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("made", [1, 2, 57, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_mean_and_variance_are_numpy_s_and_later_weigh_by_age(made, device):
-    """To WINDOW updates all losses weigh the same; from then on each new one weighs 1 / WINDOW of the whole."""
+    """Up to WINDOW updates all losses weigh the same; later each new one weighs 1 / WINDOW."""
     losses = usual(made)
     guard = guard_of(device=device)
     for loss in losses:
@@ -164,11 +164,11 @@ def test_a_checkpoint_s_numbers_are_not_changed_by_judging_on():
     judged(guard, 2.0)
     counts, state = guard.counts(), guard.state_dict()
     judged(guard, NAN)
-    assert counts.tolist() == [0, 0]  # what was sent to the host may still be on its way
+    assert counts.tolist() == [0, 0]  # the copy to the host may still be under way
     assert state == [2.0, 0.0, 1.0, 0.0, 0.0]
 
 
-# ---- What the optimizers do with a verdict ------------------------------------------------------------------------
+# ---- Optimizers that get a verdict --------------------------------------------------------------------------------
 
 
 def training(name: str, device: str = "cpu") -> tuple[GPT2, torch.optim.Optimizer]:
@@ -185,12 +185,12 @@ def set_gradients(model: nn.Module, seed: int, spoil: float | None = None) -> No
             p.grad.view(-1)[0] = spoil
 
 
-def held(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def copied_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies of all weights, moments and step counts."""
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        found |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
-    return found
+        tensors |= {f"{name}.{key}": value.clone() for key, value in optimizer.state[p].items()}
+    return tensors
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -210,14 +210,14 @@ def test_a_skipped_update_leaves_weights_moments_and_step_counts_to_the_bit(name
         set_gradients(model, seed)
         optimizer.found_inf = guard.judge(one, one)
         optimizer.step()
-    before = held(model, optimizer)
+    before = copied_tensors(model, optimizer)
     assert {key.rpartition(".")[2] for key in before} >= {"step", "exp_avg", "exp_avg_sq"}
     assert any(key.endswith(".momentum") for key in before) == (name == "muon")
     for loss, grad_norm in ((bad, one), (one, bad)):
         set_gradients(model, 9, spoil)
         optimizer.found_inf = guard.judge(loss, grad_norm)
         optimizer.step()
-        assert_same(held(model, optimizer), before)
+        assert_same(copied_tensors(model, optimizer), before)
     assert guard.counts().tolist() == [2, 2]
 
 
@@ -235,7 +235,7 @@ def test_the_very_first_update_can_be_skipped(name):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, device):
-    """And a verdict of 0.0 is the optimizer's own update, to the bit."""
+    """A verdict of 0.0 makes the same update as no verdict, to the bit."""
     runs = []
     for is_disturbed in (True, False):
         model, optimizer = training(name, device)
@@ -252,7 +252,7 @@ def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, devic
             set_gradients(model, seed)
             optimizer.step()
         assert hasattr(optimizer, "found_inf") == is_disturbed
-        runs.append(held(model, optimizer))
+        runs.append(copied_tensors(model, optimizer))
     assert_same(*runs)
 
 

@@ -1,6 +1,6 @@
-"""The guard costs the good path no waiting: one sum of three numbers in each update, and no number read.
+"""Updates never synchronise: the guard adds an all-reduce of three numbers, and reads no tensor's value.
 
-The profiler sees that on a CPU; on a GPU PyTorch itself refuses every wait.
+On a CPU the profiler shows it. On a GPU PyTorch's sync debug mode raises at every synchronisation.
 """
 
 import json
@@ -25,7 +25,7 @@ EACH_RANK = pytest.mark.parametrize("rank", [0, 1])
 
 @pytest.fixture(scope="module")
 def seen() -> dict:
-    """What `profile_replicas.py` saw on two ranks."""
+    """Report of profile_replicas.py on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     script = str(Path(__file__).with_name("profile_replicas.py"))
@@ -36,33 +36,31 @@ def seen() -> dict:
 
 @EACH_RANK
 def test_an_update_sums_the_gradient_once_and_three_numbers(seen, rank):
-    found = seen["ranks"][rank]["Guard"]
-    assert len(found["sums"]) == 3
-    for sizes, num_calls in zip(found["sums"], found["calls"], strict=True):
+    profile = seen["ranks"][rank]["Guard"]
+    assert len(profile["sums"]) == 3
+    for sizes, num_calls in zip(profile["sums"], profile["calls"], strict=True):
         *buckets, last = sizes
         assert last == [3]  # loss, signals, time-outs
-        assert (
-            sum(size for (size,) in buckets) == seen["num_parameters"]
-        )  # each once, though there are two micro-batches
+        assert sum(size for (size,) in buckets) == seen["num_parameters"]  # each once, for both micro-batches
         assert num_calls == len(buckets) + 1
-    assert len(found["sums"][-1]) == 3, "the model must fill more than one bucket"
+    assert len(profile["sums"][-1]) == 3, "the model must fill more than one bucket"
 
 
 @EACH_RANK
 def test_neither_the_step_nor_the_guard_reads_a_number(seen, rank):
-    found = seen["ranks"][rank]
-    assert len(found["Guard"]["reads"]) == 3
-    for reads in found["Guard"]["reads"]:
+    profiles = seen["ranks"][rank]
+    assert len(profiles["Guard"]["reads"]) == 3
+    for reads in profiles["Guard"]["reads"]:
         assert "" not in reads
-        # The head's check of its targets, and the number of updates in fused AdamW: each for tensors on a CPU alone.
+        # The head checks its targets and fused AdamW reads its step count, both for tensors on a CPU only.
         assert reads.keys() == {"DistributedDataParallel.forward", "Optimizer.step#AdamW.step"}
-    assert found["Guard"] == found["NoGuard"]  # reads and sums alike
+    assert profiles["Guard"] == profiles["NoGuard"]  # reads and sums alike
 
 
 @EACH_RANK
 def test_a_guard_that_reads_its_verdict_is_seen(seen, rank):
-    found = seen["ranks"][rank]
-    assert found["WaitingGuard"]["reads"] == [reads | {"": 2} for reads in found["NoGuard"]["reads"]]
+    profiles = seen["ranks"][rank]
+    assert profiles["WaitingGuard"]["reads"] == [reads | {"": 2} for reads in profiles["NoGuard"]["reads"]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there can an update wait for the device")
@@ -82,17 +80,17 @@ def test_no_update_waits_for_the_gpu(precision):
     def update(step: int) -> Numbers | None:
         return mailbox.exchange(make(step, micro_batches, 1e-3))
 
-    for step in range(3):  # compiles the kernels, allocates and fills the mailbox, all of which may wait
+    for step in range(3):  # compiles kernels, allocates, fills the mailbox: these may synchronise
         update(step)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         known = [update(step) for step in range(3, 8)]
-        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # it would have been seen
+        with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):  # the mode does detect a read
             guard.state.tolist()
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert all(numbers is not None and numbers[4:] == (0.0, 0.0) for numbers in known)  # nothing was skipped
     losses = [numbers.loss for numbers in known]
-    assert losses == sorted(losses, reverse=True)  # each is a step's own, in order
+    assert losses == sorted(losses, reverse=True)  # each is its own step's, in order

@@ -1,4 +1,4 @@
-"""The learning rate of every step, which tensors decay, and AdamW against its equations."""
+"""Learning rate of every step, weight decay by tensor, AdamW and Muon against their equations."""
 
 import dataclasses
 import itertools
@@ -76,10 +76,10 @@ def test_a_step_sets_the_rate_of_both_groups():
 
 
 def test_adamw_follows_its_equations():
-    """Algorithm 2 of Loshchilov & Hutter 2019 with the rate of each step, in float64, three steps long."""
+    """Algorithm 2 of Loshchilov & Hutter 2019 in float64, for three steps with a learning rate each."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7))
-    with torch.no_grad():  # a LayerNorm that is not at its start, so that decay would show
+    with torch.no_grad():  # LayerNorm's bias not at its initial zero, so that decay would show
         model[1].bias += 0.5
     config = TrainConfig(optim=OptimConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3))
     rates = [1e-2, 5e-3, 2e-2]
@@ -110,11 +110,11 @@ def test_adamw_follows_its_equations():
 def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-    found = optim.orthogonalize(matrices).double()
-    values = torch.linalg.svdvals(found)
+    result = optim.orthogonalize(matrices).double()
+    values = torch.linalg.svdvals(result)
     assert values.min() > 0.5
     assert values.max() < 1.3
-    cosine = (found * (u @ vh)).sum() / found.norm() / (u @ vh).norm()
+    cosine = (result * (u @ vh)).sum() / result.norm() / (u @ vh).norm()
     assert cosine > 0.97
 
 

@@ -1,6 +1,6 @@
-"""`--parallel` ddp, fsdp and hsdp train, evaluate and sample as one process does, and say when replicas part.
+"""`--parallel` ddp, fsdp and hsdp train, evaluate and sample as one process does, and detect replicas that differ.
 
-`parallel_replicas.py` tries every way in two launches; a test here reads what it saw.
+parallel_replicas.py tries every mode in two launches. Each test reads its report.
 """
 
 import json
@@ -25,7 +25,7 @@ EXACT = [way for way in EACH_WAY if "bf16" not in way.id]
 
 
 class Reports(dict):
-    """What a launch of so many processes saw, launched when it is first asked for."""
+    """Report by number of processes. Launches them when their report is first read."""
 
     def __missing__(self, n: int) -> dict:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
@@ -48,8 +48,8 @@ def test_five_steps_are_those_of_one_process(reports, n, name):
     assert seen["losses"] < 1e-5
     assert seen["norms"] < 1e-5
     assert seen["weights"] < 1e-5
-    assert seen["moved"] > 1e-3  # there was something to agree on
-    assert seen["smallest norm"] > 2 * CONFIG.optim.clip  # and to clip
+    assert seen["moved"] > 1e-3  # training did change the weights
+    assert seen["smallest norm"] > 2 * CONFIG.optim.clip  # and clipping did act
 
 
 def test_bfloat16_weights_travel_and_float32_ones_train(reports):
@@ -81,7 +81,7 @@ def test_evaluation_and_sampling_are_those_of_one_process_to_the_bit(reports, n,
 
 
 def test_blocks_compile_alike_and_only_for_training(reports):
-    """Two graphs, since the first block is given no branch: blocks share them, and other shapes run uncompiled."""
+    """Blocks share two graphs, since the first block gets no residual branch. Other shapes run uncompiled."""
     seen = reports[2]["fsdp, block, compiled"]
     assert seen["graphs"] == 2
     assert seen["graphs outside training"] == 0
@@ -89,7 +89,7 @@ def test_blocks_compile_alike_and_only_for_training(reports):
 
 @pytest.mark.slow
 def test_replicas_are_summed_once_a_step(reports):
-    """One sum for each block and one for the rest, at the last micro-batch."""
+    """One all-reduce for each block and one for the rest, at the last micro-batch."""
     assert reports[4]["hsdp, attention"]["sums over replicas"] == NUM_STEPS * (CONFIG.model.n_layer + 1)
 
 

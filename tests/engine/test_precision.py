@@ -1,4 +1,4 @@
-"""The arithmetic is what was asked for, or what is fast here, and never what the device cannot do."""
+"""Precision: as asked for, or the faster one here; what the device cannot do is refused."""
 
 import pytest
 import torch

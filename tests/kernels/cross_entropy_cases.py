@@ -1,4 +1,4 @@
-"""Inputs of the LM head with its cross-entropy, and the comparison of an implementation with its definition."""
+"""Inputs of the LM head's cross-entropy, and the comparison of an implementation with its definition."""
 
 import math
 
@@ -30,7 +30,7 @@ def inputs(N, C, V, Vp, dtype=torch.float32, weight_dtype=None, ignored=True):
 
 
 def compare(op, tensors, **options):
-    """Loss and gradients of N * loss, so that gradients are of order 1."""
+    """Compares the loss, and the gradients of N * loss, which are of order 1."""
     hidden, weight, _ = tensors
     dloss = torch.tensor(float(hidden.shape[0]), device=DEVICE, dtype=torch.promote_types(hidden.dtype, torch.float32))
 

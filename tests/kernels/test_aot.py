@@ -1,6 +1,6 @@
-"""The kernels compiled for GPUs that are not here: no spilled register, enough shared memory, tensor cores, wide loads.
+"""Kernels compiled ahead of time: no spilled register, enough shared memory, tensor cores, wide loads.
 
-Kernels are either interpreted or compiled in a process, so these compile in processes of their own.
+A process either interprets or compiles kernels, so these tests compile in processes of their own.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
-TARGETS = ("sm_90",)  # of all others the head of GPT-2 alone: `python -m kernels.aot` compiles every case for each
+TARGETS = ("sm_90",)  # other targets get a few cases; `python -m kernels.aot` compiles all of them for each
 HEADS = [f"attention D={D} bf16" for D in (64, 80, 96, 128)]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
@@ -30,13 +30,13 @@ if __name__ == "__main__":
     for targets, cases in (
         ({TARGETS!r}, {HEADS + REST!r}), (("sm_80", "sm_86", "sm_89"), {HEADS[:1]!r}), (("gfx942",), {AMD!r})
     ):
-        rows += [dataclasses.asdict(row) for found in compile_all(targets, cases, os.cpu_count()) for row in found]
+        rows += [dataclasses.asdict(row) for made in compile_all(targets, cases, os.cpu_count()) for row in made]
     print(json.dumps(rows))
 """
 
 
 def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
-    """A Python process at the repository's root in which kernels are compiled, not interpreted."""
+    """Runs Python at the repository's root, with kernels compiled and not interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *args], cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=600
@@ -124,7 +124,7 @@ def test_the_command_prints_a_table_and_exits_with_0():
 
 
 BROKEN = {
-    "a tile that spills": "configs.TABLE['attention_fwd/16bit'] = {'default': {256: (128, 128, 4, 2)}}",
+    "a tile that spills": "tiles.TABLE['attention_fwd/16bit'] = {'default': {256: (128, 128, 4, 2)}}",
     "a kernel that does not compile": "attention._attention_fwd_kernel = None",
 }
 
@@ -137,7 +137,7 @@ BROKEN = {
     ],
 )
 def test_the_command_exits_with_1_when_a_kernel_does_not_fit(breakage):
-    code = f"import sys\nfrom kernels import aot, attention, configs\n{breakage}\n"
+    code = f"import sys\nfrom kernels import aot, attention, tiles\n{breakage}\n"
     code += "sys.exit(aot.main(['--target', 'sm_86', '--only', 'D=64 fp16', '--jobs', '1']))"
     done = run("-c", code)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Attention: every implementation against the float64 definition, and the definition against PyTorch and loops."""
+"""Attention against its float64 definition, and the definition against PyTorch and plain loops."""
 
 import math
 
@@ -138,7 +138,7 @@ def test_strided_inputs_match_reference(op, strided):
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_nothing_is_read_beside_the_input(op, is_causal):
-    qkv, dout = inputs((1, 130, 2, 19))  # blocks of keys with and without masks, and columns that only masks leave out
+    qkv, dout = inputs((1, 130, 2, 19))  # key blocks with and without masks; columns that only a mask excludes
     around = F.pad(qkv, (0, 13, 0, 1, 0, 0, 0, 64, 0, 1), value=math.nan)
     compare(op, around[:1, :130, :, :2, :19], dout, is_causal=is_causal)
 

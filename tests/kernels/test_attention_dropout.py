@@ -1,4 +1,4 @@
-"""Dropout of attention weights: which ones, how often, how scaled, and the same ones in forward and backward."""
+"""Dropout of attention weights: choice, rate and scale, the same in forward and backward."""
 
 import math
 
@@ -32,15 +32,18 @@ P = 0.4
 
 
 def kept_weights(op, shape=SMALL, dtype=torch.float32, **options):
-    """Which weights the op keeps, (B, H, T, T): equal keys give weights above 0, unit values give the weights out."""
+    """Mask of the weights that the op keeps, (B, H, T, T).
+
+    Equal keys make every weight positive; unit vectors as values make the output equal the weights.
+    """
     B, T, H, D = shape
     qkv = torch.zeros(B, T, 3, H, D, device=DEVICE, dtype=dtype)
     qkv[:, :, 2] = torch.eye(T, D, device=DEVICE)[None, :, None]
-    return op(qkv.requires_grad_(), **options)[..., :T].transpose(1, 2) != 0  # gradients: the kernel of training
+    return op(qkv.requires_grad_(), **options)[..., :T].transpose(1, 2) != 0  # runs the training kernel
 
 
 def with_kept_weights(qkv, kept, is_causal):
-    """The definition, in qkv's precision, with the choice of weights given."""
+    """Attention by its definition in qkv's precision, with a given dropout mask."""
     T, D = qkv.shape[1], qkv.shape[4]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(D)
@@ -50,7 +53,7 @@ def with_kept_weights(qkv, kept, is_causal):
 
 
 def compare(op, shape, dtype, is_causal):
-    """Output and gradients against the definition with the weights that the op keeps."""
+    """Compares output and gradients with the definition under the op's own dropout mask."""
     options = {"is_causal": is_causal, "dropout_p": P}
     B, T, H, D = shape
     qkv, dout = randn(B, T, 3, H, D, seed=0, dtype=dtype), randn(B, T, H, D, seed=1, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Sums over rows: the float64 sum, in the same order every time."""
+"""Sum over rows: close to the float64 sum, and in the same order every time."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def summed(op, partials, dtype=torch.float32):
 @pytest.mark.parametrize(("P", "C"), SHAPES)
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_matches_the_float64_sum(op, P, C, dtype):
-    partials = torch.full((P + 40, C), float("nan"), device=DEVICE)[:P]  # what is read too much is NaN
+    partials = torch.full((P + 40, C), float("nan"), device=DEVICE)[:P]  # rows past the end are NaN
     partials.copy_(randn(P, C, seed=0))
     before = partials.clone()
     got = summed(op, partials, dtype)

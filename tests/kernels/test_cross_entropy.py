@@ -1,4 +1,4 @@
-"""The LM head and its cross-entropy: every implementation against the float64 definition, and that against logs."""
+"""LM head with cross-entropy against its float64 definition, and the definition against math.log."""
 
 import math
 
@@ -113,7 +113,7 @@ def test_huge_logits_do_not_overflow(op, dtype):
     huge = torch.tensor(1e4, dtype=dtype).item()  # 9,984 in bfloat16
     hidden = torch.tensor([[huge], [-huge], [huge]], device=DEVICE, dtype=dtype)
     weight = torch.tensor([[1.0], [-1.0], [0.0]], device=DEVICE, dtype=dtype)
-    targets = torch.tensor([0, 1, 1], device=DEVICE)  # right, right, and wrong by twice as much
+    targets = torch.tensor([0, 1, 1], device=DEVICE)  # right, right, and wrong by 2 * huge
     loss, dhidden, dweight = values_and_gradients(op, [hidden, weight, targets], [torch.tensor(3.0, device=DEVICE)])
     assert loss.item() == pytest.approx(2 * huge / 3)
     torch.testing.assert_close(dhidden, torch.tensor([[0.0], [0.0], [2.0]], device=DEVICE, dtype=dtype))
@@ -247,7 +247,7 @@ OUTSIDE = pytest.mark.parametrize(
 
 
 @OUTSIDE
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU answers with a NaN loss instead: looking would mean waiting")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the loss is NaN instead: a check would synchronise")
 def test_rejects_targets_outside_the_vocabulary(target):
     hidden, weight, targets = inputs(37, 33, 257, 384)
     targets[17] = target

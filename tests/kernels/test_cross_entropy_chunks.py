@@ -1,4 +1,4 @@
-"""The LM head's loop over chunks of rows: how large they are, that no size shows, and what evaluation leaves out."""
+"""Chunks of rows in the LM head: their size, results independent of it, and less work in evaluation."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ IMPLEMENTATIONS = [
 
 
 def cut_into(monkeypatch, size):
-    """Makes every chunk at most that many rows, and PyTorch's strips of it half as many."""
+    """Sets chunks to at most `size` rows, and PyTorch's strips of a chunk to half of that."""
     in_chunks = kernels.cross_entropy._in_chunks
 
     def in_small_chunks(outputs, hidden, weight, targets, rows, softmax):
@@ -65,7 +65,7 @@ def test_triton_takes_at_most_8192_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(kernels.cross_entropy, "_cross_entropy_kernel", Kernel())
     hidden, weight = torch.ones(20_000, 1, device=DEVICE), torch.ones(2, 1, device=DEVICE)
     linear_cross_entropy_triton(hidden, weight, torch.zeros(20_000, dtype=torch.int64, device=DEVICE))
-    assert sizes == [6666, 6667, 6667]  # no small rest, whose products would be slow
+    assert sizes == [6666, 6667, 6667]  # equal parts: the products of a small rest would be slow
 
 
 NO_GRADIENTS = [

@@ -1,4 +1,4 @@
-"""Which implementation runs, and whether the reason given for it is the true one."""
+"""Dispatch: which implementation runs, and the reason given for it."""
 
 import types
 
@@ -14,7 +14,7 @@ OPS = ("attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear
 
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> dict[str, types.SimpleNamespace]:
-    """A machine with an sm_90 and stand-ins for every op, which are only ever chosen and never run."""
+    """Fakes a machine with an sm_90 GPU. Its ops are stand-ins, which are chosen but never run."""
     modules = {
         op: types.SimpleNamespace(**{f"{op}_torch": f"{op} on torch", f"{op}_triton": f"{op} on triton"}) for op in OPS
     }
@@ -30,7 +30,7 @@ def on_a_gpu(monkeypatch) -> dict[str, types.SimpleNamespace]:
 
 @pytest.fixture
 def without_a_gpu(monkeypatch) -> None:
-    """A machine with Triton and a compiler, and no GPU; nobody asked for the interpreter."""
+    """Fakes a machine with Triton and a C compiler, without a GPU and without the interpreter."""
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

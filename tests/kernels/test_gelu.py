@@ -1,4 +1,4 @@
-"""GELU and bias + GELU: every implementation against the float64 definition, and the definition against math.tanh."""
+"""GELU and bias + GELU against their float64 definitions, and GELU's definition against math.tanh."""
 
 import math
 
@@ -56,12 +56,12 @@ def pytorch_bias(x, bias):
 
 
 def inputs(shape, dtype=torch.float32, bias_dtype=None):
-    """x, spread over the bend and both tails, and bias."""
+    """x, spread over the bend and both tails of GELU, and bias."""
     return randn(*shape, seed=0, dtype=dtype) * 2, randn(shape[-1], seed=1, dtype=bias_dtype or dtype)
 
 
 def compare(ops, x, bias, dy=None):
-    """Both ops against their definitions, forward and every gradient."""
+    """Compares both ops with their definitions: outputs and every gradient."""
     dy = randn(*x.shape, seed=2, dtype=x.dtype) if dy is None else dy
     for op, other, definition, tensors, names in (
         (ops[0], pytorch, gelu_reference, [x], "y dx"),

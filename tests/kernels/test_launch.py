@@ -1,4 +1,4 @@
-"""What a Triton op takes: each tensor's dtype and device, and the sentence when it is another one."""
+"""Checks of a Triton op's tensors: dtype, device, and the error message for others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LayerNorm and residual add + LayerNorm: every implementation against the float64 definition."""
+"""LayerNorm and residual add + LayerNorm against their float64 definitions."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def inputs(shape, dtype=torch.float32, parameter_dtype=None):
 
 
 def compare(ops, x, residual, weight, bias, dy=None, **options):
-    """Both ops against their definitions, forward and every gradient."""
+    """Compares both ops with their definitions: outputs and every gradient."""
     layer_norm, add_layer_norm = ops
     dy = randn(*x.shape, seed=4, dtype=x.dtype) if dy is None else dy
     for op, other, definition, tensors, douts, names in (

@@ -1,4 +1,4 @@
-"""Launch configurations: which entry a launch gets, and what GPT2_AUTOTUNE=1 does with it."""
+"""Tiles: which entry of the table a launch gets, and what GPT2_AUTOTUNE=1 changes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def three(monkeypatch) -> None:
-    """A kernel with three entries on sm_90 and one elsewhere."""
+    """Adds a kernel with three entries on sm_90 and one default to the tables."""
     monkeypatch.setitem(FIELDS, "three", ("BLOCK", "num_warps"))
     monkeypatch.setitem(
         TABLE, "three", {"sm_90": {64: (128, 8), 128: (64, 4), 256: (32, 2)}, "default": {256: (16, 1)}}
@@ -64,7 +64,7 @@ def test_architecture_is_the_devices_own(monkeypatch):
 
 
 def tune(times: dict[tuple, float], shipped=(128, 8)) -> tuple[dict, list]:
-    """The chosen configuration and every one that was timed; (BLOCK, num_warps) not in `times` take 9 ms."""
+    """Chosen configuration, and every (BLOCK, num_warps) that was timed; those not in `times` take 9 ms."""
     tried = []
 
     def start(BLOCK: int, num_warps: int) -> None:

@@ -1,4 +1,4 @@
-"""transformers' own GPT-2 beside ours: built, randomized, written, spoiled and compared."""
+"""Helpers that build, randomize, rewrite and compare transformers' own GPT-2."""
 
 import json
 
@@ -21,7 +21,7 @@ def hf_config(config: GPT2Config, **changes) -> transformers.GPT2Config:
 
 
 def randomized(model):
-    """Every parameter drawn anew, biases and LayerNorms too, so that none can be left out unnoticed."""
+    """Draws every parameter anew, biases and LayerNorms too, so that one left out shows. Returns the model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def hf_model(config: GPT2Config, **changes) -> transformers.GPT2LMHeadModel:
 
 
 def in_our_layout(hf: transformers.GPT2LMHeadModel) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """(parameter, gradient) by our name, transposed where transformers' own module says Conv1D."""
+    """(parameter, gradient) by our name, transposed where transformers' module is a Conv1D."""
     transposed = {f"{name}.weight" for name, module in hf.named_modules() if isinstance(module, Conv1D)}
     return {
         name.removeprefix("transformer."): tuple(

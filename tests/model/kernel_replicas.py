@@ -1,4 +1,7 @@
-"""Run by torchrun from test_kernel_model.py: a backward pass on Triton on two ranks, by DDP and by FSDP2."""
+"""Compares gradients on Triton under DDP and FSDP2, on two ranks, with those of PyTorch on one.
+
+torchrun runs it for test_kernel_model.py.
+"""
 
 import torch
 from tolerances import assert_same
@@ -6,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from engine import distributed
-from engine.config import PRESETS
 from model.gpt2 import GPT2, GPT2Config
 
 with distributed.process_group() as ranks:
@@ -14,12 +16,12 @@ with distributed.process_group() as ranks:
     raw_model = GPT2(GPT2Config(2, 2, 32, 16, 257)).to(ranks.device)
     batches = torch.randint(257, (2, 2, 9), generator=torch.Generator().manual_seed(1)).to(ranks.device)  # rank, B, T
 
-    raw_model(batches[:, :, :-1].flatten(0, 1), batches[:, :, 1:].flatten(0, 1)).backward()  # all of it, on PyTorch
+    raw_model(batches[:, :, :-1].flatten(0, 1), batches[:, :, 1:].flatten(0, 1)).backward()  # all batches, on PyTorch
     expected = [p.grad.clone() for p in raw_model.parameters()]
     raw_model.zero_grad()
 
     raw_model.configure("triton", torch.float32)
-    model = distributed.wrap(raw_model, ranks, PRESETS["tiny"], False, torch.float32)
+    model = distributed.wrap(raw_model, ranks)
     model(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad for p in raw_model.parameters()], expected)
     ranks.print0("gradient is the mean over both ranks: True")

@@ -1,4 +1,4 @@
-"""Sampling: it continues the prompt, draws from the distribution asked for, and refuses a bad request."""
+"""Sampling: continues the prompt, draws from the requested distribution, refuses bad requests."""
 
 import math
 
@@ -70,7 +70,7 @@ FILTERS = [
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "kept"), FILTERS)
 def test_filters_keep_exactly_the_tokens_they_say(temperature, top_k, top_p, kept):
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    order = torch.tensor([2, 0, 3, 1])  # unsorted, as they come
+    order = torch.tensor([2, 0, 3, 1])  # logits come unsorted
     filtered = filter_logits(probs.log()[:, order], temperature, top_k, top_p)
     assert torch.equal(filtered[0].isfinite(), torch.tensor(kept).bool()[order])
     expected = torch.where(torch.tensor(kept).bool(), probs, 0.0)
@@ -81,8 +81,8 @@ def test_samples_follow_the_distribution():
     model, tokens = build(), some_tokens(1, 4)
     draws = model.generate(tokens.expand(4000, 4), 1, temperature=0.5, seed=0)[:, -1]
     expected = (model(tokens)[0, -1] / 0.5).softmax(-1)
-    found = torch.bincount(draws, minlength=257) / 4000
-    assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
+    frequencies = torch.bincount(draws, minlength=257) / 4000
+    assert (frequencies - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
 
 
 BAD_REQUESTS = [
@@ -108,7 +108,7 @@ def test_a_bad_request_is_a_sentence(tokens, options, sentence):
         build().generate(tokens, **{"max_new_tokens": 1, **options})
 
 
-def test_all_that_is_wrong_with_a_request_is_said_at_once():
+def test_all_that_is_wrong_with_a_request_is_reported_at_once():
     with pytest.raises(ValueError, match=r"tokens must .*; temperature must .*; top_k must .*; top_p must "):
         build().generate(torch.tensor([[999]]), 1, temperature=-1.0, top_k=0, top_p=0.0)
 

@@ -1,4 +1,4 @@
-"""The whole model: sizes, names, initial state, the two ways to call it, its padding and compilation."""
+"""Whole model: sizes, names, initial state, both ways to call it, padding and compilation."""
 
 import dataclasses
 import math
@@ -111,7 +111,7 @@ def test_weights_have_the_scheme_s_spread(init):
         elif parameter.ndim == 1:
             assert (parameter == 1).all(), name
         else:
-            into_stream = name.endswith("c_proj.weight")  # twice a block
+            into_stream = name.endswith("c_proj.weight")  # two per block
             scale = {"fan_in": 1.0, "gpt2": 1 / math.sqrt(2 * L), "zero_residual": 0.0}[init] if into_stream else 1.0
             assert parameter[:257].std().item() == pytest.approx(std * scale, rel=0.06), name
             assert parameter[:257].mean().abs().item() <= 0.1 * std * scale, name
@@ -179,7 +179,7 @@ def test_padded_vocabulary_is_never_seen_outside():
     assert (gradient[257:] == 0).all()
     assert (gradient[:257] != 0).any(dim=1).all()
     with torch.no_grad():
-        model.wte.weight[257:] = 100.0  # whatever stands there
+        model.wte.weight[257:] = 100.0  # their values must not matter
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=0)
     torch.testing.assert_close(model(tokens, tokens), loss, rtol=1e-6, atol=1e-6)
     assert model.generate(tokens, 40, temperature=50.0, seed=0).max() < 257

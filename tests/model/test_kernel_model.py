@@ -1,4 +1,4 @@
-"""The whole model on Triton: losses and gradients of PyTorch's ops, also compiled, recomputed, trained, replicated."""
+"""Whole model on Triton: losses and gradients equal PyTorch's, also compiled, recomputed and distributed."""
 
 import functools
 import os
@@ -24,19 +24,19 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def build(backend="triton", **changes) -> GPT2:
-    """The same weights whatever it runs on."""
+    """Model with the same weights for every backend."""
     torch.manual_seed(0)
     model = GPT2(replace(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=257), **changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # no zeros and ones, behind which a mistake could hide
+            if parameter.ndim == 1:  # zeros and ones could hide a mistake
                 parameter += 0.1 * torch.randn(parameter.shape)
     model.to(DEVICE).configure(backend, torch.float32)
     return model
 
 
 def batch(T=9, seed=1):
-    """tokens and targets, (2, T), two of the latter ignored."""
+    """tokens and targets, (2, T); two targets are ignored."""
     tokens = torch.randint(257, (2, T + 1), generator=torch.Generator().manual_seed(seed))
     targets = tokens[:, 1:].clone()
     targets[0, :2] = -100
@@ -44,7 +44,7 @@ def batch(T=9, seed=1):
 
 
 def loss_and_gradients(run, model, T=9):
-    """The loss by `run`, which is the model or stands for it, then the gradient of every parameter."""
+    """Loss by `run`, the model or its compiled form, then the gradient of every parameter."""
     loss = run(*batch(T))
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
@@ -94,7 +94,7 @@ def test_twenty_steps_have_the_losses_of_pytorch():
 
     ours, theirs = torch.stack([*losses("triton")]), torch.stack([*losses("torch")])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert theirs[-2:].mean() < theirs[:2].mean() - 1.0  # there was something to agree on
+    assert theirs[-2:].mean() < theirs[:2].mean() - 1.0  # it did learn
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Weights in and out in the Hugging Face layout; transformers' own GPT-2 is what every number is compared with."""
+"""Loading and saving in the Hugging Face layout, compared with transformers' own GPT-2."""
 
 import socket
 import sys
@@ -29,7 +29,7 @@ SHAPES = [
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Largest error at most 1e-4 of the largest value, and 1e-7."""
+    """Asserts that the largest error is at most 1e-4 * the largest value + 1e-7."""
     assert actual.shape == expected.shape, what
     error, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert error <= 1e-4 * scale + 1e-7, f"{what}: error {error:.2e} of {scale:.2e}"
@@ -37,7 +37,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh memory is full of NaN, so that what loading forgets to write shows."""
+    """Fills fresh memory with NaN, so that an element that loading did not write shows."""
     was_on = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -122,7 +122,7 @@ def test_a_loaded_model_does_not_share_memory_with_the_file(directory):
     before = (directory / "model.safetensors").read_bytes()
     randomized(model)
     assert (directory / "model.safetensors").read_bytes() == before
-    (directory / "model.safetensors").write_bytes(b"")  # a mapped page would now be gone
+    (directory / "model.safetensors").write_bytes(b"")  # a mapped page would be gone now
     assert model.wpe.weight.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""Weights that are refused: files that are damaged, lack something, could run code or are of another model."""
+"""Weights that are refused: damaged, incomplete, able to run code, or of another model."""
 
 import contextlib
 import json
@@ -88,7 +88,7 @@ def test_a_pickle_is_refused_without_being_opened(directory):
 
 
 class Bomb:
-    """Leaves a directory behind when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -110,7 +110,7 @@ def test_a_malicious_pickle_in_any_place_is_refused_and_does_not_run(directory, 
     with pytest.raises(ValueError, match=r"weights: .* must "):
         GPT2.from_pretrained(directory)
     assert not mark.exists()
-    with (directory / name).open("rb") as file, contextlib.suppress(Exception):  # it was armed
+    with (directory / name).open("rb") as file, contextlib.suppress(Exception):  # loading it would have run it
         pickle.load(file) if clothes == "pickle" else torch.load(file, weights_only=False)
     assert mark.exists()
 

@@ -1,4 +1,4 @@
-"""Recomputed activations: the same bits as kept ones, from less memory."""
+"""Recomputed activations: the same bits as saved ones, with less memory."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ TOKENS = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
 def loss_and_gradients(recompute: str, dropout: float, compiled: bool) -> tuple[list[Tensor], int]:
-    """The loss and every gradient of the same model, and the bytes that the backward pass was kept."""
+    """Loss and every gradient of the same model, and the bytes saved for the backward pass."""
     torch.manual_seed(0)
     model = GPT2(GPT2Config(2, 2, 32, 16, 257, dropout=dropout))
     model.configure("torch", torch.float32, recompute)

@@ -1,4 +1,4 @@
-"""A model of 2 layers and 32 channels over 257 bytes, and tokens for it."""
+"""A model of 2 layers, 32 channels and 257 tokens, and input for it."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ TINY = GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=257
 
 
 def build(config: GPT2Config = TINY, seed: int = 0, **changes) -> GPT2:
-    """A model whose weights follow the seed; the global random state is left where it leads."""
+    """Model with the weights of this seed. Leaves the global random state seeded."""
     torch.manual_seed(seed)
     return GPT2(dataclasses.replace(config, **changes))
 

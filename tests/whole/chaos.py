@@ -1,8 +1,9 @@
-"""A run that is killed at random until it is done: `python tests/whole/chaos.py --seconds 120 --processes 2`.
+"""Kills a run at random until it is done: `python tests/whole/chaos.py --seconds 120 --processes 2`.
 
-First a quiet run; then the same run, of which every 5 to 15 seconds the whole process group (torchrun and its workers),
-one worker or the launcher gets SIGKILL, SIGTERM or SIGINT, and which is started again with the same command each time.
-Both must end with the same rows, samples, weights and moments, to the bit. The last line says so; exit code 1 if not.
+First makes an undisturbed run. Then makes the same run again and every 5 to 15 seconds sends SIGKILL, SIGTERM or SIGINT
+to torchrun, to one worker or to all of them; the same command then starts the run again.
+Both runs must end with the same rows, samples, weights and moments, to the bit. The last line says so. Exit code 1 if
+they differ.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from engine.tokens.prepare import PrepareConfig, prepare  # noqa: E402
 
 
 def disturb(launcher: subprocess.Popen, draw: random.Random) -> str:
-    """Sends one signal to one of the run's processes, or to all; returns what was done."""
+    """Sends one signal to one of the run's processes, or to all. Returns a description of it."""
     ranks = workers(launcher)
     number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
     victim = draw.choice(["all", "launcher", *(f"rank {rank}" for rank in sorted(ranks))])
@@ -35,7 +36,7 @@ def disturb(launcher: subprocess.Popen, draw: random.Random) -> str:
     for pid in targets.get(victim) or [ranks[int(victim.split()[1])]]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    if victim == "launcher" and number == signal.SIGKILL:  # its workers are orphans now: a host would be cleaned up
+    if victim == "launcher" and number == signal.SIGKILL:  # its workers are orphans; a cluster would end them
         for pid in ranks.values():
             os.kill(pid, signal.SIGKILL)
     return f"{number.name} to {victim}"
@@ -44,11 +45,11 @@ def disturb(launcher: subprocess.Popen, draw: random.Random) -> str:
 def main() -> int:
     """Runs both and compares them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=120, help="at least so long is the run disturbed")
+    parser.add_argument("--seconds", type=float, default=120, help="least time for which the run is disturbed")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of what is done when")
-    asked = parser.parse_args()
-    draw = random.Random(asked.seed)
+    parser.add_argument("--seed", type=int, default=0, help="of the disturbances")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
     root = Path(tempfile.mkdtemp(prefix="chaos_"))
     sources = [str(ROOT / name) for name in ("engine", "model", "kernels")]
     prepare(sources, PrepareConfig(out=str(root / "data"), tokenizer="bytes", workers=1, val_fraction=0.2))
@@ -59,10 +60,10 @@ def main() -> int:
             "-m",
             "torch.distributed.run",
             "--standalone",
-            f"--nproc_per_node={asked.processes}",
+            f"--nproc_per_node={options.processes}",
         ]
-        faults = ",".join(f"slow:{rank}:0" for rank in range(asked.processes))  # 20 steps a second at most
-        flags = ["--num-steps", str(int(4 * asked.seconds)), "--eval-every", "50", "--save-every", "20"]
+        faults = ",".join(f"slow:{rank}:0" for rank in range(options.processes))  # 20 steps a second at most
+        flags = ["--num-steps", str(int(4 * options.seconds)), "--eval-every", "50", "--save-every", "20"]
         files = ["--data", str(root / "data"), "--out", str(root / name)]
         return [
             *torchrun,
@@ -84,7 +85,7 @@ def main() -> int:
             launcher = subprocess.Popen(command("killed"), env=ENVIRONMENT, stdout=log, stderr=log)
         starts += 1
         try:
-            code = launcher.wait(draw.uniform(5, 15) if time.monotonic() - began < asked.seconds else None)
+            code = launcher.wait(draw.uniform(5, 15) if time.monotonic() - began < options.seconds else None)
         except subprocess.TimeoutExpired:
             done = disturb(launcher, draw)
             launcher.wait()

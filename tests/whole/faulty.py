@@ -1,10 +1,10 @@
-"""engine/train.py with faults put into it: `torchrun tests/whole/faulty.py FAULT:RANK:STEP[,...] PRESET --flags`.
+"""engine/train.py with injected faults: `torchrun tests/whole/faulty.py FAULT:RANK:STEP[,...] PRESET --flags`.
 
-A fault happens on rank RANK, in the first attempt only so that a restart may go well, when it comes to STEP:
-    nan       its loss is not a number          inf       one of its gradients is infinite
-    nudge     one weight moves by one bit       hang      it sleeps for an hour
+A fault happens on rank RANK at step STEP, in the first attempt only, so that a restart can succeed:
+    nan       its loss is NaN                   inf       one of its gradients is infinite
+    nudge     one weight changes by one bit     hang      it sleeps for an hour
     kill      SIGKILL to itself                 term      SIGTERM to itself
-    stop      SIGSTOP to itself                 slow      this and later steps take a twentieth of a second
+    stop      SIGSTOP to itself                 slow      this and later steps take 50 ms more
 """
 
 import os
@@ -36,7 +36,7 @@ _at, _init, _forward = batches.Batches.at, GPT2.__init__, GPT2.forward
 
 
 def at(self, step):
-    """Marks where training is, and does what happens between two steps."""
+    """Records the current step and injects the faults that happen between two steps."""
     global now
     now = step
     if step >= FAULTS.get("slow", 10**9):
@@ -53,7 +53,7 @@ def at(self, step):
 
 
 def init(self, *args, **options):
-    """Remembers the model, the first of which is the one that is trained."""
+    """Remembers each model; the first is the one that is trained."""
     _init(self, *args, **options)
     models.append(self)
     if "inf" in FAULTS:
@@ -61,7 +61,7 @@ def init(self, *args, **options):
 
 
 def forward(self, tokens, targets=None):
-    """Spoils the loss."""
+    """Makes the loss NaN at the step of that fault."""
     out = _forward(self, tokens, targets)
     return out * float("nan") if self.training and now == FAULTS.get("nan") else out
 

@@ -1,4 +1,4 @@
-"""A machine that lacks something: no Triton, no C compiler, no network. One line says what is used instead and why."""
+"""Machines without Triton, a C compiler or a network: one line says what is used instead and why."""
 
 import json
 import os
@@ -35,9 +35,9 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 def gpt2(lacks: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    """`gpt2 ARGS` in a process of its own on a machine that lacks `triton`, a `compiler`, a `network`, or several."""
+    """Runs `gpt2 ARGS` in a process without what `lacks` names: triton, compiler, network, or several."""
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    surroundings.pop("TRITON_INTERPRET", None)  # which this suite sets
+    surroundings.pop("TRITON_INTERPRET", None)  # conftest.py sets it
     if "compiler" in lacks:
         surroundings |= {"PATH": "/nonexistent", "CC": "/nonexistent", "CXX": "/nonexistent"}
     command = [sys.executable, "-c", LACKS, lacks, *args]
@@ -51,7 +51,7 @@ def train(lacks: str, shards: Path, out: Path, *flags: str, **environment: str) 
 
 
 def lines(done: subprocess.CompletedProcess, beginning: str) -> list[str]:
-    """What it printed that begins so, of a process that must have ended well."""
+    """Lines of stdout with this beginning. Asserts that the process succeeded."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if line.startswith(beginning)]

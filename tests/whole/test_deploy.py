@@ -1,4 +1,4 @@
-"""The files in deploy/: they parse, name flags that exist, and put back into the queue what was stopped, not broken."""
+"""Files in deploy/: they parse, their flags exist, and they requeue a run only if it was stopped."""
 
 import json
 import os
@@ -17,7 +17,7 @@ FIELDS = {"--" + name.replace("_", "-") for name in TrainConfig.__dataclass_fiel
 
 
 def pod_script() -> str:
-    """The block of bash in the Job, without a YAML parser: what is indented below `- |`."""
+    """Bash script of the Job: the block indented below `- |`, found without a YAML parser."""
     after = KUBERNETES.read_text().split("- |\n", 1)[1].splitlines()
     indent = len(after[0]) - len(after[0].lstrip())
     body = []
@@ -29,7 +29,7 @@ def pod_script() -> str:
 
 
 def stand_in(directory: Path, name: str, body: str) -> None:
-    """A program of this name that does something else."""
+    """Writes an executable of this name that runs `body`."""
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{body}\n")
@@ -37,7 +37,7 @@ def stand_in(directory: Path, name: str, body: str) -> None:
 
 
 def heartbeat(state: str | None) -> str:
-    """A line of bash that leaves a heartbeat as training does."""
+    """Line of bash that writes a heartbeat as training does, or `:` without a state."""
     content = json.dumps({"step": 5, "num_steps": 9, "time": 1.0, "state": state, "reason": ""})
     return f"echo '{content}' > \"$OUT/heartbeat\"" if state else ":"
 
@@ -82,7 +82,7 @@ def test_the_job_is_yaml_whose_parts_refer_to_each_other():
     ids=["stopped", "done", "cancelled", "crashed-since", "failed", "no-heartbeat"],
 )
 def test_slurm_requeues_a_run_that_was_stopped_and_no_other(tmp_path, code, state, job, requeued):
-    stand_in(tmp_path, "bin/srun", f'echo "$@" > said; {heartbeat(state)}; exit {code}')
+    stand_in(tmp_path, "bin/srun", f'echo "$@" > arguments; {heartbeat(state)}; exit {code}')
     stand_in(tmp_path, "bin/scontrol", 'if [ "$1" = show ]; then echo host1; else echo "$@" > requeued; fi')
     stand_in(tmp_path, "bin/squeue", f"echo {job}")
     stand_in(tmp_path, ".venv/bin/python", f'exec {shutil.which("python3")} "$@"')
@@ -91,10 +91,10 @@ def test_slurm_requeues_a_run_that_was_stopped_and_no_other(tmp_path, code, stat
     done = subprocess.run(["bash", SLURM, "--seed", "3"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
-    said = (tmp_path / "said").read_text()
-    assert "--nnodes=2" in said
-    assert "--rdzv-endpoint=host1:22345" in said
-    assert said.endswith("--max-minutes 1430 --seed 3\n")
+    arguments = (tmp_path / "arguments").read_text()
+    assert "--nnodes=2" in arguments
+    assert "--rdzv-endpoint=host1:22345" in arguments
+    assert arguments.endswith("--max-minutes 1430 --seed 3\n")
 
 
 @pytest.mark.parametrize(

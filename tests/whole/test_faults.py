@@ -1,6 +1,7 @@
-"""Faults of a run in real processes: signals, kills, hangs, ranks that differ, numbers that are not numbers.
+"""Faults of real runs: signals, kills, hangs, ranks that differ, losses and gradients that are not finite.
 
-In-process where one process is enough; under torchrun where ranks must agree. Rows of docs/reliability.md.
+Runs are in this process where one is enough, and under torchrun where ranks must agree. The rows are those of
+docs/reliability.md.
 """
 
 import json
@@ -33,19 +34,19 @@ KILLS = int(os.environ.get("GPT2_KILLS", "1"))  # how often the worker-kill test
 def command(
     out: Path, shards: Path, *flags: str, faults: str = "slow:9:0", launcher: tuple[str, ...] = ()
 ) -> list[str]:
-    """torchrun of two ranks with faults, by default none."""
+    """Command line that trains on two ranks under torchrun, with faults (none by default)."""
     script = [str(Path(__file__).with_name("faulty.py")), faults]
     return [*LAUNCHER, *launcher, *script, *SMALL, "--data", str(shards), "--out", str(out), *flags]
 
 
 def run_two(out: Path, shards: Path, *flags: str, seconds: float = 90, **options) -> subprocess.CompletedProcess:
-    """Runs it to its end."""
-    words = command(out, shards, *flags, **options)
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
+    """Trains on two ranks and waits."""
+    arguments = command(out, shards, *flags, **options)
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=seconds)
 
 
 def wait_for_row(out: Path, step: int, launcher: subprocess.Popen) -> None:
-    """Returns when the run has logged a step; fails if it ends before."""
+    """Waits until the run has logged `step`. Fails if the run ends first."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         rows = metrics.read_rows(out / "metrics.jsonl")
@@ -61,7 +62,7 @@ def wait_for_row(out: Path, step: int, launcher: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def few_shards(tmp_path_factory) -> Path:
-    """A corpus whose epochs end inside the sixth step and again inside the eleventh."""
+    """Token shards whose epochs end inside the sixth and the eleventh step."""
     root = tmp_path_factory.mktemp("few")
     (root / "text").mkdir()
     (root / "text" / "book.txt").write_text(" ".join(str(n * n) for n in range(340)))
@@ -71,13 +72,13 @@ def few_shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def every_step(few_shards, tmp_path_factory) -> tuple[Path, list[str]]:
-    """Twelve steps with dropout and two micro-batches each, saved at every one."""
+    """A run of twelve steps with dropout, saved after each, and its flags."""
     flags = ["--num-steps", "12", "--eval-every", "4", "--save-every", "1", "--keep-last", "99", "--skip-z-score", "3"]
-    flags += ["--model.dropout", "0.1", "--grace-seconds", "600"]  # a slow machine must not end the tests
+    flags += ["--model.dropout", "0.1", "--grace-seconds", "600"]  # so that a slow machine does not fail the tests
     out = tmp_path_factory.mktemp("every") / "run"
     assert train(out, few_shards, *flags) == 0
     windows = shards.TokenStream.open(few_shards, "train", 257).num_windows(32)
-    assert windows < 8 * 6 < 8 * 12 < 3 * windows  # it wraps twice
+    assert windows < 8 * 6 < 8 * 12 < 3 * windows  # two epochs end within the run
     return out, flags
 
 
@@ -103,7 +104,7 @@ STEPS = ["--num-steps", "120", "--eval-every", "40", "--save-every", "10", "--ch
 
 @pytest.fixture(scope="module")
 def quiet(shards, tmp_path_factory) -> Path:
-    """Two ranks that nothing disturbs."""
+    """An undisturbed run on two ranks."""
     out = tmp_path_factory.mktemp("quiet") / "run"
     done = run_two(out, shards, *STEPS)
     assert done.returncode == 0, done.stderr
@@ -111,7 +112,7 @@ def quiet(shards, tmp_path_factory) -> Path:
 
 
 def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_path):
-    """SIGTERM to torchrun, then SIGINT to rank 1 alone, each time of the same command; then the end."""
+    """SIGTERM to torchrun, then SIGINT to rank 1 of the resumed run; a second resume runs to the end."""
     out, last = tmp_path / "run", 0
     for number, to_rank, after in ((signal.SIGTERM, None, 15), (signal.SIGINT, 1, 40)):
         launcher = subprocess.Popen(
@@ -123,16 +124,16 @@ def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_pat
         )
         wait_for_row(out, max(after, last + 1), launcher)
         os.kill(launcher.pid if to_rank is None else workers(launcher)[to_rank], number)
-        said, wrong = launcher.communicate(timeout=60)
+        stdout, stderr = launcher.communicate(timeout=60)
         assert launcher.returncode != 0
-        assert "by a signal and saved" in said, said + wrong
+        assert "by a signal and saved" in stdout, stdout + stderr
         beat = json.loads((out / "heartbeat").read_text())
         assert beat["state"] == "stopped"
         assert beat["step"] == checkpoint.read(newest(out)).step > last
         last = beat["step"]
         assert last % 10, "it stopped at its own time, not at a checkpoint that was due"
         if to_rank is not None:
-            assert re.search(r"exitcode *: 75 ", wrong)
+            assert re.search(r"exitcode *: 75 ", stderr)
     assert run_two(out, shards, *STEPS).returncode == 0
     assert_same_run(quiet, out)
 
@@ -150,7 +151,7 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_the_same(quiet, shard
 
 
 def signal_once(monkeypatch, owner, name: str) -> None:
-    """SIGTERM to this process in the middle of a function, the second time that it is called."""
+    """Sends this process SIGTERM when the function is called for the second time."""
     calls, call = [], getattr(owner, name)
 
     def interrupted(*args, **options):
@@ -209,7 +210,7 @@ def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
             "engine.health.stopping.launched_at", lambda: time.time() - 60
-        )  # a minute ago, of two allowed
+        )  # a minute ago; two are allowed
         monkeypatch.setattr("engine.health.stopping.MARGIN", 60.0)
         assert train(tmp_path / "run", few_shards, *flags, "--max-minutes", "2") == 75
     beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
@@ -236,19 +237,19 @@ def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path
     began = time.monotonic()
     flags = [*STEPS, "--grace-seconds", "3"]
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15,term:0:15")
-    assert time.monotonic() - began < 60  # and not the ten minutes of --timeout-minutes
+    assert time.monotonic() - began < 60  # not after the ten minutes of --timeout-minutes
     assert "could not save within the 3 s of --grace-seconds" in done.stderr
     assert re.search(r"exitcode *: 143 ", done.stderr)
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
 
 
-# ---- Rows 13, 14, 15: ranks that differ, numbers that are none ------------------------------------------------------
+# ---- Rows 13, 14, 15: ranks that differ, numbers not finite ----------------------------------------------------------
 
 
 def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards, tmp_path):
     script = f'exec "{sys.executable}" "$@" --seed $RANK --data $([ $RANK = 0 ] && echo {shards} || echo {few_shards})'
-    words = [*LAUNCHER, "--no-python", "sh", "-c", script, "sh", str(ROOT / "engine" / "train.py"), *SMALL]
-    done = subprocess.run([*words, "--out", str(tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
+    arguments = [*LAUNCHER, "--no-python", "sh", "-c", script, "sh", str(ROOT / "engine" / "train.py"), *SMALL]
+    done = subprocess.run([*arguments, "--out", str(tmp_path / "run")], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "train: every rank must run the same thing, but these differ" in done.stderr
     assert "--seed: 0 on rank 0; 1 on rank 1" in done.stderr
@@ -299,7 +300,7 @@ def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(few_shards, tmp
 def test_running_out_of_memory_names_the_flag_and_the_next_smaller_value(few_shards, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(batches.Batches, "at", lambda *_: torch.empty(10**15))
     assert train(tmp_path / "run", few_shards, "--num-steps", "3", "--eval-every", "None") == 2
-    said = capfd.readouterr().err
-    assert "got out of memory at --micro-batch-size 4" in said
-    assert "try --micro-batch-size 2" in said
-    assert "Traceback" not in said
+    output = capfd.readouterr().err
+    assert "got out of memory at --micro-batch-size 4" in output
+    assert "try --micro-batch-size 2" in output
+    assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Rules of the house that a file can break without any other test noticing."""
+"""Rules of the repository that no other test checks: imports, file names and sizes, the version."""
 
 import ast
 import importlib.metadata
@@ -16,8 +16,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 BENCH, TESTS = (sorted((ROOT / folder).rglob("*.py")) for folder in ("bench", "tests"))
 MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {"kernels", "model", "engine"}}
 
-# Places in engine/, lowest first. A place imports itself and lower places only.
-FLOORS = (
+# Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
+LAYERS = (
     {"errors"},
     {"config", "tokens"},
     {"optim", "device"},
@@ -28,8 +28,8 @@ FLOORS = (
     {"start"},
     {"train", "cli"},
 )
-DOOR = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluation", "distributed", "device"}
-ROOMS = {
+FILES = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluation", "distributed", "device"}
+FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
     "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
@@ -38,13 +38,13 @@ LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
 
 
 def name_of(path: Path) -> str:
-    """The name under which a file is imported."""
+    """Dotted name under which a file is imported."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, late imports and those for type checkers included."""
+    """Modules that a file imports, also inside functions and for type checkers."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,7 +55,7 @@ def imported(path: Path) -> set[str]:
 
 
 def graph(paths: list[Path]) -> dict[str, set[str]]:
-    """Imports among these files: the module itself where a package is named only to reach it."""
+    """Imports of each module among these files, without packages named only to reach a module."""
     modules = {name_of(path): path for path in paths}
     edges = {}
     for name, path in modules.items():
@@ -66,22 +66,22 @@ def graph(paths: list[Path]) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downhill_only(path):
-    house = path.relative_to(ROOT).parts[0]
+    package = path.relative_to(ROOT).parts[0]
     tops = {name.split(".")[0] for name in imported(path)}
-    assert tops & {*PACKAGES, "bench", "tests"} <= MAY_IMPORT[house]
+    assert tops & {*PACKAGES, "bench", "tests"} <= MAY_IMPORT[package]
 
 
 def test_the_places_of_engine_import_lower_ones_only():
-    floor_of = {place: number for number, floor in enumerate(FLOORS) for place in floor}
-    assert set(floor_of) == DOOR | set(ROOMS)
+    layer_of = {place: number for number, layer in enumerate(LAYERS) for place in layer}
+    assert set(layer_of) == FILES | set(FOLDERS)
     for path in (ROOT / "engine").rglob("*.py"):
         name = name_of(path)
         if name == "engine":
             continue
         place = name.split(".")[1]
         others = {other.split(".")[1] for other in imported(path) if other.startswith("engine.")} - {place}
-        wrong = {other for other in others if other in floor_of and floor_of[other] >= floor_of[place]}
-        assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which do not stand below it"
+        wrong = {other for other in others if other in layer_of and layer_of[other] >= layer_of[place]}
+        assert not wrong, f"{name} imports {', '.join(sorted(wrong))}, which are in no lower layer"
 
 
 def test_no_import_goes_in_a_circle():
@@ -100,9 +100,9 @@ def test_a_circle_through_a_type_checker_s_import_is_seen(tmp_path, monkeypatch)
 
 
 def test_engine_has_its_ten_files_at_the_door_and_three_rooms():
-    assert {path.stem for path in (ROOT / "engine").glob("*.py")} - {"__init__"} == DOOR
-    for room, files in ROOMS.items():
-        assert {path.stem for path in (ROOT / "engine" / room).glob("*.py")} - {"__init__"} == files
+    assert {path.stem for path in (ROOT / "engine").glob("*.py")} - {"__init__"} == FILES
+    for folder, files in FOLDERS.items():
+        assert {path.stem for path in (ROOT / "engine" / folder).glob("*.py")} - {"__init__"} == files
 
 
 def test_nothing_imports_the_loop():
@@ -111,7 +111,7 @@ def test_nothing_imports_the_loop():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_shadows_the_standard_library_or_a_package_in_use(package):
-    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would replace Python's own.
+    # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would shadow Python's own.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in PACKAGES}
     taken = set(sys.stdlib_module_names) | installed
     names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__"}

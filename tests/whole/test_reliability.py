@@ -1,4 +1,4 @@
-"""docs/reliability.md tells the truth about which tests there are."""
+"""Tests named in docs/reliability.md: each exists, and every fault has one."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""`--resume-changed` goes on with a run's weights on other data or another schedule, and never with another model."""
+"""`--resume-changed` keeps a run's weights on other data or another schedule, never for another model."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def three_steps(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def out(three_steps, tmp_path) -> Path:
-    """A copy of it, to go on from."""
+    """A copy of `three_steps`, to be resumed."""
     shutil.copytree(three_steps, tmp_path / "run")
     return tmp_path / "run"
 
@@ -45,7 +45,7 @@ def rows(out: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said", "tokens"),
+    ("flags", "changes", "tokens"),
     [
         pytest.param(["--tokens-per-step", "512"], "tokens_per_step: 256 -> 512", [768, 1280, 1792], id="batch"),
         pytest.param(
@@ -62,15 +62,15 @@ def rows(out: Path) -> list[tuple[int, int]]:
         ),
     ],
 )
-def test_it_goes_on_with_another_schedule(out, shards, capfd, flags, said, tokens):
+def test_it_goes_on_with_another_schedule(out, shards, capfd, flags, changes, tokens):
     path = newest(out)
     assert train(out, shards, *FLAGS, "--num-steps", "5", *flags) == 2
     error = capfd.readouterr().err
-    assert said in error
+    assert changes in error
     assert "to go on with its weights all the same, add --resume-changed" in error
 
     assert train(out, shards, *FLAGS, "--num-steps", "5", *flags, "--resume-changed") == 0
-    assert f"going on from {path} although these changed\n  {said}\n" in capfd.readouterr().out
+    assert f"going on from {path} although these changed\n  {changes}\n" in capfd.readouterr().out
     assert rows(out) == [(0, 0), (1, 256), (2, 512), *zip((3, 4, 5), tokens, strict=True)]
     state = checkpoint.read(newest(out)).state
     assert (state["step"], state["tokens"]) == (5, tokens[-1])
@@ -93,7 +93,7 @@ def test_it_goes_on_with_other_data_from_the_same_weights(out, shards, others, c
     before, after = (checkpoint.read(path).state["identity"] for path in sorted((out / "checkpoints").iterdir()))
     assert before["data_digest"] != after["data_digest"]
     last = metrics.read_rows(out / "metrics.jsonl")[3]
-    assert last["loss"] < 5.4  # a fresh model's is above log(257) = 5.55
+    assert last["loss"] < 5.4  # an untrained model's is above ln 257 = 5.55
 
 
 def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
@@ -102,11 +102,11 @@ def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
     assert rows(out)[-1] == (5, 1280)
 
 
-# ---- What is refused all the same ---------------------------------------------------------------------------------
+# ---- Changes that are refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "changes"),
     [
         (["--model.n-embd", "128"], "model: n_embd 64 -> 128"),
         (["--model.n-layer", "3", "--seed", "2"], "model: n_layer 2 -> 3\n  seed: 1 -> 2"),
@@ -116,18 +116,18 @@ def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_another_model_or_optimizer_is_refused_with_the_flag_too(out, shards, capfd, flags, said):
+def test_another_model_or_optimizer_is_refused_with_the_flag_too(out, shards, capfd, flags, changes):
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert train(out, shards, *FLAGS, "--num-steps", "5", *flags, "--resume-changed") == 2
     error = capfd.readouterr().err
-    assert f"but these changed\n  {said}\n" in error
+    assert f"but these changed\n  {changes}\n" in error
     assert "add --resume-changed" not in error
     assert "--resume never" in error
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == kept
 
 
-def asked(out: Path, **changes) -> checkpoint.Checkpoint:
-    """find_checkpoint with the run's own identity, but for changes."""
+def find_with(out: Path, **changes) -> checkpoint.Checkpoint:
+    """Calls find_checkpoint with the run's identity, some facts changed."""
     flags = [*SMALL, "--out", str(out), "--num-steps", "5", "--resume-changed"]
     past = json.loads((newest(out) / "state.json").read_text())["identity"]
     return resume.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)
@@ -137,11 +137,11 @@ def asked(out: Path, **changes) -> checkpoint.Checkpoint:
 def test_each_fact_of_a_run_is_either_safe_to_change_or_not(three_steps, name):
     safe = {"sequence_length", "tokens_per_step", "seed", "data_digest"}
     if name in safe:
-        assert asked(three_steps, **{name: "other"}).step == 3
+        assert find_with(three_steps, **{name: "other"}).step == 3
     else:
         changed = "other" if name != "model" else {"n_layer": 9}
         with pytest.raises(BadInput, match=rf"but these changed\n  {name}: "):
-            asked(three_steps, **{name: changed})
+            find_with(three_steps, **{name: changed})
 
 
 def test_each_field_of_the_model_is_either_safe_to_change_or_not(three_steps):
@@ -149,18 +149,18 @@ def test_each_field_of_the_model_is_either_safe_to_change_or_not(three_steps):
     safe = set()
     for name in model:
         try:
-            asked(three_steps, model=model | {name: "other"})
+            find_with(three_steps, model=model | {name: "other"})
             safe.add(name)
         except BadInput:
             pass
     assert safe == {"dropout", "init"}
 
 
-def test_nothing_changed_is_nothing_said(out):
+def test_nothing_changed_warns_of_nothing(out):
     flags = [*SMALL, "--out", str(out), "--num-steps", "5"]
     past = json.loads((newest(out) / "state.json").read_text())["identity"]
-    said = []
+    warnings = []
     for is_changed in (False, True):
         train_config = dataclasses.replace(config.parse(flags, "test"), resume_changed=is_changed)
-        assert resume.find_checkpoint(train_config, past, said.append).step == 3
-    assert said == []
+        assert resume.find_checkpoint(train_config, past, warnings.append).step == 3
+    assert warnings == []

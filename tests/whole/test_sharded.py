@@ -1,4 +1,4 @@
-"""A sharded run's checkpoints: the same directory, loaded at any world size, in any way, and as a plain model."""
+"""Checkpoints of a sharded run: loaded at any world size, in any --parallel mode, and as a plain model."""
 
 import json
 import shutil
@@ -15,19 +15,20 @@ from engine.config import PRESETS, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.run import checkpoint, metrics, resume
+from engine.run.verify import checkpoint_damage
 
 STEPS = ["--num-steps", "8", "--eval-every", "4", "--save-every", "4", "--keep-last", "9", "--micro-batch-size", "2"]
 
 
 def without_last(run: Path, copy: Path) -> Path:
-    """A copy of a run as it was at its checkpoint of step 4."""
+    """Copies a run without its last checkpoint, which leaves that of step 4. Returns the copy."""
     shutil.copytree(run, copy)
     shutil.rmtree(newest(copy))
     return copy
 
 
 def content(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
+    """All tensors of a checkpoint, unsharded."""
     if not (path / checkpoint.SHARDED).is_dir():
         files = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer")}
         return {f"{file}.{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
@@ -44,7 +45,10 @@ def content(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_close_runs(left: Path, right: Path) -> None:
-    """The same losses and weights within 1e-5; moments of a gradient that is rounding noise may be further apart."""
+    """Asserts that losses agree within 1e-5 and weights within 1e-4.
+
+    Moments are not compared: those of a gradient that is only rounding noise may differ more.
+    """
     for ours, theirs in zip(*(metrics.read_rows(out / "metrics.jsonl") for out in (left, right)), strict=True):
         for name in ("loss", "val_loss"):
             assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
@@ -57,7 +61,7 @@ def assert_close_runs(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(shards, tmp_path_factory) -> Path:
-    """The run on one process, not sharded."""
+    """An unsharded run on one process."""
     out = tmp_path_factory.mktemp("one") / "run"
     assert train(out, shards, *STEPS) == 0
     return out
@@ -65,7 +69,7 @@ def one(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(shards, tmp_path_factory) -> Path:
-    """The run on two processes with its model in shards."""
+    """The same run on two processes with --parallel fsdp."""
     out = tmp_path_factory.mktemp("sharded") / "run"
     done = torchrun(2, out, shards, *STEPS, "--parallel", "fsdp", "--recompute", "attention")
     assert done.returncode == 0, done.stderr
@@ -115,11 +119,11 @@ def test_one_process_goes_on_from_two_and_two_from_one_with_the_same_batches(one
 
 
 def test_a_sharded_checkpoint_is_sampled_evaluated_and_exported_like_any_other(one, sharded, tmp_path, capfd):
-    said = []
+    outputs = []
     for run in (one, sharded):
         assert cli.main(["eval", "--run", str(run)]) == 0
-        said.append(capfd.readouterr().out.replace(str(run), "run"))
-    assert said[0] == said[1]
+        outputs.append(capfd.readouterr().out.replace(str(run), "run"))
+    assert outputs[0] == outputs[1]
     assert cli.main(["export", "--run", str(sharded), "--out", str(tmp_path / "exported")]) == 0
     assert cli.main(["verify", str(sharded)]) == 0
 
@@ -129,7 +133,7 @@ def test_damage_to_any_shard_is_found(sharded, tmp_path, harm):
     shutil.copytree(newest(sharded), tmp_path / "copy")
     for path in sorted((tmp_path / "copy" / checkpoint.SHARDED).iterdir()):
         content = path.read_bytes()
-        assert checkpoint.damage(tmp_path / "copy") is None
+        assert checkpoint_damage(tmp_path / "copy") is None
         if harm == "flip":
             path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         elif harm == "cut":
@@ -138,7 +142,7 @@ def test_damage_to_any_shard_is_found(sharded, tmp_path, harm):
             path.unlink()
         else:
             path.with_name("shard-00009-model-00001-of-00001.safetensors").write_bytes(content)
-        assert ("shard-00009" if harm == "add" else path.name) in checkpoint.damage(tmp_path / "copy")
+        assert ("shard-00009" if harm == "add" else path.name) in checkpoint_damage(tmp_path / "copy")
         path.write_bytes(content)
         path.with_name("shard-00009-model-00001-of-00001.safetensors").unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The loop end to end: what it leaves behind, that it resumes to the bit, and that processes agree."""
+"""Training end to end: its files, bitwise resume, and agreement between processes."""
 
 import json
 import math
@@ -78,10 +78,10 @@ def test_evaluating_saving_and_logging_change_nothing_that_is_trained(finished, 
 def test_a_finished_run_says_so_and_shows_its_sample(finished, shards, capfd):
     before = (finished / "metrics.jsonl").read_bytes()
     assert train(finished, shards, "--num-steps", "12", "--model.dropout", "0.1") == 0
-    said = capfd.readouterr().out
-    assert "this run is complete: 12 steps, final validation loss" in said
-    assert "def " in said
-    assert "loss_curve.png" in said
+    output = capfd.readouterr().out
+    assert "this run is complete: 12 steps, final validation loss" in output
+    assert "def " in output
+    assert "loss_curve.png" in output
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -115,10 +115,10 @@ def test_a_run_goes_on_in_another_precision(finished, shards, tmp_path):
 def test_a_changed_run_is_refused_with_what_changed(finished, shards, capfd):
     before = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert train(finished, shards, "--num-steps", "12", "--tokens-per-step", "512", "--seed", "3") == 2
-    said = capfd.readouterr().err
-    assert "model: dropout 0.1 -> 0.0" in said
-    assert "tokens_per_step: 256 -> 512" in said
-    assert "seed: 1 -> 3" in said
+    output = capfd.readouterr().err
+    assert "model: dropout 0.1 -> 0.0" in output
+    assert "tokens_per_step: 256 -> 512" in output
+    assert "seed: 1 -> 3" in output
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
 
 

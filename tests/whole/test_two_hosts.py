@@ -1,4 +1,4 @@
-"""Two hosts with a cable and a disk each: they compute what one host does, and say what to do when one is missing."""
+"""Two hosts with a link and a disk each: the same results as one host, and advice when one is lost."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from engine.run import metrics
 
 STEPS = ["--num-steps", "120", "--save-every", "20", "--eval-every", "60"]
 HINT = re.compile(r"interface|firewall|same command", re.IGNORECASE)
-PORTS = itertools.count(29600)  # each start its own, of a network that is ours alone
+PORTS = itertools.count(29600)  # one per start; the network is private to the tests
 SHOWS_RANKS = ["--no-python", "sh", "-c", 'echo "RANK $RANK LOCAL_RANK $LOCAL_RANK"; exec "$0" "$@"', sys.executable]
 
 
@@ -30,17 +30,17 @@ def hosts(tmp_path_factory) -> list[Host]:
 
 
 def start(hosts: list[Host], shards: Path, name: str, *flags: str, before=(), interfaces=(None, None)) -> list[Run]:
-    """The same command on both hosts, with the run directory `name` on the disk of each."""
+    """Starts the same command on both hosts, with the run directory `name` on each host's disk."""
     port = next(PORTS)
-    words = [*before, str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), *STEPS, *flags]
+    arguments = [*before, str(ROOT / "engine" / "train.py"), *SMALL, "--data", str(shards), *STEPS, *flags]
     return [
-        host.start(port, *words, "--out", str(host.runs / name), interface=interface)
+        host.start(port, *arguments, "--out", str(host.runs / name), interface=interface)
         for host, interface in zip(hosts, interfaces, strict=True)
     ]
 
 
 def wait_for_checkpoint_after(step: int, out: Path, started: list[Run]) -> None:
-    """Returns when a checkpoint of a later step is there, or a launcher has ended, or after a minute."""
+    """Waits for a checkpoint of a later step, at most a minute. Returns early if a launcher ends."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and all(run.launcher.poll() is None for run in started):
         if any(int(path.name.removeprefix("step_")) > step for path in (out / "checkpoints").glob("step_*")):
@@ -53,25 +53,25 @@ def step_of(checkpoint: Path) -> int:
 
 
 def assert_says_what_to_do(run: Run, peer: int) -> None:
-    """One sentence with the peer's rank or address and what to look at, no traceback, and exit code 4."""
-    said = run.worker_said()
-    assert re.search(rf"{re.escape(ADDRESSES[peer])}|rank {peer}\b", said), said
-    assert HINT.search(said), said
-    assert "Traceback" not in said
-    assert re.search(r"exitcode *: 4 ", run.launcher_said()), run.launcher_said()
+    """Asserts a sentence with the peer's rank or address and advice, no traceback, and exit code 4."""
+    output = run.worker_output()
+    assert re.search(rf"{re.escape(ADDRESSES[peer])}|rank {peer}\b", output), output
+    assert HINT.search(output), output
+    assert "Traceback" not in output
+    assert re.search(r"exitcode *: 4 ", run.launcher_output()), run.launcher_output()
 
 
 @pytest.fixture(scope="module")
 def quiet(hosts, shards) -> list[Run]:
-    """A run on both hosts that nothing disturbs."""
+    """An undisturbed run on both hosts."""
     started = start(hosts, shards, "quiet", before=SHOWS_RANKS)
-    assert wait(started, 120) == [0, 0], "".join(run.worker_said() for run in started)
+    assert wait(started, 120) == [0, 0], "".join(run.worker_output() for run in started)
     return started
 
 
 @pytest.fixture(scope="module")
 def cut(hosts, shards) -> tuple[list[Run], list[int]]:
-    """A run whose cable is pulled out after its first checkpoint, and the launchers' exit codes."""
+    """A run whose link is cut after its first checkpoint, and the launchers' exit codes."""
     started = start(hosts, shards, "disturbed", "--timeout-minutes", "0.15")
     wait_for_checkpoint_after(0, hosts[0].disk / "disturbed", started)
     hosts[1].set_link("down")
@@ -83,7 +83,10 @@ def cut(hosts, shards) -> tuple[list[Run], list[int]]:
 
 @pytest.fixture(scope="module")
 def lost(hosts, shards, cut) -> tuple[list[Run], int, int]:
-    """The same command again, whose second host is lost after a further checkpoint; the first one's exit code."""
+    """The `cut` run resumed, the first host's exit code, and the step that it resumed from.
+
+    The second host is killed after a further checkpoint.
+    """
     before = step_of(newest(hosts[0].disk / "disturbed"))
     started = start(hosts, shards, "disturbed", "--timeout-minutes", "0.15")
     wait_for_checkpoint_after(before, hosts[0].disk / "disturbed", started)
@@ -92,8 +95,8 @@ def lost(hosts, shards, cut) -> tuple[list[Run], int, int]:
 
 
 def test_ranks_count_over_hosts_and_local_ranks_on_each(quiet):
-    assert "RANK 0 LOCAL_RANK 0\n" in quiet[0].worker_said()
-    assert "RANK 1 LOCAL_RANK 0\n" in quiet[1].worker_said()
+    assert "RANK 0 LOCAL_RANK 0\n" in quiet[0].worker_output()
+    assert "RANK 1 LOCAL_RANK 0\n" in quiet[1].worker_output()
 
 
 def test_two_hosts_follow_one_process_s_loss_curve(hosts, quiet, shards, tmp_path):
@@ -125,14 +128,14 @@ def test_a_lost_host_ends_the_other_which_says_what_to_do(hosts, lost):
 
 def test_the_same_command_goes_on_from_the_disk_of_the_first_host(hosts, lost):
     started, _, before = lost
-    assert re.search(rf"going on from \S*step_{before:08d}", started[0].worker_said()), started[0].worker_said()
+    assert re.search(rf"going on from \S*step_{before:08d}", started[0].worker_output()), started[0].worker_output()
     assert step_of(newest(hosts[0].disk / "disturbed")) > before
 
 
 @pytest.mark.slow
 def test_after_a_cut_link_and_a_lost_host_the_same_command_ends_where_a_quiet_run_does(hosts, quiet, lost, shards):
     started = start(hosts, shards, "disturbed")
-    assert wait(started, 120) == [0, 0], "".join(run.worker_said() for run in started)
+    assert wait(started, 120) == [0, 0], "".join(run.worker_output() for run in started)
     assert_same_run(hosts[0].disk / "quiet", hosts[0].disk / "disturbed")
     steps = [row["step"] for row in measured(hosts[0].disk / "disturbed")]
     assert steps == sorted(set(steps))
@@ -144,8 +147,8 @@ def test_a_wrong_interface_is_answered_with_the_variable_to_set(hosts, shards):
     codes = wait(started, 60)
     assert 0 not in codes
     for run in started:
-        assert "GLOO_SOCKET_IFNAME" in run.worker_said()
-        assert "Traceback" not in run.worker_said()
+        assert "GLOO_SOCKET_IFNAME" in run.worker_output()
+        assert "Traceback" not in run.worker_output()
 
 
 def test_nothing_stays_behind(tmp_path):

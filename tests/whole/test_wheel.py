@@ -1,4 +1,4 @@
-"""An installation that is not editable: the wheel, in an environment and a directory of its own, trains `tiny`."""
+"""The wheel, installed in an environment of its own, trains `tiny` in another directory."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of what git tracks, so that nothing untracked helps it along."""
+    """Path of the wheel, built from a copy of the tracked files, so that it needs no untracked one."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in run("git", "ls-files", "engine", "kernels", "model", "setup.py", "pyproject.toml", cwd=ROOT).split():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +33,13 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The bin directory of an environment that has the wheel, and this one's packages but for the project."""
+    """bin directory of an environment with the wheel and this environment's other packages."""
     home = tmp_path_factory.mktemp("environment")
     venv.create(home, with_pip=False)
     packages = next((home / "lib").glob("python*/site-packages"))
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", home / "bin" / "python")
     run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=home)
-    # Behind the wheel's own packages. addsitedir would run this environment's .pth files, the editable install's too.
+    # Searched after the wheel. addsitedir would also run this environment's .pth files, such as an editable install's.
     others = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
     return home / "bin"

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network, mount and process namespaces joined by a veth pair, and torchrun on each.
 
-A host has an address, an interface and a disk of its own: both see the directory `runs`, each finds its own disk there.
-One process per host holds everything and ends with the tests, so nothing stays behind.
+A host has its own address, interface and disk. Both have a directory `runs`, on which each mounts its own disk.
+One process per host keeps its namespaces open. It ends with the tests, so nothing is left behind.
 """
 
 import os
@@ -20,7 +20,7 @@ INTERFACES = ("veth0", "veth1")
 
 
 class NotPermitted(Exception):
-    """This machine does not let us make namespaces; the message is its own."""
+    """Raised if this machine does not allow namespaces. The message is the system's."""
 
 
 @dataclass(frozen=True)
@@ -30,40 +30,40 @@ class Run:
     launcher: subprocess.Popen
     logs: Path
 
-    def worker_said(self) -> str:
-        """What the training process wrote: without torchrun's own report, which always holds a traceback."""
+    def worker_output(self) -> str:
+        """Output of the training process, without torchrun's report, which always has a traceback."""
         return "".join(path.read_text() for path in sorted(self.logs.rglob("std*.log")))
 
-    def launcher_said(self) -> str:
-        """What torchrun itself wrote."""
+    def launcher_output(self) -> str:
+        """Output of torchrun itself."""
         return (self.logs / "torchrun.log").read_text()
 
     def kill(self) -> None:
-        """Everything that this torchrun started, and itself, is gone at once."""
+        """Kills torchrun and everything that it started."""
         self.launcher.kill()
         self.launcher.wait()
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two."""
+    """One of the two hosts."""
 
     index: int
-    init: subprocess.Popen  # whose namespaces are this host
+    init: subprocess.Popen  # holds the namespaces of this host
     runs: Path  # where a run on this host writes
     disk: Path  # where the tests find what it wrote
 
-    def command(self, *words: str) -> list[str]:
-        """A command line that runs on this host."""
+    def command(self, *arguments: str) -> list[str]:
+        """Command line that runs on this host."""
         namespaces = ["--user", "--preserve-credentials", "--net", "--mount"]
-        return ["nsenter", f"--target={self.init.pid}", *namespaces, "--", *words]
+        return ["nsenter", f"--target={self.init.pid}", *namespaces, "--", *arguments]
 
     def set_link(self, state: str) -> None:
-        """Takes this host's end of the cable up or down."""
+        """Sets this host's end of the link up or down."""
         subprocess.run(self.command("ip", "link", "set", INTERFACES[self.index], state), check=True)
 
-    def start(self, port: int, *words: str, interface: str | None = None) -> Run:
-        """Starts torchrun with these words, in a process namespace that ends with it."""
+    def start(self, port: int, *arguments: str, interface: str | None = None) -> Run:
+        """Starts torchrun with these arguments, in a process namespace that ends with it."""
         logs = self.disk.parent / f"logs{self.index}_{port}"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
         torchrun += [f"--node_rank={self.index}", f"--master_addr={ADDRESSES[0]}", f"--master_port={port}"]
@@ -77,7 +77,7 @@ class Host:
         logs.mkdir()
         with (logs / "torchrun.log").open("w") as log:
             launcher = subprocess.Popen(
-                self.command("unshare", "--pid", "--kill-child", *torchrun, *words),
+                self.command("unshare", "--pid", "--kill-child", *torchrun, *arguments),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -87,12 +87,15 @@ class Host:
 
 
 def wait(started: list[Run], seconds: float) -> list[int]:
-    """Exit codes. Kills what has not ended after so many seconds, and raises TimeoutExpired with what was said."""
+    """Exit codes of the launchers.
+
+    Kills those that have not ended after `seconds` and raises TimeoutExpired with their output.
+    """
     deadline = time.monotonic() + seconds
     try:
         return [run.launcher.wait(max(0.0, deadline - time.monotonic())) for run in started]
     except subprocess.TimeoutExpired as error:
-        error.add_note("\n".join(run.worker_said() + run.launcher_said() for run in started))
+        error.add_note("\n".join(run.worker_output() + run.launcher_output() for run in started))
         raise
     finally:
         for run in started:
@@ -101,7 +104,7 @@ def wait(started: list[Run], seconds: float) -> list[int]:
 
 @contextmanager
 def two_hosts(root: Path) -> Iterator[list[Host]]:
-    """Both hosts, joined, with their disks in `root`. Raises NotPermitted where a namespace or the cable is refused."""
+    """Both hosts, linked, with their disks in `root`. Raises NotPermitted if a namespace or link is refused."""
     runs = root / "runs"
     runs.mkdir()
     hosts: list[Host] = []
@@ -109,21 +112,21 @@ def two_hosts(root: Path) -> Iterator[list[Host]]:
         for index in range(2):
             disk = root / f"disk{index}"
             disk.mkdir()
-            # The second host is made inside the first one's user namespace, so that the cable may reach into it.
+            # The second host is made inside the first one's user namespace, so that the link can reach into it.
             outside = hosts[0].command() if hosts else ["unshare", "--user", "--map-root-user"]
             setup = f"mount --bind '{disk}' '{runs}' && ip link set lo up && echo ready && exec cat"
             init = subprocess.Popen(
                 [*outside, "unshare", "--net", "--mount", "sh", "-c", setup],
-                stdin=subprocess.PIPE,  # cat ends when this end is closed, by us or by our death
+                stdin=subprocess.PIPE,  # cat ends when this end closes, also if this process is killed
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
             hosts.append(Host(index, init, runs, disk))
-            said = init.stdout.readline()
-            if said != "ready\n":
-                raise NotPermitted(said.strip() or "unshare ended without a word")
-        _join(hosts)
+            line = init.stdout.readline()
+            if line != "ready\n":
+                raise NotPermitted(line.strip() or "unshare ended without a word")
+        _link(hosts)
         yield hosts
     except OSError as error:  # unshare, nsenter or ip is not installed
         raise NotPermitted(str(error)) from error
@@ -132,7 +135,7 @@ def two_hosts(root: Path) -> Iterator[list[Host]]:
             host.init.communicate()
 
 
-def _join(hosts: list[Host]) -> None:
+def _link(hosts: list[Host]) -> None:
     cable = f"ip link add {INTERFACES[0]} type veth peer name {INTERFACES[1]} netns {hosts[1].init.pid}"
     addresses = [f"ip address add {ADDRESSES[h.index]}/24 dev {INTERFACES[h.index]}" for h in hosts]
     links = [f"ip link set {INTERFACES[h.index]} up" for h in hosts]

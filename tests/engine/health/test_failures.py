@@ -1,4 +1,4 @@
-"""Memory that ran out is recognised, and the advice holds."""
+"""Out of memory: told from other errors, and its advice works."""
 
 import dataclasses
 import subprocess
@@ -86,10 +86,10 @@ def test_the_sentence_names_the_gpu_the_request_and_the_next_micro_batch(h200):
 
 
 def test_on_a_cpu_the_sentence_names_its_memory():
-    said = out_of_memory_sentence(MemoryError(), config(recompute="block"), 2, ONE)
-    assert "the memory of this machine's CPU, " in said
-    assert "GiB, got out of memory at --micro-batch-size 2; try --micro-batch-size 1 (" in said
-    assert "--recompute" not in said
+    sentence = out_of_memory_sentence(MemoryError(), config(recompute="block"), 2, ONE)
+    assert "the memory of this machine's CPU, " in sentence
+    assert "GiB, got out of memory at --micro-batch-size 2; try --micro-batch-size 1 (" in sentence
+    assert "--recompute" not in sentence
 
 
 @pytest.mark.parametrize(("sequences", "world_size", "size"), [(512, 1, 16), (90, 1, 15), (90, 2, 9), (49, 1, 49)])
@@ -136,8 +136,8 @@ def test_the_micro_batch_that_it_advises_is_the_largest_that_runs(sequences, wor
     ids=["none", "attention", "block", "muon", "fsdp"],
 )
 def test_one_sequence_that_does_not_fit_gets_the_steps_that_are_left(h200, fields, advice):
-    said = out_of_memory_sentence(MemoryError(), config(**fields), 1, CUDA)
-    assert said.split("; ")[1] == advice
+    sentence = out_of_memory_sentence(MemoryError(), config(**fields), 1, CUDA)
+    assert sentence.split("; ")[1] == advice
 
 
 def test_a_cpu_is_not_told_to_get_more_gpus():

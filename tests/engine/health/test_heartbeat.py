@@ -1,4 +1,4 @@
-"""A run says whether it is alive, who it waits for, and ends when nothing moves: real files, processes and errors."""
+"""Heartbeat file, hang watchdog and lost peers, on real files, processes and errors."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
     wait_for(lambda: len(seen) > 50 or not reader.is_alive())
     is_over.set()
     reader.join()
-    assert len(seen) > 50  # else it met half of one, and ended
+    assert len(seen) > 50  # else the reader met half a heartbeat and ended
     assert set(seen) <= {0, *sizes}
     assert len(set(seen)) > 1
 
@@ -87,11 +87,11 @@ def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkey
         moved = beat(tmp_path)
         assert moved["time"] > first["time"]
         time.sleep(0.05)
-        assert beat(tmp_path) == moved  # the time is that of progress, not of the file
+        assert beat(tmp_path) == moved  # time of the last progress, not of the file
         heartbeat.ends = ends
     assert beat(tmp_path) == {**moved, "state": ends[0], "reason": ends[1]}
     time.sleep(0.05)
-    assert beat(tmp_path)["state"] == ends[0]  # and no thread writes another
+    assert beat(tmp_path)["state"] == ends[0]  # no thread writes another
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_a_run_that_fails_leaves_its_reason_and_its_own_error(tmp_path, error, r
     with pytest.raises(type(error)) as raised, heartbeat:
         raise error
     assert raised.value is error
-    found = beat(tmp_path)
-    assert (found["state"], found["reason"], found["step"]) == ("failed", reason, 9)
+    last = beat(tmp_path)
+    assert (last["state"], last["reason"], last["step"]) == ("failed", reason, 9)
 
 
 def test_a_run_that_leaves_the_loop_in_an_unknown_way_has_failed(tmp_path):
@@ -135,14 +135,14 @@ def test_a_directory_that_takes_no_heartbeat_ends_nothing(tmp_path, monkeypatch)
         heartbeat.ends = ("done", "")
 
 
-# ---- Who is behind ------------------------------------------------------------------------------------------------
+# ---- Ranks that are behind -----------------------------------------------------------------------------------------
 
 
 ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
 
 
 @pytest.mark.parametrize(
-    ("rank", "places", "said"),
+    ("rank", "places", "expected"),
     [
         pytest.param(0, ALIKE, "no other rank is behind", id="alike"),
         pytest.param(
@@ -181,8 +181,8 @@ ALIKE = {0: (5, "update", 99.0), 1: (5, "update", 99.0)}
         ),
     ],
 )
-def test_those_are_named_who_are_behind_or_silent(rank, places, said):
-    assert account(rank, max(places) + 1, places, now=100.0) == said
+def test_those_are_named_who_are_behind_or_silent(rank, places, expected):
+    assert account(rank, max(places) + 1, places, now=100.0) == expected
 
 
 def test_ranks_tell_each_other_where_they_are(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def stuck_in_my_own_function():
     time.sleep(60)
 flags = config.parse(sys.argv[1:], "test")
 heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
-heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two, with no store to ask for the other
+heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two ranks, without a store to ask the other
 with heartbeat:
     heartbeat.at(17, "evaluation")
     stuck_in_my_own_function()
@@ -232,8 +232,8 @@ def test_a_hang_ends_the_process_with_step_phase_and_stacks(tmp_path):
     stacks = tmp_path / "hang_rank0.txt"
     assert str(stacks) in done.stderr
     assert "in stuck_in_my_own_function" in stacks.read_text()
-    found = beat(tmp_path)
-    assert (found["state"], found["reason"], found["step"]) == ("failed", "hang", 17)
+    last = beat(tmp_path)
+    assert (last["state"], last["reason"], last["step"]) == ("failed", "hang", 17)
 
 
 def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
     with one:
         time.sleep(0.6)
         one.ends = ("done", "")
-    assert left == []  # a process alone takes its time
+    assert left == []  # no watchdog for a single process
     heartbeat = heartbeat_of(tmp_path, timeout_minutes=0.005)
     heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))
     with heartbeat:
@@ -260,7 +260,7 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
 # ---- What errors mean ---------------------------------------------------------------------------------------------
 
 
-# Two processes, of which rank 1, a fork, does not answer a second time.
+# Two processes. Rank 1, a fork, answers the first all-reduce and not the second.
 PAIR = """
 import datetime, json, os, sys, time
 import torch, torch.distributed as dist
@@ -290,7 +290,7 @@ def test_a_real_peer_that_hangs_or_is_gone_is_recognised(tmp_path):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    errors = [getattr(dist, name, RuntimeError)(said) for name, said in map(json.loads, done.stdout.splitlines())]
+    errors = [getattr(dist, name, RuntimeError)(message) for name, message in map(json.loads, done.stdout.splitlines())]
     assert len(errors) == 2
     assert all(map(is_lost_peer, errors)), errors
     assert "Timed out waiting 1000ms" in str(errors[0])
@@ -334,11 +334,11 @@ def test_a_lost_peer_becomes_a_sentence_with_step_and_hint(tmp_path):
     heartbeat.at(12, "update")
     with pytest.raises(Lost) as raised, heartbeat:
         raise RuntimeError(f"{GLOO}\nException raised from here\n  frame #0")
-    said = str(raised.value)
+    message = str(raised.value)
     got = "Read error [10.0.0.2]:4711: Connection reset by peer"
-    assert f"within the 0.5 min of --timeout-minutes, got {got} at rank 0 at step 12 (update): no other rank" in said
-    assert "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in said
-    assert "\n" not in said
+    assert f"within the 0.5 min of --timeout-minutes, got {got} at rank 0 at step 12 (update): no other rank" in message
+    assert "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in message
+    assert "\n" not in message
     assert beat(tmp_path)["state"] == "failed"
 
 

@@ -1,4 +1,4 @@
-"""A run asked to stop is gone in time, whatever its main thread is stuck in; processes here are real ones."""
+"""Signals and time limits: a run that is asked to stop ends in time, even if its main thread is stuck."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ from engine.health.stopping import Stop, launched_at, time_is_up
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 ENVIRONMENT.pop("TORCHELASTIC_RUN_ID", None)
 
-# Enters Stop and blocks in C, where no signal and no Python comes through: a mutex locked twice. A thread tells what
-# is known of the first signal.
+# Enters Stop and blocks in C, on a mutex locked twice, where the main thread runs no Python. Another thread prints
+# the first signal.
 STUCK = """
 import ctypes, sys, threading, time
 from engine.health import stopping
@@ -38,16 +38,16 @@ with stop:
 
 
 class Stuck:
-    """A process that is stuck as above. Kills it at the end of the with."""
+    """A process that runs STUCK, killed when the context ends."""
 
     def __init__(self, grace_seconds: float, echo: float = stopping.ECHO):
         command = [sys.executable, "-c", STUCK, str(grace_seconds), str(echo)]
         self.process = subprocess.Popen(
             command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.timer = threading.Timer(20, self.process.kill)  # so that a test of what never comes fails
+        self.timer = threading.Timer(20, self.process.kill)  # so that a test fails if the exit never comes
         self.timer.start()
-        assert self.told() == "stuck"
+        assert self.read_line() == "stuck"
         time.sleep(0.05)  # until it is in the second lock
 
     def __enter__(self) -> "Stuck":
@@ -61,13 +61,13 @@ class Stuck:
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def told(self) -> str:
+    def read_line(self) -> str:
         return self.process.stdout.readline().strip()
 
     def ends(self, within: float) -> tuple[int, str]:
-        """Exit code and stderr; raises TimeoutExpired."""
-        _, said = self.process.communicate(timeout=within)
-        return self.process.returncode, said
+        """Exit code and stderr. Raises TimeoutExpired after `within` seconds."""
+        _, output = self.process.communicate(timeout=within)
+        return self.process.returncode, output
 
 
 # ---- Signals ------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class Stuck:
 def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(number, code):
     with Stuck(grace_seconds=60, echo=0.2) as stuck:
         stuck.send(number)
-        assert stuck.told() == number.name
+        assert stuck.read_line() == number.name
         time.sleep(0.4)
         assert stuck.process.poll() is None
         stuck.send(number)
@@ -90,7 +90,7 @@ def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(nu
 def test_the_code_is_that_of_the_first_signal():
     with Stuck(grace_seconds=60, echo=0.0) as stuck:
         stuck.send(signal.SIGTERM)
-        assert stuck.told() == "SIGTERM"
+        assert stuck.read_line() == "SIGTERM"
         stuck.send(signal.SIGINT)
         assert stuck.ends(within=5)[0] == 143
 
@@ -168,7 +168,7 @@ def test_handlers_wakeup_and_thread_are_gone_afterwards(is_asked):
         while listeners() and time.monotonic() < deadline:
             time.sleep(0.002)
         assert not listeners()
-        time.sleep(0.3)  # past the grace, which no longer matters: the process is still there
+        time.sleep(0.3)  # longer than the grace, which has ended with Stop: the process still runs
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -186,11 +186,11 @@ def test_handlers_wakeup_and_thread_are_gone_afterwards(is_asked):
         (1e9, None, 1.0, 1.0, False),
         (0.0, 100.0, 0.0, 0.0, False),
         (94.9, 100.0, 0.0, 0.0, False),
-        (95.0, 100.0, 0.0, 0.0, True),  # 5 s to say goodbye
+        (95.0, 100.0, 0.0, 0.0, True),  # MARGIN, 5 s
         (64.9, 100.0, 10.0, 0.0, False),
         (65.0, 100.0, 10.0, 0.0, True),  # three steps: this one, and two until all ranks know
         (54.9, 100.0, 0.0, 20.0, False),
-        (55.0, 100.0, 0.0, 20.0, True),  # a save twice as long as the slowest
+        (55.0, 100.0, 0.0, 20.0, True),  # a save, twice as long as the slowest so far
         (24.9, 100.0, 10.0, 20.0, False),
         (25.0, 100.0, 10.0, 20.0, True),
         (0.0, 4.0, 0.0, 0.0, True),
@@ -204,7 +204,7 @@ def test_the_slowest_step_counts_but_not_those_that_compile(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(stopping.time, "time", lambda: now[0])
     monkeypatch.setattr(stopping, "launched_at", lambda: 900.0)
-    stop = Stop(25.0, 10.0)  # 600 s from 900
+    stop = Stop(25.0, 10.0)  # limit: 600 s after 900
     for seconds in (0, 90, 10, 30, 5, 5):  # the second call comes 90 s after the first, which compiled
         now[0] += seconds
         assert stop.flags(20.0) == (False, False)
@@ -238,10 +238,10 @@ def test_the_launch_is_this_process_s_start_and_not_now():
 
 
 def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
-    """The time limit of a queue goes on over restarts."""
+    """A queue's time limit includes restarts."""
     began = time.time()
     parent = f"import subprocess, sys, time; time.sleep(0.7); subprocess.run([sys.executable, '-c', {TELL!r}])"
-    told = [
+    launches = [
         subprocess.run(
             [sys.executable, "-c", parent],
             env={**ENVIRONMENT, **extra},
@@ -251,22 +251,22 @@ def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
         ).stdout
         for extra in ({"TORCHELASTIC_RUN_ID": "none"}, {})
     ]
-    assert float(told[0]) == pytest.approx(began, abs=0.5)
-    assert float(told[1]) > float(told[0]) + 1.2  # alone it is the child's own, of the second parent
+    assert float(launches[0]) == pytest.approx(began, abs=0.5)
+    assert float(launches[1]) > float(launches[0]) + 1.2  # without torchrun: the second child's own start
 
 
 def test_a_name_with_spaces_and_brackets_does_not_shift_the_fields(tmp_path):
     began = time.time()
     python = tmp_path / "a) b (c 1 2"
     python.symlink_to(sys.executable)
-    said = subprocess.run(
+    output = subprocess.run(
         [str(python), "-c", f"import time; time.sleep(0.7); {TELL}"],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert float(said) == pytest.approx(began, abs=0.5)
+    assert float(output) == pytest.approx(began, abs=0.5)
 
 
 def test_where_no_proc_is_the_launch_is_now(monkeypatch):

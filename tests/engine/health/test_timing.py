@@ -1,4 +1,4 @@
-"""The wall time of a run, split: each millisecond counted once, and communication only from the last gradient."""
+"""Clock: each millisecond is counted once, and communication begins at the last gradient."""
 
 import os
 import re
@@ -18,7 +18,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Time:
-    """Seconds that pass only when told to, on the CPU and on a GPU that works off a queue."""
+    """Fake clocks of a CPU and of a GPU with a queue. Time passes only when a test says so."""
 
     def __init__(self):
         self.cpu = self.gpu = 1000.0
@@ -30,7 +30,7 @@ class Time:
         self.cpu += seconds
 
     def launch(self, seconds: float) -> None:
-        """Queues work: the CPU does not wait."""
+        """Queues GPU work; the CPU does not wait."""
         self.gpu = max(self.gpu, self.cpu) + seconds
 
     def wait(self) -> None:
@@ -70,7 +70,7 @@ def update(clock: Clock, now: Time, data: float, compute: float) -> None:
 def test_a_step_is_data_and_compute_on_average(now):
     clock = Clock(CPU)
     update(clock, now, 0.010, 0.100)
-    now.passes(7)  # logging: no part of anything
+    now.passes(7)  # logging belongs to no part
     update(clock, now, 0.030, 0.200)
     assert clock.read() == pytest.approx({"step_ms": 170, "data_ms": 20, "compute_ms": 150})
 
@@ -224,5 +224,5 @@ def test_the_early_of_two_ranks_sees_its_wait_for_the_late_one_as_communication(
     )
     assert done.returncode == 0, done.stderr
     early, late = (float(ms) for ms in re.findall(r"waited: (\S+) ms", done.stdout))
-    assert early >= 30  # of the 50 that the other slept, less what the scheduler took from this rank
-    assert late < 100  # what its own backward pass took since its first gradient is not among it
+    assert early >= 30  # the other rank slept 50 ms; the scheduler may have delayed this one
+    assert late < 100  # without the 100 ms that its own backward pass took after the first gradient

@@ -1,4 +1,4 @@
-"""`--profile START:STOP`: those steps and no others, in a file that a Chrome trace viewer reads."""
+"""`--profile START:STOP`: traces those steps only, in the format of Chrome's trace viewer."""
 
 import dataclasses
 import gzip
@@ -25,7 +25,7 @@ def config(tmp_path):
 
 
 def run(trace: Trace, steps: range) -> None:
-    """Trains a small model for these steps, each marked by a phase of its own."""
+    """Trains a small model for these steps, each in a phase of its own."""
     model = GPT2(GPT2Config(1, 2, 16, 8, 257))
     tokens = torch.randint(257, (2, 8))
     for step in steps:
@@ -64,10 +64,10 @@ def test_two_steps_are_traced_with_their_phases(config, tmp_path, capsys):
     path = tmp_path / "trace_2_4.json.gz"
     assert capsys.readouterr().out == f"trace of steps 2 to 3: {path}; open it at https://ui.perfetto.dev\n"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    found = names(path)
-    assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
-    assert found.count("forward") == found.count("backward") == 2
-    assert any(name.startswith("aten::") for name in found)
+    traced = names(path)
+    assert [name for name in traced if name.startswith("step ")] == ["step 2", "step 3"]
+    assert traced.count("forward") == traced.count("backward") == 2
+    assert any(name.startswith("aten::") for name in traced)
 
 
 def test_the_file_is_a_chrome_trace(config, tmp_path):

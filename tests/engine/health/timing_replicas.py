@@ -1,6 +1,7 @@
-"""Run by torchrun from test_timing.py: rank 1 comes 50 ms late to each backward pass; prints what each rank measured.
+"""Measures communication on two ranks, of which rank 1 begins each backward pass 50 ms late.
 
-After its first gradient every backward pass takes 100 ms more, on both ranks, which no rank may call communication.
+torchrun runs it for test_timing.py. On both ranks each backward pass takes 100 ms more after its first gradient, which
+must not count as communication.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent: through damage, failing disks and kills, the newest whole one loads."""
+"""Checkpoints: complete or absent. After damage, a failing disk or a kill the newest whole one loads."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from engine.config import OptimConfig
 from engine.errors import BadInput
 from engine.run import checkpoint
 from engine.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, STATE
+from engine.run.verify import checkpoint_damage
 from model.gpt2 import GPT2, GPT2Config
 
 FILES = [MODEL, OPTIMIZER, STATE, MANIFEST]
@@ -54,10 +55,10 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path):
     path = checkpoint.save(tmp_path, {"step": 3, "note": "é"}, model, optimizer, 2)
 
     again, its_optimizer = training(seed=1)
-    found = checkpoint.newest(tmp_path, refuse)
-    assert (found.path, found.step, found.state) == (path, 3, {"step": 3, "note": "é"})
-    checkpoint.load_weights(found, again)
-    checkpoint.load_optimizer(found, again, its_optimizer)
+    newest = checkpoint.newest(tmp_path, refuse)
+    assert (newest.path, newest.step, newest.state) == (path, 3, {"step": 3, "note": "é"})
+    checkpoint.load_weights(newest, again)
+    checkpoint.load_optimizer(newest, again, its_optimizer)
     for seed in (None, 10, 11):
         if seed is not None:
             update(model, optimizer, seed)
@@ -68,7 +69,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path):
         for name, ours in moments(model, optimizer).items():
             assert ours.keys() == theirs[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert all(torch.equal(ours[m], theirs[name][m]) for m in ours), (name, seed)
-    assert checkpoint.damage(path) is None  # training on has not written into the file
+    assert checkpoint_damage(path) is None  # further training did not write into the file
 
 
 def test_a_checkpoint_is_tensors_and_json_under_the_raw_model_s_names(tmp_path):
@@ -100,10 +101,10 @@ def test_the_manifest_lists_true_bytes_and_digests(tmp_path):
 def test_weights_alone_cannot_be_trained_on(tmp_path):
     model, optimizer = training()
     checkpoint.save(tmp_path, {"step": 0}, model, None, 1)
-    found = checkpoint.newest(tmp_path, refuse)
-    checkpoint.load_weights(found, model)
+    newest = checkpoint.newest(tmp_path, refuse)
+    checkpoint.load_weights(newest, model)
     with pytest.raises(BadInput, match=r"must hold the optimizer's state .*, got weights alone; .* --init-from"):
-        checkpoint.load_optimizer(found, model, optimizer)
+        checkpoint.load_optimizer(newest, model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])  # more than the newline that a JSON file can do without
+    path.write_bytes(path.read_bytes()[:-2])  # two bytes: JSON is whole without its last newline
 
 
 def empty(path: Path) -> None:
@@ -153,14 +154,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path, name, har
     bad = save_filled(tmp_path, 3)
     harm(bad / name)
     warnings = []
-    found = checkpoint.newest(tmp_path, warnings.append)
-    assert found.path == good
-    assert load_filled(found) == 2
+    newest = checkpoint.newest(tmp_path, warnings.append)
+    assert newest.path == good
+    assert load_filled(newest) == 2
     assert len(warnings) == 1
     assert re.search(rf"^passing over {bad}: {re.escape(name)} \w+", warnings[0])
     with pytest.raises(BadInput, match=rf"{bad} must be whole, but {re.escape(name)} .*; use an older one"):
         checkpoint.read(bad)
-    assert bad.exists()  # for whoever wants to look
+    assert bad.exists()  # kept for inspection
 
 
 def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
@@ -170,7 +171,7 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path):
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
         (path / MANIFEST).write_bytes(flipped)
-        assert checkpoint.damage(path) is not None, (position, flipped)
+        assert checkpoint_damage(path) is not None, (position, flipped)
 
 
 def test_if_all_are_damaged_each_is_listed_with_the_way_out(tmp_path):
@@ -222,7 +223,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
 
 
 class FailingDisk:
-    """Every write, fsync and rename of a save in order; number `fails_at` raises OSError."""
+    """Records every write, fsync and rename of a save in order. Call `fails_at` raises OSError."""
 
     def __init__(self, monkeypatch, fails_at: int | None = None):
         self.calls, self.fails_at = [], fails_at
@@ -233,18 +234,18 @@ class FailingDisk:
             (Path, "mkdir"),
             (Path, "rename"),
         ):
-            monkeypatch.setattr(owner, name, self.watch(getattr(owner, name), name))
+            monkeypatch.setattr(owner, name, self.record(getattr(owner, name), name))
 
-    def watch(self, call, name):
-        def watched(*args, **options):
+    def record(self, call, name):
+        def recorded(*args, **options):
             self.calls.append(name)
             if len(self.calls) - 1 == self.fails_at:
-                if name in ("save_file", "write_text"):  # half of it arrives
+                if name in ("save_file", "write_text"):  # part of it is written
                     Path(args[0] if name == "write_text" else args[1]).write_bytes(b"{")
                 raise OSError(28, "No space left on device")
             return call(*args, **options)
 
-        return watched
+        return recorded
 
 
 CALLS = ["mkdir", "mkdir", "save_file", "fsync", "save_file", "fsync", "write_text", "fsync"]
@@ -252,7 +253,7 @@ CALLS += ["write_text", "fsync", "fsync", "rename", "fsync"]
 
 
 def test_these_are_all_the_calls_of_a_save(tmp_path, monkeypatch):
-    """Every file is flushed before the manifest is written, and that and the directory before the rename."""
+    """Files are flushed before the manifest is written, manifest and directory before the rename."""
     (tmp_path / "checkpoints").mkdir()
     disk = FailingDisk(monkeypatch)
     save_filled(tmp_path, 1)
@@ -276,7 +277,7 @@ def test_a_failing_disk_leaves_the_older_ones_and_no_part(tmp_path, fails_at):
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
-    """Of any size: safetensors has an error type of its own."""
+    """safetensors raises an error type of its own, which must become an OSError."""
     save_filled(tmp_path, 1)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # bytes
@@ -323,6 +324,6 @@ def test_a_kill_at_any_moment_loses_nothing_announced(tmp_path):
                 last = listen.recv()
             except EOFError:
                 break
-        found = load_filled(checkpoint.newest(tmp_path, refuse))
-        assert last <= found <= last + 1
-        last = found
+        step = load_filled(checkpoint.newest(tmp_path, refuse))
+        assert last <= step <= last + 1
+        last = step

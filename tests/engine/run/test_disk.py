@@ -1,4 +1,4 @@
-"""The disk: the bytes counted ahead are those of the checkpoints, and a disk without room for them is refused."""
+"""Disk space: checkpoints have the predicted size, and a disk without room for them is refused."""
 
 import dataclasses
 import subprocess
@@ -33,7 +33,7 @@ def test_a_checkpoint_with_adamw_has_12_bytes_per_parameter(name):
 
 
 def save(run, optimizer_name: str | None):
-    """A real checkpoint after one update."""
+    """Saves a real checkpoint after one update and returns its path."""
     run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, name=optimizer_name or "adamw"))
     model = GPT2(run.model)
     optimizer = optim.build(model, run.optim)
@@ -175,11 +175,11 @@ print("promised", most + 2)
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    said, *lines = done.stdout.splitlines()
-    assert "must have" in said
-    assert "for 100 checkpoints of " in said
-    assert "got 2.0 MiB" in said
-    found = {name: int(value) for name, value in (line.split() for line in lines)}
-    assert found["whole"] >= found["promised"] >= 3
-    assert MIB - 2 * found["needs"] < found["free"]  # after what was promised, a run's other files still have room
-    assert (found["whole"] + 1) * found["needs"] > 2 * MIB - found["needs"]  # and no disk was wasted
+    refusal, *lines = done.stdout.splitlines()
+    assert "must have" in refusal
+    assert "for 100 checkpoints of " in refusal
+    assert "got 2.0 MiB" in refusal
+    numbers = {name: int(value) for name, value in (line.split() for line in lines)}
+    assert numbers["whole"] >= numbers["promised"] >= 3
+    assert MIB - 2 * numbers["needs"] < numbers["free"]  # room for a run's other files
+    assert (numbers["whole"] + 1) * numbers["needs"] > 2 * MIB - numbers["needs"]  # there was no room for another one

@@ -1,4 +1,4 @@
-"""The tokenizers' files, opened by transformers with no network: the same ids, the same vocabulary."""
+"""Exported tokenizers, opened by transformers without a network: the same ids and vocabulary."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module", params=["gpt2", "bytes"])
 def both(request, tmp_path_factory):
-    """(ours, transformers', directory)"""
+    """(our tokenizer, the one that transformers opens, the directory)."""
     directory = tmp_path_factory.mktemp(request.param)
     ours = tokenizers.load(request.param)
     save_tokenizer(ours, directory, model_max_length=96)
@@ -95,7 +95,7 @@ def test_gpt2s_known_sentence_has_its_known_ids(both):
 
 @pytest.mark.parametrize("both", ["gpt2"], indirect=True)
 def test_gpt2s_files_are_the_released_ones_byte_for_byte(both):
-    """The sha256 that tiktoken expects of OpenAI's vocab.bpe and encoder.json."""
+    """Digests: the sha256 that tiktoken expects of OpenAI's vocab.bpe and encoder.json."""
     _, _, directory = both
     released = {
         "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",

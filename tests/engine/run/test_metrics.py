@@ -1,4 +1,4 @@
-"""The record of a run: one row per step number, displays for a person and for a pipe, and the FLOPs of a token."""
+"""Metrics of a run: rows, samples, a bar in a terminal, lines in a pipe, FLOPs and MFU."""
 
 import dataclasses
 import io
@@ -65,15 +65,15 @@ NUMBERS = Numbers(2.5, 0.75, 0.0, 0.0, 0.0, 0.0)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def a_step(numbers, config, ranks, precision="fp32", step_ms=500.0) -> dict:
-    """What is measured of it, without the memory of this process."""
-    found = metrics.measured(numbers, {"step_ms": step_ms, "data_ms": 1.0}, config, precision, ranks)
-    assert found.pop("peak_gib") > 0
-    return found
+def step_fields(numbers, config, ranks, precision="fp32", step_ms=500.0) -> dict:
+    """Fields of a logged step, without peak_gib, which depends on this process."""
+    fields = metrics.measured(numbers, {"step_ms": step_ms, "data_ms": 1.0}, config, precision, ranks)
+    assert fields.pop("peak_gib") > 0
+    return fields
 
 
 def test_a_step_s_measurements_are_its_numbers_over_its_time(config):
-    assert a_step(NUMBERS, config, Ranks(0, 0, 2, CPU)) == {
+    assert step_fields(NUMBERS, config, Ranks(0, 0, 2, CPU)) == {
         "loss": 2.5,
         "grad_norm": 0.75,
         "skipped": None,
@@ -88,9 +88,9 @@ def test_a_step_s_measurements_are_its_numbers_over_its_time(config):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_left_out_of_a_row_and_skips_are_counted(config, tmp_path, bad):
     for numbers, left in (([bad, 0.75], {"grad_norm": 0.75}), ([2.5, bad], {"loss": 2.5}), ([bad, bad], {})):
-        found = a_step(Numbers(*numbers, 0.0, 0.0, 3.0, 1.0), config, Ranks(0, 0, 1, CPU))
+        fields = step_fields(Numbers(*numbers, 0.0, 0.0, 3.0, 1.0), config, Ranks(0, 0, 1, CPU))
         run = record(config)
-        run.log(7, **found)
+        run.log(7, **fields)
         run.close()
         row = read_rows(tmp_path / "metrics.jsonl")[-1]
         assert {name: row[name] for name in ("loss", "grad_norm") if name in row} == left
@@ -105,11 +105,11 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     gpt2 = dataclasses.replace(PRESETS["gpt2"], context=1024)  # 524,288 tokens a step, 855.4 million FLOPs each
     for world_size, precision, mfu in ((8, "bf16", 0.11337), (1, "fp16", 0.90694), (1, "tf32", None)):
-        found = a_step(NUMBERS, gpt2, Ranks(0, 0, world_size, GPU), precision)
-        assert found["mfu"] == (mfu if mfu is None else pytest.approx(mfu, rel=1e-3))
-        assert found["alloc_retries"] == 5
+        fields = step_fields(NUMBERS, gpt2, Ranks(0, 0, world_size, GPU), precision)
+        assert fields["mfu"] == (mfu if mfu is None else pytest.approx(mfu, rel=1e-3))
+        assert fields["alloc_retries"] == 5
     narrow = dataclasses.replace(gpt2, context=128)
-    assert a_step(NUMBERS, narrow, Ranks(0, 0, 1, GPU), "bf16")["mfu"] < 0.9  # less attention for each token
+    assert step_fields(NUMBERS, narrow, Ranks(0, 0, 1, GPU), "bf16")["mfu"] < 0.9  # less attention per token
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_row_is_one_step_and_begins_with_step_and_tokens(config, tmp_path):
 
 
 def test_a_row_is_in_the_file_when_its_step_is_over(config, tmp_path):
-    """Or a process killed after the checkpoint of step 11 would never write row 10 again."""
+    """Else a process killed after the checkpoint of step 11 would never write row 10."""
     run = record(config)
     run.log(10, loss=1.0)
     run.end_step(10)
@@ -235,12 +235,12 @@ def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
         run.end_step(step)
         now[0] += 0.125
     run.close()
-    said = capsys.readouterr().out
-    assert "\x1b" not in said
-    assert "\r" not in said
-    lines = said.splitlines()
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "\r" not in output
+    lines = output.splitlines()
     measured = "loss 3.142  lr 4.00e-03  12,346 bytes/s  0.50 GiB"
-    assert lines[0] == "step   33/1000  val loss 2.7183"  # at once; the clock of the others starts anew with it
+    assert lines[0] == "step   33/1000  val loss 2.7183"  # printed at once; the interval of the others begins again
     assert lines[1] == f"step   73/1000  {measured}  1:55 left"  # 0.125 s * 927
     assert len(lines) == 2
 
@@ -258,9 +258,9 @@ def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypat
     run.end_step(600)
     run.print0("[bold]passing over[/bold] a checkpoint [1]")
     run.close()
-    said = screen.getvalue()
-    assert "\x1b" in said
-    assert "601/1000" in said
-    assert "loss 3.142  val loss 2.7183  12,346 bytes/s  MFU 43.2%" in said
-    assert "step  600  val loss 2.7183\n" in said
-    assert "[bold]passing over[/bold] a checkpoint [1]\n" in said  # a path is no markup
+    output = screen.getvalue()
+    assert "\x1b" in output
+    assert "601/1000" in output
+    assert "loss 3.142  val loss 2.7183  12,346 bytes/s  MFU 43.2%" in output
+    assert "step  600  val loss 2.7183\n" in output
+    assert "[bold]passing over[/bold] a checkpoint [1]\n" in output  # not taken as rich's markup

@@ -1,4 +1,4 @@
-"""The two pictures are whole, say what they show, and leave matplotlib as they found it."""
+"""Loss curve and schedule: complete files, with titles and labels; matplotlib's settings stay."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def config(tmp_path):
 
 
 def drawn(config, rows, unit, monkeypatch) -> dict[str, "matplotlib.axes.Axes"]:
-    """The axes of each picture by file name, unsaved."""
+    """Draws without saving; returns the axes of each picture by file name."""
     figures = {}
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
     plots.draw(config, rows, unit)
@@ -105,8 +105,8 @@ def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     ],
 )
 def test_the_token_axis_keeps_its_numbers_short(most, label):
-    size, said = plots._token_axis(most, "token")
-    assert said == label
+    size, text = plots._token_axis(most, "token")
+    assert text == label
     assert most / size <= 1000
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest and the best, through deletes that fail and kills between two renames."""
+"""Rotation keeps the newest checkpoints and the best, even if a delete fails or a kill interrupts it."""
 
 import json
 import math
@@ -16,13 +16,14 @@ from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint, directory, export, resume
 from engine.run.checkpoint import MANIFEST, SHARDED, STATE
+from engine.run.verify import checkpoint_damage
 from model.gpt2 import GPT2, GPT2Config
 
 
 def save(out: Path, step: int, val_loss: float | None, keep_last: int = 1, warn=refuse) -> Path:
-    """A checkpoint of one weight, which is `step`."""
-    held = {"model.weight": torch.tensor([float(step)])}
-    return checkpoint.write(out, {"step": step, "val_loss": val_loss}, held, keep_last, warn)
+    """Saves a checkpoint with one weight, which is `step`. Returns its path."""
+    tensors = {"model.weight": torch.tensor([float(step)])}
+    return checkpoint.write(out, {"step": step, "val_loss": val_loss}, tensors, keep_last, warn)
 
 
 def names(out: Path) -> list[str]:
@@ -52,9 +53,9 @@ def test_the_lowest_validation_loss_outlives_rotation(tmp_path, losses, best, ke
     for step, loss in enumerate(losses, start=1):
         save(tmp_path, step, loss)
     assert steps(tmp_path) == kept
-    found = checkpoint.best(tmp_path)
-    assert found == (None if best is None else tmp_path / "checkpoints" / f"step_{best:08d}")
-    assert all(checkpoint.damage(path) is None for path in (tmp_path / "checkpoints").iterdir())
+    path = checkpoint.best(tmp_path)
+    assert path == (None if best is None else tmp_path / "checkpoints" / f"step_{best:08d}")
+    assert all(checkpoint_damage(path) is None for path in (tmp_path / "checkpoints").iterdir())
 
 
 def test_the_best_is_kept_besides_the_newest(tmp_path):
@@ -90,7 +91,7 @@ def test_there_is_no_best_where_there_is_no_run(tmp_path):
 def test_a_failed_delete_warns_and_the_next_save_tries_again(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         save(tmp_path, step, None, keep_last=9)
-    old, rmtree, said = tmp_path / "checkpoints/step_00000001", shutil.rmtree, []
+    old, rmtree, warnings = tmp_path / "checkpoints/step_00000001", shutil.rmtree, []
 
     def refusing(path, *args, **options):
         if path == old:
@@ -99,9 +100,9 @@ def test_a_failed_delete_warns_and_the_next_save_tries_again(tmp_path, monkeypat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", refusing)
-        assert save(tmp_path, 4, None, warn=said.append).exists()
-    assert steps(tmp_path) == [1, 4]  # the others go all the same
-    assert said == [
+        assert save(tmp_path, 4, None, warn=warnings.append).exists()
+    assert steps(tmp_path) == [1, 4]  # the others are deleted
+    assert warnings == [
         f"checkpoint: {old} is no longer needed but could not be deleted: [Errno 1] Operation not permitted: '{old}'"
     ]
     save(tmp_path, 5, None)
@@ -109,7 +110,7 @@ def test_a_failed_delete_warns_and_the_next_save_tries_again(tmp_path, monkeypat
 
 
 def test_a_half_deleted_one_is_passed_over(tmp_path):
-    """A kill while rotation deletes: the rest of it is older than what was saved, and does not verify."""
+    """A kill during a delete leaves a checkpoint that is older than the newest and does not verify."""
     half, whole = save_filled(tmp_path, 1), save_filled(tmp_path, 2)
     (half / MANIFEST).unlink()
     assert load_filled(checkpoint.newest(tmp_path, refuse)) == 2
@@ -126,17 +127,17 @@ FINAL, REPLACED, WRITING = "step_00000005", ".replaced_step_00000005", ".writing
 
 
 def copy_of(out: Path, value: int, name: str) -> None:
-    """A whole checkpoint of step 5 under any name; its one weight is `value`."""
-    held = {"model.weight": torch.tensor([float(value)])}
-    made = checkpoint.write(out / "elsewhere", {"step": 5}, held, 9, refuse)
+    """Writes a whole checkpoint of step 5 under this name; its one weight is `value`."""
+    tensors = {"model.weight": torch.tensor([float(value)])}
+    made = checkpoint.write(out / "elsewhere", {"step": 5}, tensors, 9, refuse)
     made.rename(out / "checkpoints" / name)
 
 
 def value_of(out: Path) -> float:
-    found = checkpoint.newest(out, refuse)
+    newest = checkpoint.newest(out, refuse)
     model = nn.Linear(1, 1, bias=False)
     model.weight = nn.Parameter(torch.zeros(1))
-    checkpoint.load_weights(found, model)
+    checkpoint.load_weights(newest, model)
     return model.weight.item()
 
 
@@ -157,7 +158,7 @@ def test_a_kill_while_one_is_replaced_leaves_the_old_or_the_new_one(tmp_path, th
     assert steps(tmp_path) == [5]
     assert value_of(tmp_path) == value
     assert REPLACED not in names(tmp_path)
-    checkpoint.recover(tmp_path / "checkpoints")  # again, and nothing changes
+    checkpoint.recover(tmp_path / "checkpoints")  # a second call changes nothing
     assert value_of(tmp_path) == value
     save(tmp_path, 6, None, keep_last=9)
     assert names(tmp_path) == [FINAL, "step_00000006"]
@@ -202,8 +203,8 @@ def test_a_rename_that_fails_gives_the_old_one_its_name_back_at_once(tmp_path, m
 def test_a_replaced_checkpoint_leaves_nothing_of_the_old_one(tmp_path):
     save(tmp_path, 5, None)
     (tmp_path / "checkpoints" / FINAL / "stranger").touch()
-    held = {"model.weight": torch.tensor([7.0])}
-    checkpoint.write(tmp_path, {"step": 5}, held, 9, refuse)
+    tensors = {"model.weight": torch.tensor([7.0])}
+    checkpoint.write(tmp_path, {"step": 5}, tensors, 9, refuse)
     assert names(tmp_path) == [FINAL]
     assert value_of(tmp_path) == 7
     assert not (tmp_path / "checkpoints" / FINAL / "stranger").exists()
@@ -225,23 +226,23 @@ def sharded(tmp_path) -> Path:
         file = path / SHARDED / f"{name}.safetensors"
         manifest["files"][f"{SHARDED}/{name}.safetensors"] = checkpoint._flushed(file)
     (path / MANIFEST).write_text(json.dumps(manifest))
-    assert checkpoint.damage(path) is None
+    assert checkpoint_damage(path) is None
     return path
 
 
 def test_a_file_among_the_shards_that_is_not_listed_is_damage(sharded):
-    """The reader takes all files that it finds there."""
+    """The reader of sharded checkpoints reads every file in the directory."""
     shutil.copy(sharded / SHARDED / "a.safetensors", sharded / SHARDED / "c.safetensors")
-    assert checkpoint.damage(sharded) == f"{MANIFEST} must list sharded/c.safetensors"
+    assert checkpoint_damage(sharded) == f"{MANIFEST} must list sharded/c.safetensors"
 
 
 def test_a_missing_or_changed_shard_is_damage(sharded):
     (sharded / SHARDED / "b.safetensors").write_bytes(b"mora")
-    assert checkpoint.damage(sharded) == "sharded/b.safetensors does not match its sha256"
+    assert checkpoint_damage(sharded) == "sharded/b.safetensors does not match its sha256"
     (sharded / SHARDED / "b.safetensors").unlink()
-    assert checkpoint.damage(sharded) == "b.safetensors is missing"
+    assert checkpoint_damage(sharded) == "b.safetensors is missing"
     shutil.rmtree(sharded / SHARDED)
-    assert checkpoint.damage(sharded) == "a.safetensors is missing"
+    assert checkpoint_damage(sharded) == "a.safetensors is missing"
 
 
 # ---- The model of the best ----------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ BYTES = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=257)
 
 @pytest.fixture
 def run(tmp_path) -> TrainConfig:
-    """Steps 1 to 3 of a run, the second of which is the best; every bias is filled with the step."""
+    """A run with checkpoints of steps 1 to 3. Step 2 is the best; ln_f.bias holds the step."""
     train = TrainConfig(out=str(tmp_path), model=BYTES)
     identity = resume.identity(train, "bytes", "none")
     directory.write_config(train, "bytes", {})
@@ -265,8 +266,8 @@ def run(tmp_path) -> TrainConfig:
 
 @pytest.mark.parametrize(("is_best", "step"), [(True, 2), (False, 3)])
 def test_a_run_s_model_is_the_newest_or_the_best(run, is_best, step):
-    model, words, found = export.load_model(run.out, refuse, is_best=is_best)
-    assert (found.step, words.name, model.training) == (step, "bytes", False)
+    model, tokenizer, loaded = export.load_model(run.out, refuse, is_best=is_best)
+    assert (loaded.step, tokenizer.name, model.training) == (step, "bytes", False)
     assert (model.ln_f.bias == step).all()
 
 
@@ -274,9 +275,9 @@ def test_without_validation_losses_there_is_no_best(run):
     for path in (Path(run.out) / "checkpoints").iterdir():
         if path.name != "step_00000003":
             shutil.rmtree(path)
-    found = checkpoint.read(Path(run.out) / "checkpoints/step_00000003")
-    checkpoint.save(run.out, found.state | {"step": 4, "val_loss": None}, GPT2(BYTES), None, 9)
-    shutil.rmtree(found.path)
+    last = checkpoint.read(Path(run.out) / "checkpoints/step_00000003")
+    checkpoint.save(run.out, last.state | {"step": 4, "val_loss": None}, GPT2(BYTES), None, 9)
+    shutil.rmtree(last.path)
     with pytest.raises(BadInput, match=r"with a validation loss to have a best one, got none; .* newest, of step 4"):
         export.load_model(run.out, refuse, is_best=True)
     assert export.load_model(run.out, refuse)[2].step == 4

@@ -1,4 +1,4 @@
-"""A checkpoint written while training goes on holds the moment of its call, and a disk that refuses costs no other."""
+"""Asynchronous saves: a checkpoint holds the state at its call, and a failed save costs no other one."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Run:
-    """A model in training, its saver, and what the saver said."""
+    """A model in training, its saver, and the lines that the saver printed."""
 
     def __init__(self, out: Path, optimizer: str = "adamw", async_save: bool = True, rank: int = 0):
         torch.manual_seed(0)
@@ -34,9 +34,9 @@ class Run:
         )
         self.model = GPT2(TINY)
         self.optimizer = optim.build(self.model, self.config.optim)
-        self.said: list[str] = []
+        self.lines: list[str] = []
         ranks = Ranks(rank, rank, rank + 1, torch.device("cpu"))
-        self.saver = Saver(self.config, ranks, self.model, self.optimizer, self.said.append)
+        self.saver = Saver(self.config, ranks, self.model, self.optimizer, self.lines.append)
         self.step = 0
 
     def update(self) -> None:
@@ -48,7 +48,7 @@ class Run:
         self.step += 1
 
     def save(self) -> dict[str, torch.Tensor]:
-        """Saves, and returns copies of all that is saved."""
+        """Saves, and returns copies of all tensors that are saved."""
         copies = {name: t.clone() for name, t in checkpoint.named_tensors(self.model, self.optimizer).items()}
         self.saver.save({"step": self.step})
         return copies
@@ -57,9 +57,9 @@ class Run:
 def saved(out: Path, step: int, optimizer: str) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, loaded into another model."""
     run = Run(out, optimizer)
-    found = checkpoint.read(out / "checkpoints" / f"step_{step:08d}")
-    checkpoint.load_weights(found, run.model)
-    checkpoint.load_optimizer(found, run.model, run.optimizer)
+    loaded = checkpoint.read(out / "checkpoints" / f"step_{step:08d}")
+    checkpoint.load_weights(loaded, run.model)
+    checkpoint.load_optimizer(loaded, run.model, run.optimizer)
     return checkpoint.named_tensors(run.model, run.optimizer)
 
 
@@ -74,7 +74,7 @@ def steps(out: Path) -> list[int]:
 
 
 class Gate:
-    """Lets every checkpoint.write begin only once opened."""
+    """Delays every checkpoint.write until it is opened."""
 
     def __init__(self, monkeypatch):
         self.opened, self.begun, write = threading.Event(), [], checkpoint.write
@@ -100,7 +100,7 @@ def in_thread(call) -> threading.Thread:
 def test_what_is_saved_is_the_moment_of_the_call_though_training_goes_on(tmp_path, monkeypatch, optimizer):
     gate, run = Gate(monkeypatch), Run(tmp_path, optimizer)
     wanted = {}
-    for _ in range(3):  # the memory of the first copy serves again
+    for _ in range(3):  # later copies reuse the memory of the first
         gate.opened.clear()
         run.update()
         wanted[run.step] = run.save()  # returns, although nothing can be written yet
@@ -116,7 +116,7 @@ def test_what_is_saved_is_the_moment_of_the_call_though_training_goes_on(tmp_pat
     for step, tensors in wanted.items():
         assert any(name.endswith("momentum") for name in tensors) == (optimizer == "muon")
         assert_same(saved(tmp_path, step, optimizer), tensors)
-    assert run.said == []
+    assert run.lines == []
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -184,7 +184,7 @@ def test_rank_0_alone_writes_a_whole_model(tmp_path):
 
 
 class Disk:
-    """Refuses the saves of some steps."""
+    """Makes the saves of some steps fail."""
 
     def __init__(self, monkeypatch, refused: set[int]):
         write = checkpoint.write
@@ -214,12 +214,12 @@ def test_one_failed_save_warns_with_needed_and_free_and_training_goes_on(tmp_pat
     run = Run(tmp_path, async_save=async_save)
     saves(run, 3)
     assert steps(tmp_path) == [1, 3]
-    held = checkpoint.named_tensors(run.model, run.optimizer).values()
-    needed = sum(t.numel() * t.element_size() for t in held) / 2**20
-    assert len(run.said) == 1
-    assert run.said[0].startswith(f"checkpoint: saving must write {needed:,.1f} MiB to {tmp_path}, got ")
-    assert " MiB free: [Errno 28] No space left on device: " in run.said[0]
-    assert run.said[0].endswith("make room there; training goes on, saved up to step 1")
+    tensors = checkpoint.named_tensors(run.model, run.optimizer).values()
+    needed = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+    assert len(run.lines) == 1
+    assert run.lines[0].startswith(f"checkpoint: saving must write {needed:,.1f} MiB to {tmp_path}, got ")
+    assert " MiB free: [Errno 28] No space left on device: " in run.lines[0]
+    assert run.lines[0].endswith("make room there; training goes on, saved up to step 1")
 
 
 @BOTH
@@ -228,8 +228,8 @@ def test_two_failed_in_a_row_end_the_run(tmp_path, monkeypatch, async_save):
     run = Run(tmp_path, async_save=async_save)
     with pytest.raises(BadInput, match=r"No space left.*; the run ends here, saved up to step 1$"):
         saves(run, 5)
-    assert run.step <= 4  # it is known at the save after them, at the latest
-    assert len(run.said) == 2
+    assert run.step <= 4  # the save after them raises, at the latest
+    assert len(run.lines) == 2
     assert steps(tmp_path) == [1]
 
 
@@ -239,7 +239,7 @@ def test_a_good_save_in_between_begins_the_count_anew(tmp_path, monkeypatch, asy
     run = Run(tmp_path, async_save=async_save)
     saves(run, 6)
     assert steps(tmp_path) == [2, 4, 6]
-    assert [line.rpartition("; ")[2].partition(", ")[2] for line in run.said] == [
+    assert [line.rpartition("; ")[2].partition(", ")[2] for line in run.lines] == [
         "nothing is saved yet",
         "saved up to step 2",
         "saved up to step 4",
@@ -263,7 +263,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, async
         run.model.h[1].mlp.c_fc.weight[3, 5] = value
     monkeypatch.setattr(run, "update", lambda: None)
     with pytest.raises(Diverged, match=r"got others in model\.h\.1\.mlp\.c_fc\.weight; nothing was saved"):
-        saves(run, 2)  # the second finds out what became of the first, and close says nothing else
+        saves(run, 2)  # the second save raises the error of the first; close raises no other
     assert steps(tmp_path) == [1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
@@ -291,7 +291,7 @@ def test_an_error_that_is_not_the_disk_s_is_raised_and_no_checkpoint_is_claimed(
 
 
 def _why_no_tmpfs() -> str | None:
-    """Why a tmpfs of our own cannot be mounted here, or None if it can."""
+    """Reason why no tmpfs can be mounted here, or None."""
     try:
         done = subprocess.run(
             ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True
@@ -303,8 +303,8 @@ def _why_no_tmpfs() -> str | None:
 
 needs_tmpfs = pytest.mark.skipif((_reason := _why_no_tmpfs()) is not None, reason=_reason or "")
 
-# Trains with --out on a tmpfs of its own, argv[1] bytes large. With "fill" all that is left is taken once the first
-# checkpoint is there. Prints, as its last line, what is on the disk in the end.
+# Trains with --out on a tmpfs of argv[1] bytes. With "fill" a file takes the rest of it after the first checkpoint.
+# The last line is JSON: exit code, step of the newest whole checkpoint, names of all.
 ON_A_SMALL_DISK = """
 import json, subprocess, sys
 from pathlib import Path
@@ -330,14 +330,14 @@ try:
     cli.main(["train", *sys.argv[4:], "--out", str(out)])
 except SystemExit as end:
     code = end.code
-found = checkpoint.newest(out, print)
+newest = checkpoint.newest(out, print)
 names = sorted(path.name for path in (out / "checkpoints").glob("*"))
-print(json.dumps([code, found and found.step, names]))
+print(json.dumps([code, newest and newest.step, names]))
 """
 
 
 def on_a_small_disk(disk: Path, shards: Path, size: str, fill: bool, *flags: str) -> tuple[list, str]:
-    """([exit code, step of the newest whole checkpoint, names of all], what was said)."""
+    """Runs ON_A_SMALL_DISK: ([exit code, step of the newest whole checkpoint, names of all], output)."""
     disk.mkdir()
     command = ["unshare", "-Urm", sys.executable, "-c", ON_A_SMALL_DISK, size, "fill" if fill else "", str(disk)]
     done = subprocess.run(
@@ -349,19 +349,19 @@ def on_a_small_disk(disk: Path, shards: Path, size: str, fill: bool, *flags: str
 
 @needs_tmpfs
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_training(tmp_path, shards):
-    ended, said = on_a_small_disk(tmp_path / "disk", shards, "2m", False, "--num-steps", "2")
+    ended, output = on_a_small_disk(tmp_path / "disk", shards, "2m", False, "--num-steps", "2")
     assert ended == [BAD_INPUT, None, []]
-    assert "must have 2.5 MiB free, for 1 checkpoint of 1.5 MiB, got 2.0 MiB; make room there" in said
-    assert "step:" not in said
+    assert "must have 2.5 MiB free, for 1 checkpoint of 1.5 MiB, got 2.0 MiB; make room there" in output
+    assert "step:" not in output
 
 
 @needs_tmpfs
 def test_a_disk_that_fills_up_costs_no_whole_checkpoint(tmp_path, shards):
     flags = ["--num-steps", "12", "--save-every", "2", "--eval-every", "None", "--keep-last", "1"]
-    ended, said = on_a_small_disk(tmp_path / "disk", shards, "8m", True, *flags)
+    ended, output = on_a_small_disk(tmp_path / "disk", shards, "8m", True, *flags)
     assert ended == [BAD_INPUT, 2, ["step_00000002"]]
-    assert said.count("checkpoint: saving must write 1.5 MiB to ") == 3  # two warnings and the end
-    assert said.count("got 0.0 MiB free: ") == 3
-    assert "; training goes on, saved up to step 2" in said
-    assert "; make room there; the run ends here, saved up to step 2" in said
-    assert "Traceback" not in said
+    assert output.count("checkpoint: saving must write 1.5 MiB to ") == 3  # two warnings and the final error
+    assert output.count("got 0.0 MiB free: ") == 3
+    assert "; training goes on, saved up to step 2" in output
+    assert "; make room there; the run ends here, saved up to step 2" in output
+    assert "Traceback" not in output

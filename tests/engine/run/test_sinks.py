@@ -1,4 +1,4 @@
-"""TensorBoard and W&B: whatever they do, a run loses one line of its terminal to it and nothing else."""
+"""TensorBoard and W&B: a failure of either costs a run one line of output and nothing else."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ NAMES = ("tensorboard", "wandb")
 
 
 class Service:
-    """Both packages at once, with as much of each as is used. `fails` names the calls that raise."""
+    """Fakes both packages, as far as they are used. `fails` names the calls that raise."""
 
     def __init__(self, monkeypatch):
         self.fails, self.error, self.calls, self.first_step = set(), RuntimeError("out of order\nfor now"), [], 0
@@ -48,7 +48,7 @@ class Service:
         )
 
     def of(self, what: str) -> list[tuple]:
-        """The arguments of every such call."""
+        """Arguments of every call of this kind."""
         return [tuple(args) for name, *args in self.calls if name == what]
 
 
@@ -63,7 +63,7 @@ def config(tmp_path):
 
 
 def record(config, asked=NAMES, start: int = 0) -> None:
-    """Steps start to 2 of a run with the sinks asked for."""
+    """Records steps `start` to 2 of a run with these sinks."""
     Path(config.out).mkdir(exist_ok=True)
     run = Metrics(dataclasses.replace(config, **dict.fromkeys(asked, True)), start, True, "byte")
     try:
@@ -99,10 +99,10 @@ def test_a_failure_is_one_line_and_costs_neither_the_run_nor_the_other(service, 
     service.fails, before = {f"{name} {moment}", f"{name} close"}, threading.excepthook
     record(config)
     assert threading.excepthook is before
-    said = capsys.readouterr()
-    assert said.out.count(f"{name}: out of order for now; going on without it\n") == 1
-    assert said.out.count("going on without it") == 1
-    assert "Traceback" not in said.out + said.err
+    captured = capsys.readouterr()
+    assert captured.out.count(f"{name}: out of order for now; going on without it\n") == 1
+    assert captured.out.count("going on without it") == 1
+    assert "Traceback" not in captured.out + captured.err
     assert steps(config) == [0, 1, 2]
     (other,) = set(NAMES) - {name}
     assert len(service.of(f"{other} write")) == 3
@@ -138,7 +138,7 @@ def test_an_interrupt_is_not_taken_for_a_failure(service, config):
     service.fails, service.error = {"wandb write"}, KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         record(config)
-    assert service.of("wandb close") == [(1,)]  # W&B is told that the run did not end well
+    assert service.of("wandb close") == [(1,)]  # tells W&B that the run failed
 
 
 # ---- W&B ----------------------------------------------------------------------------------------------------------
@@ -155,13 +155,13 @@ def test_wandb_is_given_project_name_directory_and_config(service, config):
 
 def test_a_run_that_goes_on_is_the_same_run_there_and_a_fresh_one_another(service, config, tmp_path):
     record(config)
-    service.first_step = 3  # as W&B says of a run whose last step was 2
+    service.first_step = 3  # W&B's next step after a run that ended at step 2
     record(config, start=1)
     Path(config.out).rename(tmp_path / "set aside")
     record(config)
     first, second, third = (options["id"] for (options,) in service.of("wandb open"))
     assert first == second != third
-    assert len(service.of("wandb write")) == 3  # W&B takes no step twice: it warns of each
+    assert len(service.of("wandb write")) == 3  # W&B takes no step twice and warns of each
 
 
 # ---- The packages themselves --------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def test_tensorboard_s_own_thread_may_fail_without_a_traceback(config, monkeypat
     before = threading.excepthook
     monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
     record(config, asked=["tensorboard"])
-    said = capfd.readouterr()
-    assert said.out.count("tensorboard: [Errno 28] No space left on device; going on without it") == 1
+    captured = capfd.readouterr()
+    assert captured.out.count("tensorboard: [Errno 28] No space left on device; going on without it") == 1
     assert heard == []
     assert steps(config) == [0, 1, 2]
     assert threading.excepthook == before
@@ -211,7 +211,7 @@ def test_another_thread_s_traceback_is_shown_while_tensorboard_is_open(config, c
 
 @pytest.fixture
 def wandb():
-    """The real one, without what it remembers of earlier runs."""
+    """The real package, without state of earlier runs."""
     package = pytest.importorskip("wandb")
     package.teardown()
     yield package
@@ -229,7 +229,7 @@ def test_wandb_itself_works_offline(wandb, config, monkeypatch, capsys):
 def test_wandb_itself_without_a_key_is_one_line(wandb, config, monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", config.out)  # nor one in ~/.netrc
+    monkeypatch.setenv("HOME", config.out)  # no key in ~/.netrc either
     monkeypatch.setenv("NETRC", str(Path(config.out) / "none"))
     record(config, asked=["wandb"])
     assert capsys.readouterr().out.count("going on without it") == 1

@@ -1,4 +1,4 @@
-"""gpt2 verify: every kind of damage to a shard, a manifest, a checkpoint or a record of rows is found and named."""
+"""`gpt2 verify` finds and names every kind of damage to shards, manifests, checkpoints and rows."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from engine.tokens.prepare import PrepareConfig, prepare
 
 
 def check(*paths: Path) -> tuple[int, list[str]]:
-    """How many are damaged, and the lines."""
+    """Number of damaged files and checkpoints, and the lines printed."""
     lines = []
     return verify.verify(paths, lines.append), lines
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Token shards in bytes, several of each split."""
+    """Token shards of bytes, several for each split."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"record {i} " * 9}) + "\n" for i in range(60)))
     out = tmp_path / "corpus"
     prepare(
@@ -179,7 +179,7 @@ def test_a_manifest_of_any_bytes_is_named(corpus, content):
     assert lines[0].startswith(f"{corpus / 'manifest.json'}: must be a manifest of shards")
 
 
-def test_shards_without_a_manifest_are_held_against_gpt2_s_vocabulary(tmp_path):
+def test_shards_without_a_manifest_are_checked_against_gpt2_s_vocabulary(tmp_path):
     shards.write_shard(tmp_path / "x_train_000000.bin", np.array([50256, 1], dtype=np.uint16))
     shards.write_shard(tmp_path / "x_val_000000.bin", np.array([50256, 50257], dtype=np.uint16))
     np.save(tmp_path / "x_val_000001.npy", np.arange(9, dtype=np.uint16))
@@ -296,10 +296,10 @@ def test_a_path_that_is_neither_is_bad_input_before_anything_is_read(corpus, tmp
     (tmp_path / "neither").mkdir()
     for path in (tmp_path / "neither", tmp_path / "nowhere", corpus / "manifest.json"):
         assert cli.main(["verify", str(corpus), str(path)]) == 2
-        said = capsys.readouterr()
-        assert said.err.startswith("verify: a path must be a directory of token shards, made by gpt2 prepare, or of a")
-        assert str(path) in said.err
-        assert said.out == ""
+        out, err = capsys.readouterr()
+        assert err.startswith("verify: a path must be a directory of token shards, made by gpt2 prepare, or of a")
+        assert str(path) in err
+        assert out == ""
     with pytest.raises(BadInput, match="must be a directory"):
         check(tmp_path / "nowhere")
 

@@ -1,4 +1,4 @@
-"""A small corpus, its preparation into shards, and what is found in these."""
+"""A small corpus, its preparation into shards, and readers of these shards."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from engine.tokens.shards import TokenStream
 
 
 def config(out: Path, **changes) -> PrepareConfig:
-    """Small and in this process: bytes as tokens, a third of the documents for validation."""
+    """Config in this process: bytes as tokens, 30% of the documents for validation."""
     return PrepareConfig(**{"out": str(out), "tokenizer": "bytes", "workers": 1, "val_fraction": 0.3} | changes)
 
 
@@ -21,7 +21,7 @@ def run(source: Path, out: Path, **changes) -> dict:
 
 
 def write_library(root: Path) -> Path:
-    """A tree such as the standard library's: packages of .py files, some .txt and .md, and files of other kinds."""
+    """Writes a tree like the standard library's: packages of .py files, some .txt, .md and other files."""
     for package in ("json", "email", "email/mime"):
         (root / package).mkdir(parents=True)
         for i in range(6):
@@ -34,7 +34,7 @@ def write_library(root: Path) -> Path:
 
 
 def documents(out: Path, split: str, end_of_text: int = 256) -> list[list[int]]:
-    """Each document's tokens, without the end-of-text token that begins it."""
+    """Tokens of each document, with the end-of-text token that begins it."""
     stream = TokenStream.open(out, split, end_of_text + 1)
     tokens = stream.read(0, len(stream))
     assert tokens[0] == end_of_text

@@ -100,7 +100,7 @@ def test_every_window_is_seen_once_per_epoch(world_size, accumulation, micro_bat
     for step in range(-(-2 * num_windows // sequences)):
         in_step = np.array([rank._load(step) for rank in ranks], dtype=object)
         assert in_step.shape[:2] == (world_size, accumulation)
-        for micro in range(accumulation):  # the endless sequence runs through micro-batches, then ranks
+        for micro in range(accumulation):  # windows go to all ranks of one micro-batch, then of the next
             for rank in range(world_size):
                 seen += (in_step[rank][micro][0][:, 0] // 4).tolist()
     for epoch in (seen[:num_windows], seen[num_windows : 2 * num_windows]):

@@ -1,4 +1,4 @@
-"""Text to shards: the same bytes every time, each document once, and only what was asked for is replaced."""
+"""Text to shards: the same bytes every time, each document once, and other files are left alone."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ def source(tmp_path) -> Path:
 
 def test_every_document_is_there_once_and_begins_with_the_end_of_text(source, tmp_path):
     manifest = run(source, tmp_path / "out")
-    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    written = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     expected = [path.read_text() for path in source.rglob("*") if path.suffix in (".py", ".txt", ".md")]
     expected += [f"record {i}" for i in range(9)]
-    assert sorted(found) == sorted(expected)
+    assert sorted(written) == sorted(expected)
     assert manifest["documents"] == {split: len(texts(tmp_path / "out", split)) for split in ("train", "val")}
     assert manifest["skipped"] == {}
     assert min(manifest["documents"].values()) > 2
@@ -31,9 +31,9 @@ def test_every_document_is_there_once_and_begins_with_the_end_of_text(source, tm
 def test_gpt2_documents_begin_with_50256(source, tmp_path):
     manifest = run(source, tmp_path / "out", tokenizer="gpt2")
     gpt2 = tokenizer.load("gpt2")
-    found = [gpt2.decode(d[1:]) for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256)]
-    assert len(found) == 29
-    assert "Übung macht den Meister.\n" in found
+    decoded = [gpt2.decode(d[1:]) for split in ("train", "val") for d in documents(tmp_path / "out", split, 50256)]
+    assert len(decoded) == 29
+    assert "Übung macht den Meister.\n" in decoded
     assert (manifest["tokenizer"], manifest["vocab_size"]) == ("gpt2", 50257)
     assert shards.tokenizer_name(tmp_path / "out") == "gpt2"
 
@@ -61,7 +61,7 @@ def test_the_split_takes_its_share():
     chosen = [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
     assert sum(chosen) / 5000 == pytest.approx(0.2, abs=0.03)
     assert chosen == [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
-    assert all(prepare.is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger one only adds
+    assert all(prepare.is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger share adds
 
 
 def test_a_single_book_gives_its_tail_to_validation(tmp_path):
@@ -105,7 +105,7 @@ def test_the_manifest_tells_the_truth(source, tmp_path):
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     on_disk = files(tmp_path / "out")
     del on_disk["manifest.json"]
-    assert {shard["file"]: shard["sha256"] for shard in manifest["shards"]} == on_disk  # and nothing else lies there
+    assert {shard["file"]: shard["sha256"] for shard in manifest["shards"]} == on_disk  # and there is no other file
     for shard in manifest["shards"]:
         path = tmp_path / "out" / shard["file"]
         assert path.stat().st_size == shard["bytes"]
@@ -149,7 +149,7 @@ def test_foreign_files_are_refused_and_left_alone(source, tmp_path):
         run(source, tmp_path / "out")
     assert files(tmp_path / "out") == before
     run(source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"  # it stands in nobody's way
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"  # its name is not a shard's
 
 
 def test_overwrite_replaces_all_older_shards(source, tmp_path):

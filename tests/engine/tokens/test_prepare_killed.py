@@ -1,4 +1,4 @@
-"""A preparation that fails or is killed: nothing half made is ever visible, and the next one makes the same bytes."""
+"""Preparations that fail or are killed: no partial data is visible, and the next makes the same bytes."""
 
 import json
 import os
@@ -72,7 +72,7 @@ prepare.prepare([sys.argv[1]], config)
 
 
 def start(source: Path, out: Path, killed_at_move: int, workers: int = 1) -> subprocess.Popen:
-    """A preparation in a process of its own, which ends itself with SIGKILL at the given move into place (0: never)."""
+    """Starts a preparation that kills itself at the given move of a file into place (0: never)."""
     command = [sys.executable, "-c", KILLED, str(source), str(out), str(killed_at_move), str(workers)]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT)
 
@@ -127,7 +127,7 @@ def test_killed_and_run_again_with_other_workers_the_bytes_are_the_same(
 
 
 def children(pid: int) -> list[int]:
-    """Process numbers of a process's children."""
+    """Process ids of a process's children."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

@@ -1,4 +1,4 @@
-"""Shards: a stream is what was written, and no shard that is cut, foreign or damaged is read."""
+"""Shards: a stream gives back what was written; a truncated, foreign or damaged shard is refused."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_a_bad_npy_shard_is_named_with_found_and_expected(tmp_path, array, sente
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -158,7 +158,7 @@ def test_a_bad_token_deep_inside_a_large_shard_is_found_when_it_is_read(tmp_path
     part.close()
     tokens[99] = 257
     write(tmp_path, "x_train_000000.bin", tokens)
-    with pytest.raises(BadInput, match=path.name):  # in the part that is scanned when it is opened
+    with pytest.raises(BadInput, match=path.name):  # in the part that is scanned on opening
         TokenStream.open(tmp_path, "train", 257)
 
 

@@ -1,4 +1,4 @@
-"""Sources: what is text comes through as it is, and what is none is left out and counted."""
+"""Sources: text is kept as it is; anything else is left out and counted."""
 
 import json
 import os
@@ -43,12 +43,12 @@ def test_bad_sources_are_sentences(tmp_path):
 
 
 def test_the_standard_library_is_a_source_without_its_tests():
-    found = sources.find_files(["stdlib"])
-    parts = {part for path in found for part in path.relative_to(Path(os.__file__).parent).parts[:-1]}
-    assert len(found) > 300
+    paths = sources.find_files(["stdlib"])
+    parts = {part for path in paths for part in path.relative_to(Path(os.__file__).parent).parts[:-1]}
+    assert len(paths) > 300
     assert "json" in parts
     assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
-    assert found == sources.find_files(["stdlib"])
+    assert paths == sources.find_files(["stdlib"])
 
 
 # ---- Bad text -----------------------------------------------------------------------------------------------------
@@ -125,9 +125,9 @@ KEPT_RECORDS = [
 def test_odd_but_valid_records_are_kept_as_they_are(source, tmp_path, line, text):
     (source / "odd.jsonl").write_bytes(line + b"\n\n \n" + b'{"text": "the next line"}')
     manifest = run(source, tmp_path / "out")
-    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
-    assert text in found
-    assert "the next line" in found
+    kept = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert text in kept
+    assert "the next line" in kept
     assert manifest["skipped"] == {}
 
 

@@ -1,4 +1,4 @@
-"""Both tokenizers: every text survives, the end-of-text id stays reserved, and nothing touches the network."""
+"""Both tokenizers: decoding restores any text, the end-of-text id stays reserved, no network is used."""
 
 import os
 import subprocess
@@ -72,7 +72,7 @@ def test_half_a_character_is_decoded_as_a_replacement(chosen):
 
 @pytest.mark.parametrize("text", [" ", "\n", "x", "^", "é", "word "], ids=repr)
 def test_a_megabyte_on_one_line_is_encoded(chosen, text):
-    line = text * (1_200_000 // len(text)) + "x"  # the regular expression's engine gives up at a million of white space
+    line = text * (1_200_000 // len(text)) + "x"  # the regex engine overflows at 1,000,000 characters of white space
     assert chosen.decode(chosen.encode(line)) == line
 
 
