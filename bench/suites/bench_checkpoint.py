@@ -24,6 +24,7 @@ from engine.config import PRESETS, OptimConfig
 from engine.distributed import Ranks
 from engine.run import checkpoint
 from engine.run.saver import Saver
+from engine.run.verify import checkpoint_damage
 from model.gpt2 import GPT2
 
 DIRECTORY, NEEDED = "/var/tmp", 4  # /tmp may be memory; checkpoints' room: two at a time, and as much again
@@ -61,7 +62,7 @@ class Run:
 
     def check(self, path: Path) -> None:
         """Raises AssertionError unless the checkpoint is whole and holds the tensors of now."""
-        assert checkpoint.damage(path) is None
+        assert checkpoint_damage(path) is None
         for name, tensor in self.tensors.items():
             kind, _, key = name.partition(".")
             with safe_open(path / f"{kind}.safetensors", "pt") as file:

@@ -13,7 +13,7 @@ import pytest
 
 from bench.machine import ROOT
 from engine.cli import COMMANDS
-from engine.run import checkpoint
+from engine.run.verify import checkpoint_damage
 from engine.tokens.prepare import PrepareConfig, prepare
 
 ROUNDS = 3
@@ -50,7 +50,7 @@ def test_run_of_one_step(measure, tmp_path: Path):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         (loss,) = [line["loss"] for line in lines if "loss" in line]
         assert 0 < loss < MAX_FIRST_LOSS, lines
-        assert checkpoint.damage(out / "checkpoints" / "step_00000001") is None
+        assert checkpoint_damage(out / "checkpoints" / "step_00000001") is None
 
     def remove() -> None:
         shutil.rmtree(out, ignore_errors=True)
