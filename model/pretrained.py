@@ -223,7 +223,9 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and file == Path(file).name for file in files):
-            raise ValueError(f"weights: weight_map in {index} must give file names, got another value; download it again")
+            raise ValueError(
+                f"weights: weight_map in {index} must give file names, got another value; download it again"
+            )
         return [folder / file for file in sorted(set(files))]
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise ValueError(
