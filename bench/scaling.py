@@ -156,7 +156,7 @@ def launch(world_size: int, request: Request) -> dict:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
         out = Path(directory, "report.json")
-        torch.multiprocessing.spawn(rank_main, (world_size, port, request, out), nprocs=world_size)
+        torch.multiprocessing.spawn(rank_main, (world_size, port, request, out), nprocs=world_size, daemon=True)
         return json.loads(out.read_text(encoding="utf-8"))
 
 
