@@ -139,6 +139,7 @@ def measure(request: Request, ranks: Ranks) -> dict:
 
 def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path) -> None:
     end_with_parent()
+    _ = torch.multiprocessing.parent_process().is_alive() or os._exit(1)  # it may have died while this one imported
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
@@ -156,7 +157,7 @@ def launch(world_size: int, request: Request) -> dict:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="scaling_") as directory:
         out = Path(directory, "report.json")
-        torch.multiprocessing.spawn(rank_main, (world_size, port, request, out), nprocs=world_size)
+        torch.multiprocessing.spawn(rank_main, (world_size, port, request, out), nprocs=world_size, daemon=True)
         return json.loads(out.read_text(encoding="utf-8"))
 
 

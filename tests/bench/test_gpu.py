@@ -230,7 +230,7 @@ def test_a_kill_leaves_the_table_and_no_process(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--dry-run"]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while "checked" not in ((tmp_path / "gpu.md").read_text() if (tmp_path / "gpu.md").exists() else ""):
+    while "| checked" not in ((tmp_path / "gpu.md").read_text() if (tmp_path / "gpu.md").exists() else ""):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
@@ -238,8 +238,7 @@ def test_a_kill_leaves_the_table_and_no_process(tmp_path):
     child.wait()
     time.sleep(1.0)
     assert workers
-    for pid in workers:
-        stat = Path(f"/proc/{pid}/stat")
+    for stat in (Path(f"/proc/{pid}/stat") for pid in workers):
         assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
     assert "## Left out" in (tmp_path / "gpu.md").read_text()
     assert Record.load(tmp_path).rows
