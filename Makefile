@@ -8,7 +8,7 @@ ifneq ($(filter $(PRESET),tiny mini),)
 DATA ?= data/stdlib
 endif
 
-.PHONY: setup train test test-all lint bench bench-full bench-compare clean
+.PHONY: setup train test test-all test-oldest lint bench bench-full bench-compare clean
 
 setup: .venv/installed
 
@@ -29,6 +29,17 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m ""
 
+# The suite on the oldest torch that setup.py allows. Triton 3.6's interpreter needs numpy below 2.4.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+.venv-oldest/installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
+		torch==2.11.0 triton==3.6.0 'numpy<2.4' -e '.[dev]'
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +58,4 @@ bench-compare: setup
 	$(BIN)/pytest-benchmark compare $(A) $(B) --columns=median,iqr,rounds --group-by=fullname --sort=name $(ARGS)
 
 clean:
-	rm -rf .venv *.egg-info
+	rm -rf .venv .venv-oldest *.egg-info

@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["kernels", "model", "engine", "engine.*"]),
     package_data={"engine.tokens": ["assets/*"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
         "tiktoken>=0.7",

@@ -1,5 +1,6 @@
 """Code shared by all ops: checks of arguments, and registration of kernels as PyTorch operators."""
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -82,7 +83,12 @@ def register(
 
     schema = torch.library.infer_schema(allocate, mutates_args=())
     op = torch.library.custom_op(f"gpt2::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(allocate)
+
+    def fake(*inputs):
+        _shorten_operator_strings()
+        return allocate(*inputs)
+
+    op.register_fake(fake)
     if differentiate is not None:
 
         def setup(ctx, inputs, output):
@@ -91,6 +97,20 @@ def register(
 
         op.register_autograd(differentiate, setup_context=setup)
     return op
+
+
+@functools.cache
+def _shorten_operator_strings() -> None:
+    """Makes Inductor of torch 2.10 to 2.12 name only an operator in a string that it builds for it.
+
+    There the string spells out all arguments, for an opaque operator the whole graph before it. It
+    grows 4.7-fold per layer, so GPT-2's 12 layers never compile. torch 2.13 builds it when asked.
+    Called while a graph is traced, which is before Inductor runs.
+    """
+    if torch.__version__ < (2, 13):
+        from torch._inductor.exc import OperatorIssue
+
+        OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
 
 
 def num_programs(device: torch.device, per_multiprocessor: int) -> int:

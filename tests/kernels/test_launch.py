@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tolerances import DEVICE
+from torch.torch_version import TorchVersion
 
 import kernels.launch
 from kernels.attention import attention_triton
@@ -75,3 +76,15 @@ def test_without_triton_the_sentence_says_so(op, monkeypatch):
     monkeypatch.setattr(kernels.launch, "HAS_TRITON", False)
     with pytest.raises(ValueError, match=f"^{op}: Triton must be installed .it comes for Linux., got none$"):
         call(op)
+
+
+@pytest.mark.parametrize(("version", "is_short"), [("2.11.0", True), ("2.12.1", True), ("2.13.0", False)])
+def test_an_old_inductor_does_not_spell_out_the_graph_before_an_op(version, is_short, monkeypatch):
+    from torch._inductor.exc import OperatorIssue
+
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(OperatorIssue, "operator_str", OperatorIssue.operator_str)  # put back at the end
+    kernels.launch._shorten_operator_strings.__wrapped__()
+    text = OperatorIssue.operator_str("gpt2.gelu", ["the whole graph"], {})
+    assert "gpt2.gelu" in text
+    assert ("the whole graph" not in text) == is_short
