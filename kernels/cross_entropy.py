@@ -264,7 +264,11 @@ def _differentiate(ctx, dtotal, _ddhidden, _ddweight):
     dhidden, dweight = ctx.saved_tensors
     if dtotal is None:
         return None, None, None, None, None, None
-    dhidden = (dhidden * dtotal).to(dhidden.dtype) if ctx.needs_input_grad[0] else None
+    if ctx.needs_input_grad[0]:  # in float32 at least: a 0-dim factor is otherwise rounded to bfloat16 first
+        wide = torch.promote_types(dhidden.dtype, torch.float32)
+        dhidden = (dhidden.to(wide) * dtotal).to(dhidden.dtype)
+    else:
+        dhidden = None
     dweight = (dweight * dtotal).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
     return dhidden, dweight, None, None, None, None
 

@@ -17,6 +17,7 @@ from tolerances import (
     widened,
 )
 
+import kernels.attention
 import kernels.tiles
 from kernels.attention import attention_reference, attention_torch, attention_triton
 from kernels.tiles import FIELDS
@@ -308,3 +309,28 @@ def test_only_triton_is_bound_to_head_widths_of_16_to_256(D):
     compare(attention_torch, qkv, dout)
     with pytest.raises(ValueError, match=f"^attention: head width D must be 16 to 256 for Triton, got {D}$"):
         attention_triton(qkv)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matmul_precision", "expected"),
+    [
+        pytest.param(torch.float16, "high", "ieee", id="fp16"),
+        pytest.param(torch.float32, "high", "tf32", id="fp32, tf32 allowed"),
+        pytest.param(torch.float32, "highest", "ieee", id="fp32"),
+    ],
+)
+def test_tf32_is_asked_only_for_float32_products(dtype, matmul_precision, expected, monkeypatch):
+    launched = []  # most AMD GPUs refuse to compile "tf32", also for factors of 16 bits
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launched.append(constants["PRECISION"])
+
+    monkeypatch.setattr(kernels.attention, "_attention_fwd_kernel", Kernel())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_precision)
+    try:
+        attention_triton(randn(2, 17, 3, 3, 16, seed=0).to(dtype))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert launched == [expected]

@@ -11,7 +11,11 @@ from tolerances import (
 from torch import Tensor
 
 import kernels.cross_entropy
-from kernels.cross_entropy import linear_cross_entropy_torch, linear_cross_entropy_triton
+from kernels.cross_entropy import (
+    linear_cross_entropy_reference,
+    linear_cross_entropy_torch,
+    linear_cross_entropy_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -95,3 +99,18 @@ def test_pytorch_makes_no_gradient_of_the_logits_in_evaluation(monkeypatch):
     monkeypatch.setattr(Tensor, "mul_", lambda *_, **__: pytest.fail("made a gradient"))
     with torch.no_grad():
         assert linear_cross_entropy_torch(*inputs(7, 5, 11, 16), vocab_size=11).isfinite()
+
+
+def test_the_mean_s_factor_is_not_rounded_to_bfloat16():
+    # 1/192 is 0.195% off in bfloat16, to which CUDA rounds a 0-dim factor; a CPU keeps it in float32.
+    # Rounding of single elements averages out over 192 x 256 of them.
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 256, generator=generator).div(4).to(DEVICE, torch.bfloat16) for n in (192, 128))
+    targets = torch.randint(128, (192,), generator=generator).to(DEVICE)
+    gradients = []
+    for dtype, op in ((torch.bfloat16, linear_cross_entropy_torch), (torch.float64, linear_cross_entropy_reference)):
+        leaf = hidden.detach().clone().to(dtype).requires_grad_()
+        op(leaf, weight.to(dtype), targets).backward()
+        gradients.append(leaf.grad.double())
+    found, exact = gradients
+    assert (found * exact).sum() / (exact * exact).sum() == pytest.approx(1.0, abs=5e-4)
