@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, nearest
+from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, missing_package, nearest
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
@@ -322,6 +322,11 @@ def main(args: list[str] | None = None) -> int:
         return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
     except BadInput as error:
         print(error, file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        if (message := missing_package(error, f"gpt2 {args[0]}")) is None:
+            raise
+        print(message, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)

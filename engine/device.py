@@ -30,7 +30,20 @@ COMPUTE_DTYPES = {
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "RTX A6000": 155, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+# The first name that a device's name contains counts, so narrower names come first.
+PEAK_TFLOPS = {
+    "H200 NVL": 836,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "RTX A6000": 155,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+NOT_THE_WHOLE_CARD = ("MIG", "Laptop")
 
 
 # ---- Precision ----------------------------------------------------------------------------------------------------
@@ -125,6 +138,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
+    if any(part in name for part in NOT_THE_WHOLE_CARD):
+        return None
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 

@@ -21,6 +21,21 @@ class Lost(Exception):
     """Loss of another process of the run: it died, hangs or cannot be reached. Exit code 4."""
 
 
+# Packages that the code imports, as in setup.py.
+PACKAGES = ("torch", "numpy", "tiktoken", "tyro", "rich", "safetensors", "matplotlib")
+
+
+def missing_package(error: ModuleNotFoundError, command: str) -> str | None:
+    """An error message if the missing module is a package that a command needs, else None."""
+    package = (error.name or "").partition(".")[0]
+    if package not in PACKAGES:
+        return None
+    return (
+        f"{command}: the package {package} must be installed, got no module of that name; install it with: pip install "
+        f"{package}"
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Suggestion: '; did you mean "x"?', or a list of all known words if none is close."""
     known = list(known)

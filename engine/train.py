@@ -15,7 +15,18 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 from engine import distributed, optim, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
-from engine.errors import BAD_INPUT, DIVERGED, DONE, INTERRUPTED, LOST, STOPPED, BadInput, Diverged, Lost
+from engine.errors import (
+    BAD_INPUT,
+    DIVERGED,
+    DONE,
+    INTERRUPTED,
+    LOST,
+    STOPPED,
+    BadInput,
+    Diverged,
+    Lost,
+    missing_package,
+)
 from engine.health.stopping import Stop, under_torchrun
 from engine.run import directory, metrics, plots
 from engine.step import OUT_OF_TIME, Numbers
@@ -91,6 +102,11 @@ def main(args: list[str]) -> int:
         if isinstance(error, Lost):
             os._exit(LOST)  # a process group with a lost member may never be taken down
         return BAD_INPUT if isinstance(error, BadInput) else DIVERGED
+    except ModuleNotFoundError as error:
+        if (message := missing_package(error, "gpt2 train")) is None:
+            raise
+        print(message, file=sys.stderr, flush=True)
+        return BAD_INPUT
     except KeyboardInterrupt:  # before or after the loop, which takes it as a request to stop
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED

@@ -121,3 +121,25 @@ def test_the_reason_for_no_compiler_holds_on_both_devices(monkeypatch, tmp_path,
         False,
         "skipped, there is no C compiler here: steps run uncompiled",
     )
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("tyro", ["train", "tiny"]),
+        ("tyro", ["prepare", "stdlib", "--out", "data"]),
+        ("torch", ["doctor"]),
+        ("tiktoken", ["prepare", "LICENSE", "--out", "data"]),
+    ],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(package, command, tmp_path):
+    (tmp_path / "LICENSE").with_suffix(".txt").write_text("some text\n" * 50)
+    command = [word.replace("LICENSE", "LICENSE.txt") for word in command]
+    program = f"import sys; sys.modules[{package!r}] = None; from engine.cli import main; sys.exit(main({command!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert f"gpt2 {command[0]}: the package {package} must be installed" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -52,6 +52,12 @@ def test_flops_count_the_parameters_that_the_model_has(name):
         ("NVIDIA H200", "bf16", 989e12),
         ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
         ("NVIDIA H200", "tf32", None),
+        ("NVIDIA H200 NVL", "bf16", 836e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H100 NVL", "bf16", 835e12),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
         ("NVIDIA T4", "bf16", None),
     ],
 )
