@@ -30,6 +30,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "setuptools>=70.1",  # builds a wheel in a test
             "transformers>=4.44",
             "pyarrow>=15",
             "tensorboard>=2.16",
