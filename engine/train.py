@@ -72,11 +72,14 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             with run.doing("update", step):
                 lr = optim.learning_rate(step, config)
                 numbers = run.update(step, micro_batches, lr, asked)  # on the device
-            if due(step, config.log_every):
-                now = Numbers(*numbers.tolist())  # waits for the GPU: only here
+                # Both waits for the GPU belong to the update's time: for the previous update, so that
+                # the CPU runs at most one ahead, and at a logged step for this one.
+                known = run.mailbox.exchange(numbers)
+                now = Numbers(*numbers.tolist()) if due(step, config.log_every) else None
+            if now is not None:
                 record.log(step, lr=lr, **metrics.measured(now, clock.read(), config, run.precision, ranks))
             record.end_step(step)
-            if (known := run.mailbox.exchange(numbers)) is not None:  # the previous step's: already copied
+            if known is not None:
                 stopping = guard.verdict(known, step)
     if not is_last:
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping} and saved; the same command goes on")
