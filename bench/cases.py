@@ -1,4 +1,4 @@
-"""The one op list: inputs, definition, implementations, check, and the work that no version avoids.
+"""The one op list: definition, implementations, check, and the work that no version avoids.
 
 FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each input of the
 definition read once and each output written once.
@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from bench.measure import Prepare
+from kernels.alternatives import attention_sdpa, linear_cross_entropy_unchunked
+from kernels.cases import TENSORS, Sizes, gradients, inputs_of, outputs_of, relative_error, values, with_gradients
 from kernels.dispatch import MODULES
-from model.presets import GPT2Config
 
 TRAINING = ("forward", "backward", "both")
 # ||out - exact|| / ||exact|| up to which an implementation may be timed; twice that where "exact" is in its own dtype.
@@ -25,36 +25,6 @@ SDPA_BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """B sequences of T positions, H heads of width D, V words padded to Vp."""
-
-    B: int
-    T: int
-    H: int
-    D: int
-    V: int
-    Vp: int
-
-    @classmethod
-    def of(cls, config: GPT2Config, B: int, T: int | None = None) -> "Sizes":
-        """A micro-batch of a model."""
-        T = config.n_positions if T is None else T
-        return cls(B, T, config.n_head, config.head_dim, config.vocab_size, config.padded_vocab_size)
-
-    @property
-    def N(self) -> int:  # noqa: N802
-        """Rows."""
-        return self.B * self.T
-
-    @property
-    def C(self) -> int:  # noqa: N802
-        """Width of the residual stream; an MLP is four times as wide inside."""
-        return self.H * self.D
-
-
 Work = tuple[int, int]  # FLOPs, bytes
 
 
@@ -122,43 +92,20 @@ class Op:
         return largest
 
 
-def sdpa_packed(qkv: Tensor, *, backends: Sequence[SDPBackend]) -> Tensor:
-    """PyTorch's attention on views of qkv (B, T, 3, H, D), whose gradient autograd assembles in one copy."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    with sdpa_kernel(list(backends)):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
-
-
-def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
-    """What one writes: a matrix product, then the cross-entropy of its float32 logits."""
-    logits = (hidden @ weight.T)[:, :vocab_size]
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
-
-
-TENSORS = {
-    "attention": "out dqkv",
-    "layer_norm": "y dx dweight dbias",
-    "add_layer_norm": "y summed dx dresidual dweight dbias",
-    "gelu": "y dx",
-    "bias_gelu": "y dx dbias",
-    "linear_cross_entropy": "loss dhidden dweight",
-}
-
-
 def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
     file, options = MODULES[name], {}
     plain, others = getattr(file, f"{name}_torch"), {}
     if name == "linear_cross_entropy":
         options = {"vocab_size": sizes.V}
-        plain = functools.partial(whole_logits, **options)
+        plain = functools.partial(linear_cross_entropy_unchunked, **options)
         others = {"plain": plain}
     if name == "attention":  # a CPU lacks some of the backends: each may fall back to the plain one there
         fallback = () if on_gpu else (SDPBackend.MATH,)
-        others = {n: functools.partial(sdpa_packed, backends=(b, *fallback)) for n, b in SDPA_BACKENDS.items()}
+        others = {n: functools.partial(attention_sdpa, backends=(b, *fallback)) for n, b in SDPA_BACKENDS.items()}
     ours = {way: functools.partial(getattr(file, f"{name}_{way}"), **options) for way in ("triton", "torch")}
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
     inputs, reference = (
-        functools.partial(_inputs, name, sizes),
+        functools.partial(inputs_of, name, sizes),
         functools.partial(getattr(file, f"{name}_reference"), **options),
     )
     # Ours works out the head's gradients in its forward pass.
@@ -170,54 +117,6 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
 def ops(sizes: Sizes, on_gpu: bool, compiler: str = "inductor") -> dict[str, Op]:
     """Every op at these sizes, by name. compiler: the backend of torch.compile."""
     return {name: _op(name, sizes, on_gpu, compiler) for name in MODULES}
-
-
-def _inputs(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    B, T, H, D, C = sizes.B, sizes.T, sizes.H, sizes.D, sizes.C
-
-    def randn(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, device=device).mul_(std).add_(mean).to(dtype)
-
-    if name == "attention":
-        return [randn(B, T, 3, H, D)]
-    if name == "linear_cross_entropy":  # logits of variance 1
-        targets = torch.randint(sizes.V, (sizes.N,), device=device)
-        return [randn(sizes.N, C), randn(sizes.Vp, C, std=C**-0.5), targets]
-    if name in ("gelu", "bias_gelu"):
-        return [randn(B, T, 4 * C)] + [randn(4 * C, std=0.1)] * (name == "bias_gelu")
-    streams = [randn(B, T, C) for _ in range(2 if name == "add_layer_norm" else 1)]
-    return [*streams, randn(C, mean=1.0, std=0.1), randn(C, std=0.1)]
-
-
-def outputs_of(fn: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The op's outputs, as a tuple even if there is one."""
-    outputs = fn(*inputs)
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of sum(outputs * douts) in every floating input, dense: what the layer before can use."""
-    leaves = [t for t in inputs if t.is_floating_point()]
-    return [gradient.contiguous() for gradient in torch.autograd.grad(outputs, leaves, douts)]
-
-
-def values(fn: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, then gradients."""
-    outputs = outputs_of(fn, inputs)
-    return [*(output.detach() for output in outputs), *gradients(outputs, inputs, douts)]
-
-
-def with_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors as leaves: the floating ones ask for their gradient."""
-    return [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """||got - truth|| / ||truth||, in float64; NaN or infinite where `got` is. Raises ValueError if shapes differ."""
-    if got.shape != truth.shape:
-        raise ValueError(f"the shape must be {tuple(truth.shape)}, got {tuple(got.shape)}")
-    truth = truth.double()
-    return ((got.double() - truth).norm() / truth.norm()).item()
 
 
 def phase_of(fn: Callable, inputs: list[Tensor], douts: list[Tensor], phase: str) -> Prepare:

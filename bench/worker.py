@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from bench import steps
-from bench.cases import Sizes, ops, outputs_of, phase_of, relative_error, values
+from bench.cases import ops, phase_of
 from bench.measure import Ceiling, Stopwatch, in_turns, peak_memory, release_freed_memory, within
 from bench.processes import serve
 from bench.results import Figure, spread
 from engine.device import COMPUTE_DTYPES, apply_precision, peak_flops, tune_malloc
+from kernels.cases import Sizes, outputs_of, relative_error, values
 from model.presets import PRESETS, GPT2Config
 
 GPT2 = Sizes.of(PRESETS["gpt2"], B=64)

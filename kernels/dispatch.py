@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from kernels import attention, cross_entropy, gelu, layer_norm
+from kernels import alternatives, attention, cross_entropy, gelu, layer_norm
 from kernels.launch import HAS_TRITON, INTERPRETED, TRITON_FLOATING
 from kernels.tiles import architecture
 
@@ -23,11 +23,16 @@ MODULES = {
     "bias_gelu": gelu,
     "linear_cross_entropy": cross_entropy,
 }
+# What else an op may run on, <op>_<name> in kernels/alternatives.py. Only `gpt2 tune` chooses these.
+ALTERNATIVES = {
+    "attention": ("cudnn", "flash", "efficient", "math"),
+    "linear_cross_entropy": ("unchunked",),
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Implementation of one op, "triton" or "torch", and the reason in words."""
+    """Implementation of one op, "triton", "torch" or an alternative, and the reason in words."""
 
     op: str
     implementation: str
@@ -63,34 +68,55 @@ class Ops:
         return "; ".join(f"{choice_text} ({', '.join(ops)})" for choice_text, ops in groups.items())
 
 
-def select(backend: Backend, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Ops:
+def select(
+    backend: Backend,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    failed: Mapping[str, str] | None = None,
+    tuned: Mapping[str, str] | None = None,
+) -> Ops:
     """Chooses an implementation of every op, for inputs of this device, dtype and head width.
 
-    "auto" takes Triton where it can run and PyTorch elsewhere. Raises ValueError if the backend is
-    unknown. Raises ValueError, with the reason, if it is "triton" and an op cannot run on Triton
-    here.
+    "auto" takes what was found fastest, else Triton where it can run, else PyTorch. failed: op -> why
+    its Triton kernels are not to be trusted here, from the self-check. tuned: op -> implementation,
+    from `gpt2 tune`; only "auto" heeds it. Raises ValueError if the backend is unknown. Raises
+    ValueError, with the reason, if it is "triton" and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
     device = torch.device(device)
     choices = []
     for op in MODULES:
-        obstacle = triton_obstacle(op, device, dtype, head_dim)
-        if backend == "torch":
-            choices.append(Choice(op, "torch", "asked for"))
-        elif obstacle is not None and backend == "triton":
+        obstacle = triton_obstacle(op, device, dtype, head_dim) or (failed or {}).get(op)
+        if obstacle is not None and backend == "triton":
             raise ValueError(
                 f"kernels: the triton backend must be able to run every op, {op} cannot: {obstacle}; "
                 'use "auto" or "torch"'
             )
-        elif obstacle is not None:
-            choices.append(Choice(op, "torch", obstacle))
-        elif INTERPRETED and backend == "auto":
-            choices.append(Choice(op, "torch", "Triton's interpreter is for tests, ask for triton to run it"))
-        else:
-            choices.append(Choice(op, "triton", "interpreter" if INTERPRETED else architecture(device)))
-    functions = {choice.op: getattr(MODULES[choice.op], f"{choice.op}_{choice.implementation}") for choice in choices}
-    return Ops(**functions, choices=tuple(choices))
+        choices.append(_choose(op, backend, device, obstacle, (tuned or {}).get(op)))
+    return Ops(
+        **{choice.op: implementation(choice.op, choice.implementation) for choice in choices}, choices=tuple(choices)
+    )
+
+
+def _choose(op: str, backend: Backend, device: torch.device, obstacle: str | None, tuned: str | None) -> Choice:
+    if backend == "torch":
+        return Choice(op, "torch", "asked for")
+    if backend == "auto" and tuned is not None and (tuned != "triton" or obstacle is None):
+        return Choice(op, tuned, "tuned")
+    if obstacle is not None:
+        return Choice(op, "torch", obstacle)
+    if INTERPRETED and backend == "auto":
+        return Choice(op, "torch", "Triton's interpreter is for tests, ask for triton to run it")
+    return Choice(op, "triton", "interpreter" if INTERPRETED else architecture(device))
+
+
+def implementation(op: str, name: str) -> Callable:
+    """The function of an op's implementation: "reference", "triton", "torch" or an alternative."""
+    module = alternatives if name in ALTERNATIVES.get(op, ()) else MODULES[op]
+    return getattr(module, f"{op}_{name}")
 
 
 def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels.tiles
-from kernels import dispatch
+from kernels import alternatives, cases, dispatch
 from kernels.dispatch import MODULES, Choice, Ops, has_c_compiler, select
 
 OPS = ("attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear_cross_entropy")
@@ -156,3 +156,39 @@ def test_the_explanation_is_one_line_per_op():
 
 def test_ops_name_the_same_ops_as_the_modules():
     assert tuple(name for name in Ops.__dataclass_fields__ if name != "choices") == tuple(MODULES)
+
+
+def test_auto_takes_what_was_tuned_and_says_so(on_a_gpu, monkeypatch):
+    tuned = {"attention": "cudnn", "gelu": "torch", "layer_norm": "triton"}
+    ops = select("auto", "cuda", torch.bfloat16, 64, tuned=tuned)
+    assert ops.attention is alternatives.attention_cudnn
+    assert (ops.gelu, ops.layer_norm) == ("gelu on torch", "layer_norm on triton")
+    chosen = {choice.op: (choice.implementation, choice.reason) for choice in ops.choices}
+    assert chosen["attention"] == ("cudnn", "tuned")
+    assert chosen["bias_gelu"] == ("triton", "sm_90")
+
+
+@pytest.mark.parametrize(("backend", "implementation"), [("triton", "triton"), ("torch", "torch")])
+def test_a_backend_that_was_asked_for_heeds_no_tuning(on_a_gpu, backend, implementation):
+    ops = select(backend, "cuda", torch.bfloat16, 64, tuned={"attention": "cudnn"})
+    assert ops.attention == f"attention on {implementation}"
+
+
+def test_an_op_that_failed_its_check_runs_on_pytorch_with_the_reason(on_a_gpu):
+    why = "its self-check failed: dqkv is off by 0.5"
+    ops = select("auto", "cuda", torch.bfloat16, 64, failed={"attention": why}, tuned={"attention": "triton"})
+    assert ops.attention == "attention on torch"
+    assert ops.choices[0] == Choice("attention", "torch", why)
+    with pytest.raises(ValueError, match=r"attention cannot: its self-check failed: dqkv is off by 0\.5"):
+        select("triton", "cuda", torch.bfloat16, 64, failed={"attention": why})
+
+
+def test_every_alternative_gives_its_op_s_result():
+    torch.manual_seed(0)
+    sizes = cases.Sizes(B=2, T=5, H=2, D=16, V=61, Vp=64)
+    for op, names in dispatch.ALTERNATIVES.items():
+        options = {"vocab_size": sizes.V} if op == "linear_cross_entropy" else {}
+        inputs = cases.with_gradients(cases.inputs_of(op, sizes, torch.float64, torch.device("cpu")))
+        expected = dispatch.implementation(op, "reference")(*inputs, **options)
+        for name in set(names) - {"cudnn", "efficient"}:  # which a CPU has not
+            torch.testing.assert_close(dispatch.implementation(op, name)(*inputs, **options), expected)
