@@ -143,7 +143,7 @@ class Comparison:
                 setup |= {"precision": trial.precision, "recompute": recompute if peer.is_ours else "none"}
                 if peer.is_ours:
                     setup |= {"backend": "torch"} if "torch" in peer.who else self.setup
-                peak_flops, losses = self._train(worker, trial, setup, batch, peer.is_tuned)
+                facts, losses = self._train(worker, trial, setup, batch, peer.is_tuned)
                 memory = self._ask(worker, "warm_up")
                 break
             except Failed as error:
@@ -155,8 +155,8 @@ class Comparison:
         allowed = LOSS_TOLERANCE[trial.precision]
         if not largest <= allowed:
             raise Failed(f"its losses must be the reference's to {allowed:.0e}, they differ by up to {largest:.1e}")
-        row.facts |= {"precision": trial.precision, "batch": batch, "recompute": recompute, "peak_flops": peak_flops}
-        row.note = "; ".join(notes)
+        row.facts |= {"precision": trial.precision, "batch": batch, "recompute": recompute} | facts
+        row.note = "; ".join([*notes, *([f"SDPA: {facts['sdpa']}"] if facts["sdpa"] else [])])
         row.figures |= {f"{key} memory": exact(memory[key], "B") for key in ("step", "peak")}
         row.figures |= {"loss": exact(losses[-1], "nats"), "loss difference": exact(largest, "")}
         self.say(f"{trial.name}, {peer}: loss {losses[-1]:.5f}, {memory['step'] / 1e6:,.0f} MB")
@@ -173,9 +173,9 @@ class Comparison:
 
     def _train(self, worker: Worker, trial: Trial, setup: dict, batch: int, is_tuned: bool = False) -> tuple:
         model, (sequences, context) = dataclasses.asdict(trial.config), trial.checked
-        peak_flops = self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
+        facts = self._ask(worker, "build", model=model, batch=batch, is_tuned=is_tuned, setup=setup)
         shape = {"updates": trial.updates, "sequences": sequences, "context": context}
-        return peak_flops, self._ask(worker, "losses", **shape)
+        return facts, self._ask(worker, "losses", **shape)
 
     def _time(self, trial: Trial, ready: dict[Peer, Worker], rows: dict[Peer, Row]) -> dict[Peer | str, list[float]]:
         """Seconds per update of every peer and the ceiling's FLOP/s, in turns; NaN of one that failed meanwhile."""

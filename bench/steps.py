@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.reference import ReferenceGPT2
 from engine import optim
@@ -61,20 +62,28 @@ def build(
         step = Step(runs, optimizer, scaler, Guard(device), 1, CLIP, ranks, Clock(device))
         return lambda micro_batches: step(next(updates), micro_batches, LR)[0]
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    return PeerStep(model, runs, scaler, autocast)
+    return PeerStep(model, runs, scaler, autocast, pinned(device, dtype))
+
+
+def pinned(device: torch.device, dtype: torch.dtype) -> SDPBackend | None:
+    """The backend that the peers' attention is held to: PyTorch's preference here. None where nothing is pinned."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype == torch.float32:
+        return None
+    prefers_cudnn = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return SDPBackend.CUDNN_ATTENTION if prefers_cudnn else SDPBackend.FLASH_ATTENTION
 
 
 class PeerStep:
     """The same update as most people write it."""
 
-    def __init__(self, model: nn.Module, runs: nn.Module, scaler: torch.amp.GradScaler, autocast):
-        self.model, self.runs, self.scaler, self.autocast = model, runs, scaler, autocast
+    def __init__(self, model: nn.Module, runs: nn.Module, scaler: torch.amp.GradScaler, autocast, sdpa=None):
+        self.model, self.runs, self.scaler, self.autocast, self.sdpa = model, runs, scaler, autocast, sdpa
         self.optimizer = adamw(model)
 
     def __call__(self, micro_batches: MicroBatches) -> Tensor:
         total = torch.zeros((), device=micro_batches[0][0].device)
         for tokens, targets in micro_batches:
-            with self.autocast:
+            with self.autocast, sdpa_kernel(self.sdpa) if self.sdpa else contextlib.nullcontext():
                 if isinstance(self.model, ReferenceGPT2):
                     loss = self.runs(tokens, targets)
                 else:  # shift_labels: it would otherwise drop the last position's target

@@ -132,8 +132,8 @@ class Handlers:
         self.inputs, self.douts = definition.fresh(self.dtype, self.device)
         self.op = definition
 
-    def build(self, model: dict, batch: int, is_tuned: bool, setup: dict) -> float | None:
-        """Makes a model and its step; the data-sheet peak of this device in FLOP/s, if it is known."""
+    def build(self, model: dict, batch: int, is_tuned: bool, setup: dict) -> dict:
+        """Makes a model and its step; the device's data-sheet peak in FLOP/s and the backend of a peer's attention."""
         if is_tuned:
             tune_malloc()
         self.release()
@@ -142,7 +142,8 @@ class Handlers:
             weights = steps.initial_weights(self.config)
         setup = steps.Setup(**({"compiler": self.compiler} | setup))
         self.step = steps.build(setup, self.config, weights, self.device)
-        return peak_flops(self.device, setup.precision)
+        sdpa = None if setup.who == steps.OURS else steps.pinned(self.device, COMPUTE_DTYPES[setup.precision])
+        return {"peak_flops": peak_flops(self.device, setup.precision), "sdpa": sdpa and sdpa.name}
 
     def losses(self, updates: int, sequences: int, context: int) -> list[float]:
         """The losses of updates on the same batches for all."""

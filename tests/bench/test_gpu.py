@@ -276,6 +276,8 @@ def test_goals_compare_with_the_best_peer_and_the_ceiling():
     assert found["layer_norm, backward, share of the copy ceiling"] == ("85.0%", "met")
     assert found["linear_cross_entropy, times less peak memory than torch.compile"] == ("5.90x", "not met")
     assert found["gelu, forward + backward, against PyTorch's best"] == ("-", "not measured")
-    assert goals.gpu_goals(rows, "NVIDIA H100")[0].measured is None
+    assert goals.gpu_goals(rows, "NVIDIA H100 80GB HBM3")[0].measured == 650e3
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA A100-SXM4-80GB"):
+        assert goals.gpu_goals(rows, other)[0].measured is None
     rows[2].facts["batch"] = 32
     assert goals.gpu_goals(rows, "NVIDIA H200")[2].measured is None

@@ -32,7 +32,7 @@ class Actor:
         if do == "build":
             self.who, self.batch = what["setup"]["who"], what["batch"]
             self.seconds = iter(self.parts.get(self.who, (10.0, []))[1] * 9)
-            return None
+            return {"peak_flops": None, "sdpa": None}
         loss, fits = self.parts.get(self.who, (10.0, []))[0], self.parts.get("fits", 99)
         if do == "losses":
             is_truth = self.batch == peers.TRUTH_SEQUENCES and self.who == "reference"

@@ -47,6 +47,7 @@ def test_nothing_measured_is_said(write):
     assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
         *("**this engine**, bf16", "H200", "not yet measured", "not yet measured")
     ]
+    assert all("estimate" in line and "not a measurement" in line for line in table[3:5])
     assert any("8 x H100" in line and "468,000" in line and "40.5%" in line for line in table)
 
 
@@ -60,6 +61,7 @@ def test_a_measured_step_takes_the_place_of_the_promise(write):
     write("gpu.json", {"gpu": "NVIDIA H200"}, rows)
     table = report.gpu()
     assert "not yet measured" not in table
+    assert "estimate" not in table
     cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()[2:4]]
     assert cells[0] == ["**this engine**, bf16, compiled, B = 64", "NVIDIA H200", "123,457", "45.6%"]
     assert cells[1] == ["plain PyTorch, bf16, compiled, B = 64", "NVIDIA H200", "1,000", ""]
