@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -29,21 +30,39 @@ COMPUTE_DTYPES = {
 }
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
-# The first name that a device's name contains counts, so narrower names come first.
+# Dense bf16 tensor-core peaks in TFLOP/s with float32 accumulation, which a GeForce has at half rate,
+# and without sparsity: half of a figure that counts it. From NVIDIA's data sheets, and from its
+# architecture white papers for GeForce (GA102, Ada, Blackwell) and RTX PRO. The first name that
+# occurs as whole words counts, so narrower names come first. A name that has no certain figure is
+# not here, and a run on it reports no MFU.
 PEAK_TFLOPS = {
+    "GB200": 2500,  # as in GB200 NVL72
+    "B200": 2250,  # as in HGX B200
+    "GH200": 989,
     "H200 NVL": 836,
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
-    "RTX A6000": 155,
+    "A10": 125,
+    "A10G": 70,
+    "L4": 121,
+    "L40": 181,
     "L40S": 362,
-    "RTX 4090": 165,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
+    "RTX PRO 6000 Blackwell Workstation": 504,  # Server and Max-Q editions have lower clocks
+    "RTX 3080": 59.5,  # of 10 GB; the card of 12 GB has the same name and 61
     "RTX 3090": 71,
+    "RTX 3090 Ti": 80,
+    "RTX 4080": 97.5,
+    "RTX 4090": 165,
+    "RTX 5080": 112.6,
+    "RTX 5090": 209.5,
 }
-NOT_THE_WHOLE_CARD = ("MIG", "Laptop")
+OTHER_CARD = r"(?! (?:Ti|SUPER|D)\b)"  # after a name: another card than the one named
+NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last: a share that a hypervisor gives
 
 
 # ---- Precision ----------------------------------------------------------------------------------------------------
@@ -138,9 +157,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    if any(part in name for part in NOT_THE_WHOLE_CARD):
+    if NOT_THE_WHOLE_CARD.search(name):
         return None
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b{OTHER_CARD}", name)), None)
 
 
 def peak_gib(device: torch.device) -> float:
