@@ -15,6 +15,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -90,6 +92,32 @@ def apply_precision(precision: str) -> torch.dtype:
     """Sets PyTorch's mode for float32 matrix products and returns the dtype of the activations."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     return COMPUTE_DTYPES[precision]
+
+
+@contextmanager
+def deterministic(is_asked: bool) -> Iterator[None]:
+    """Context manager in which PyTorch's own ops give the same bits in every run, if asked.
+
+    Our kernels do so anyway. Inductor then leaves the embeddings' gradients to an op that sorts,
+    in place of atomics, and chooses nothing by timing. Enter it before the first matrix product on
+    a GPU, where cuBLAS reads its variable. New memory is not filled: every op of ours writes all of
+    its outputs.
+    """
+    if not is_asked:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a workspace of its own for each stream
+    were, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with inductor.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(were)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

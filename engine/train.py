@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: import as from the repository root
 
-from engine import distributed, optim, start
+from engine import device, distributed, optim, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
@@ -98,7 +98,11 @@ def main(args: list[str]) -> int:
     try:
         config = parse(args, "gpt2 train")
         stop = Stop(config.grace_seconds, config.max_minutes)
-        with stop, distributed.process_group(config.timeout_minutes) as ranks:
+        with (
+            stop,
+            device.deterministic(config.deterministic),
+            distributed.process_group(config.timeout_minutes) as ranks,
+        ):
             stopped_by = train(config, ranks, stop)
     except (BadInput, Diverged, Lost) as error:
         print(error, file=sys.stderr, flush=True)
