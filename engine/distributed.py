@@ -155,6 +155,9 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         watchdog = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
         watchdog.daemon = True
         watchdog.start()
+        # torchrun sets 1, with which NCCL's own thread aborts the process when a peer is lost: SIGABRT in
+        # place of a sentence and exit code 4. The heartbeat ends the waiting instead.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
