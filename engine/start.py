@@ -152,8 +152,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
     with ranks.fail_together():
-        data = read_data(config, ranks)
         precision, why = device.choose_precision(config.precision, ranks.device)
+    most = largest_micro_batch(config, precision, ranks)
+    with ranks.fail_together():
+        data = read_data(config, ranks, most)
     past = find_past(config, data, ranks)
     precision, why = ranks.broadcast_object((precision, why))  # on a CPU it was chosen by timing
     if past.step == config.num_steps:
@@ -164,14 +166,29 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     return run
 
 
-def read_data(config: TrainConfig, ranks: Ranks) -> Data:
-    """Opens the shards.
+def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> int:
+    """Most sequences per forward pass without --micro-batch-size, the same on every rank.
+
+    On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
+    that its sums keep their order. On a CPU 16.
+    """
+    if ranks.device.type != "cuda":
+        return 16
+    shards = distributed.shards(config.parallel, config.shard_size, ranks)
+    free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
+    fits = min(ranks.gather(device.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
+    earlier = directory.resolved(config.out) if config.resume == "auto" else {}
+    return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
+
+
+def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
+    """Opens the shards. most: sequences per forward pass, if the config leaves that open.
 
     Raises BadInput if they are bad, too few, or of another vocabulary than the model's.
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config.model.vocab_size, tokenizer, config.data)
-    shape = batch_shape(config, ranks.world_size)
+    shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
