@@ -3,7 +3,7 @@
     read_data      tokenizer, shards, batches: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
-    open_record    metrics, saver, heartbeat, trace
+    open_record    metrics, plots, saver, heartbeat, trace
 
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
@@ -27,6 +27,7 @@ from engine.health.timing import Clock, Part, Trace, phase
 from engine.run import directory, export, resume
 from engine.run.checkpoint import Checkpoint
 from engine.run.metrics import Metrics
+from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Guard, Mailbox, Step
 from engine.tokens import shards
@@ -74,6 +75,7 @@ class Run:
     replica_group: dist.ProcessGroup | None
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
+    painter: Painter = field(init=False)
     saver: Saver = field(init=False)
     heartbeat: Heartbeat = field(init=False)
     trace: Trace = field(init=False)
@@ -141,7 +143,13 @@ class Run:
         """Closes every part at the end, also after an exception; then waits for all ranks."""
         with self.heartbeat:  # closed last: it turns an exception into an error message
             # Nested, not an ExitStack: what fails while closing must see the exception before it.
-            with closing(self.data.batches), closing(self.record), self.saver, closing(self.trace):
+            with (
+                closing(self.data.batches),
+                closing(self.record),
+                closing(self.painter),
+                self.saver,
+                closing(self.trace),
+            ):
                 yield
             self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
@@ -291,9 +299,10 @@ def summary(run: Run) -> str:
 
 
 def open_record(run: Run) -> None:
-    """Opens the run's metrics, saver, trace and heartbeat."""
+    """Opens the run's metrics, plots, saver, trace and heartbeat."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
+    run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.trace = Trace(config.profile, config.out, ranks)
     run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)

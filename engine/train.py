@@ -28,7 +28,7 @@ from engine.errors import (
     missing_package,
 )
 from engine.health.stopping import Stop, under_torchrun
-from engine.run import directory, metrics, plots
+from engine.run import directory, metrics
 from engine.step import OUT_OF_TIME, Numbers
 
 
@@ -57,7 +57,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                     record.log(step, val_loss=val_loss)
                     record.sample(step, run.sample())
                     if ranks.is_first:
-                        plots.draw(config, record.rows(), data.tokenizer.unit)
+                        run.painter.draw(record.rows())
             if saves:
                 with run.doing("checkpoint", step):
                     record.sync(row_is_complete=is_last)
