@@ -51,6 +51,7 @@ class TrainConfig:
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
+    cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches; not yet run on a GPU
     deterministic: bool = False  # the same bits in every run on the same GPUs and versions; costs a little time
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
@@ -114,6 +115,9 @@ class TrainConfig:
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
             )
+        if self.cuda_graphs and (self.parallel != "ddp" or self.compile is False):
+            got = "--no-compile" if self.compile is False else f"--parallel {self.parallel}"
+            wrong.append(f"--cuda-graphs must go with --compile and --parallel ddp, got {got}; leave one of them out")
         if self.sequence_length > self.model.n_positions:
             wrong.append(
                 f"--context must be at most the model's {self.model.n_positions} positions, got "

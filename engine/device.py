@@ -150,6 +150,19 @@ def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
     return obstacle is None, "on" if obstacle is None else f"skipped, {obstacle}: steps run uncompiled"
 
 
+def use_cuda_graphs(device: torch.device, is_compiled: bool) -> None:
+    """Has Inductor record what it compiles from now on as CUDA graphs, and replay those.
+
+    Raises BadInput on a CPU or without torch.compile.
+    """
+    if device.type != "cuda" or not is_compiled:
+        got = f"a {device.type}" + ("" if is_compiled else " without torch.compile")
+        raise BadInput(f"train: --cuda-graphs needs a GPU and torch.compile, got {got}; leave it out")
+    import torch._inductor.config as inductor
+
+    inductor.triton.cudagraphs = True
+
+
 def compile_obstacle(device: torch.device) -> str | None:
     """Why torch.compile cannot run here, or None.
 

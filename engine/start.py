@@ -252,6 +252,8 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
 
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
+    if config.cuda_graphs:
+        device.use_cuda_graphs(ranks.device, is_compiled)
     model = distributed.wrap(
         raw_model,
         ranks,
@@ -271,7 +273,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
-    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock)
+    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
     run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
     if past.checkpoint is not None:
         run.load(past.checkpoint)
