@@ -40,6 +40,7 @@ def assert_equal_numbers(left, right) -> None:
         assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
 
 
+@pytest.mark.slow
 def test_gradients_are_added_outside_of_the_graphs_and_give_the_same_numbers(shards, tmp_path, monkeypatch):
     """The step's part of it, on a CPU, where nothing is recorded."""
     assert train(tmp_path / "plain", shards) == 0
