@@ -47,10 +47,12 @@ class TrainConfig:
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # tokens per sequence; None: the model's n_positions
-    micro_batch_size: int | None = None  # sequences per forward pass on one GPU; None: at most 16, to divide the step
+    micro_batch_size: int | None = None  # sequences per forward pass of one process; None: 8 to 64 by free GPU memory
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
+    cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches; not yet run on a GPU
+    deterministic: bool = False  # the same bits in every run on the same GPUs and versions; costs a little time
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
@@ -113,6 +115,9 @@ class TrainConfig:
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
             )
+        if self.cuda_graphs and (self.parallel != "ddp" or self.compile is False):
+            got = "--no-compile" if self.compile is False else f"--parallel {self.parallel}"
+            wrong.append(f"--cuda-graphs must go with --compile and --parallel ddp, got {got}; leave one of them out")
         if self.sequence_length > self.model.n_positions:
             wrong.append(
                 f"--context must be at most the model's {self.model.n_positions} positions, got "
@@ -250,12 +255,13 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     return config
 
 
-def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
+def batch_shape(config: TrainConfig, world_size: int, most: int = 16) -> tuple[int, int]:
     """(micro_batch_size, accumulation) of each rank.
 
     These are the sequences per forward pass and the forward passes per step:
-    tokens_per_step = context * micro_batch_size * accumulation * world_size. Raises BadInput, with
-    the nearest valid values, if no integers satisfy this.
+    tokens_per_step = context * micro_batch_size * accumulation * world_size. Without
+    --micro-batch-size they are at most `most`. Raises BadInput, with the nearest valid values, if
+    no integers satisfy this.
     """
     T, wanted = config.sequence_length, config.micro_batch_size
     unit = T * world_size * (wanted or 1)
@@ -278,7 +284,7 @@ def batch_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
             f"{T} * {wanted or 1} * {world_size} = {unit}, got {config.tokens_per_step}; {advice}"
         )
     per_rank = config.tokens_per_step // (T * world_size)  # sequences
-    size = wanted or max(size for size in range(1, min(16, per_rank) + 1) if per_rank % size == 0)
+    size = wanted or max(size for size in range(1, min(most, per_rank) + 1) if per_rank % size == 0)
     return size, per_rank // size
 
 

@@ -11,15 +11,20 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from engine.config import TrainConfig
 from engine.errors import BadInput
 from kernels.dispatch import has_c_compiler, select
 from kernels.launch import HAS_TRITON
+from model.presets import activation_bytes, num_parameters
 
 COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
@@ -27,23 +32,43 @@ COMPUTE_DTYPES = {
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
+MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences, of which a GPU takes the first that fits
+MARGIN = 0.1  # share of the free memory left for fragments, workspaces and what the estimate leaves out
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from NVIDIA's data sheets, without sparsity.
-# The first name that a device's name contains counts, so narrower names come first.
+# Dense bf16 tensor-core peaks in TFLOP/s with float32 accumulation, which a GeForce has at half rate,
+# and without sparsity: half of a figure that counts it. From NVIDIA's data sheets, and from its
+# architecture white papers for GeForce (GA102, Ada, Blackwell) and RTX PRO. The first name that
+# occurs as whole words counts, so narrower names come first. A name that has no certain figure is
+# not here, and a run on it reports no MFU.
 PEAK_TFLOPS = {
+    "GB200": 2500,  # as in GB200 NVL72
+    "B200": 2250,  # as in HGX B200
+    "GH200": 989,
     "H200 NVL": 836,
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
-    "RTX A6000": 155,
+    "A10": 125,
+    "A10G": 70,
+    "L4": 121,
+    "L40": 181,
     "L40S": 362,
-    "RTX 4090": 165,
+    "RTX A6000": 155,
+    "RTX 6000 Ada": 364,
+    "RTX PRO 6000 Blackwell Workstation": 504,  # Server and Max-Q editions have lower clocks
+    "RTX 3080": 59.5,  # of 10 GB; the card of 12 GB has the same name and 61
     "RTX 3090": 71,
+    "RTX 3090 Ti": 80,
+    "RTX 4080": 97.5,
+    "RTX 4090": 165,
+    "RTX 5080": 112.6,
+    "RTX 5090": 209.5,
 }
-NOT_THE_WHOLE_CARD = ("MIG", "Laptop")
+OTHER_CARD = r"(?! (?:Ti|SUPER|D)\b)"  # after a name: another card than the one named
+NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last: a share that a hypervisor gives
 
 
 # ---- Precision ----------------------------------------------------------------------------------------------------
@@ -73,6 +98,32 @@ def apply_precision(precision: str) -> torch.dtype:
     return COMPUTE_DTYPES[precision]
 
 
+@contextmanager
+def deterministic(is_asked: bool) -> Iterator[None]:
+    """Context manager in which PyTorch's own ops give the same bits in every run, if asked.
+
+    Our kernels do so anyway. Inductor then leaves the embeddings' gradients to an op that sorts,
+    in place of atomics, and chooses nothing by timing. Enter it before the first matrix product on
+    a GPU, where cuBLAS reads its variable. New memory is not filled: every op of ours writes all of
+    its outputs.
+    """
+    if not is_asked:
+        yield
+        return
+    import torch._inductor.config as inductor
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a workspace of its own for each stream
+    were, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        with inductor.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(were)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
 def _matmul_seconds(dtype: torch.dtype) -> float:
     """Best time of three products of 256 x 256 matrices: 3 ms in fp32 on one slow core."""
     left = torch.ones(256, 256, dtype=dtype)
@@ -97,6 +148,19 @@ def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
         return False, "off, as asked" if asked is False else f"off, the default on a {device.type}"
     obstacle = compile_obstacle(device)
     return obstacle is None, "on" if obstacle is None else f"skipped, {obstacle}: steps run uncompiled"
+
+
+def use_cuda_graphs(device: torch.device, is_compiled: bool) -> None:
+    """Has Inductor record what it compiles from now on as CUDA graphs, and replay those.
+
+    Raises BadInput on a CPU or without torch.compile.
+    """
+    if device.type != "cuda" or not is_compiled:
+        got = f"a {device.type}" + ("" if is_compiled else " without torch.compile")
+        raise BadInput(f"train: --cuda-graphs needs a GPU and torch.compile, got {got}; leave it out")
+    import torch._inductor.config as inductor
+
+    inductor.triton.cudagraphs = True
 
 
 def compile_obstacle(device: torch.device) -> str | None:
@@ -133,14 +197,38 @@ def tune_malloc() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes: free memory at the top of the heap is kept below this
 
 
+def step_bytes(config: TrainConfig, micro_batch_size: int, dtype: torch.dtype, shards: int = 1) -> int:
+    """Estimate of the GPU memory that one step takes, compiled and with AdamW.
+
+    shards: ranks that share one copy of weights, gradients and moments.
+    """
+    model, tokens = config.model, micro_batch_size * config.sequence_length
+    parameters = num_parameters(model)
+    block = (parameters - model.n_embd * (model.padded_vocab_size + model.n_positions)) // model.n_layer
+    # Under FSDP with resharding a rank holds the whole weights of two blocks and of the embeddings only.
+    whole = parameters if shards == 1 or not config.reshard else parameters - max(0, model.n_layer - 2) * block
+    per_whole = 4 + (dtype.itemsize if dtype.itemsize < 4 or shards > 1 else 0)  # this micro-batch's gradients, casts
+    dweight = 4 * model.padded_vocab_size * model.n_embd
+    logits = min(tokens, 8192) * model.padded_vocab_size * (dtype.itemsize + 4)  # a chunk's, and a float32 copy
+    gradients = 10 * tokens * model.n_embd * dtype.itemsize  # of one block's activations
+    stored = activation_bytes(model, tokens, dtype.itemsize, config.recompute)
+    return 16 * parameters // shards + per_whole * whole + dweight + logits + gradients + stored
+
+
+def largest_micro_batch(config: TrainConfig, dtype: torch.dtype, free_bytes: int, shards: int = 1) -> int:
+    """The largest of MICRO_BATCHES whose estimate fits into free_bytes with a margin; 1 if none does."""
+    room = free_bytes * (1 - MARGIN)
+    return next((size for size in MICRO_BATCHES if step_bytes(config, size, dtype, shards) <= room), 1)
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Data-sheet peak of the device in FLOP/s for bf16 and fp16, or None where it is not known."""
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
     name = torch.cuda.get_device_name(device)
-    if any(part in name for part in NOT_THE_WHOLE_CARD):
+    if NOT_THE_WHOLE_CARD.search(name):
         return None
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b{OTHER_CARD}", name)), None)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -155,6 +155,9 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         watchdog = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
         watchdog.daemon = True
         watchdog.start()
+        # torchrun sets 1, with which NCCL's own thread aborts the process when a peer is lost: SIGABRT in
+        # place of a sentence and exit code 4. The heartbeat ends the waiting instead.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -285,7 +288,7 @@ def wrap(
     return raw_model
 
 
-def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
+def _mesh(ranks: Ranks, parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: int | None) -> DeviceMesh:
     """Makes the device mesh.
 
     fsdp: (ranks,), one replica. hsdp: (replicas, shard_size), each replica over neighbouring ranks.
@@ -294,7 +297,7 @@ def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if parallel == "fsdp":
         return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
-    size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = shards(parallel, shard_size, ranks)
     if ranks.world_size % size:
         even = [str(n) for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
         raise BadInput(
@@ -303,6 +306,12 @@ def _mesh(ranks: Ranks, parallel: str, shard_size: int | None) -> DeviceMesh:
         )
     shape = (ranks.world_size // size, size)
     return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shards(parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: int | None, ranks: Ranks) -> int:
+    """Number of ranks that share one copy of weights, gradients and moments."""
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return {"ddp": 1, "fsdp": ranks.world_size, "hsdp": shard_size or per_host}[parallel]
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
     read_data      tokenizer, shards, batches: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
-    open_record    metrics, saver, heartbeat, trace
+    open_record    metrics, plots, saver, heartbeat, trace
 
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
@@ -27,6 +27,7 @@ from engine.health.timing import Clock, Part, Trace, phase
 from engine.run import directory, export, resume
 from engine.run.checkpoint import Checkpoint
 from engine.run.metrics import Metrics
+from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Guard, Mailbox, Step
 from engine.tokens import shards
@@ -74,6 +75,7 @@ class Run:
     replica_group: dist.ProcessGroup | None
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
+    painter: Painter = field(init=False)
     saver: Saver = field(init=False)
     heartbeat: Heartbeat = field(init=False)
     trace: Trace = field(init=False)
@@ -141,7 +143,13 @@ class Run:
         """Closes every part at the end, also after an exception; then waits for all ranks."""
         with self.heartbeat:  # closed last: it turns an exception into an error message
             # Nested, not an ExitStack: what fails while closing must see the exception before it.
-            with closing(self.data.batches), closing(self.record), self.saver, closing(self.trace):
+            with (
+                closing(self.data.batches),
+                closing(self.record),
+                closing(self.painter),
+                self.saver,
+                closing(self.trace),
+            ):
                 yield
             self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
@@ -152,8 +160,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
     with ranks.fail_together():
-        data = read_data(config, ranks)
         precision, why = device.choose_precision(config.precision, ranks.device)
+    most = largest_micro_batch(config, precision, ranks)
+    with ranks.fail_together():
+        data = read_data(config, ranks, most)
     past = find_past(config, data, ranks)
     precision, why = ranks.broadcast_object((precision, why))  # on a CPU it was chosen by timing
     if past.step == config.num_steps:
@@ -164,14 +174,29 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     return run
 
 
-def read_data(config: TrainConfig, ranks: Ranks) -> Data:
-    """Opens the shards.
+def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> int:
+    """Most sequences per forward pass without --micro-batch-size, the same on every rank.
+
+    On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
+    that its sums keep their order. On a CPU 16.
+    """
+    if ranks.device.type != "cuda":
+        return 16
+    shards = distributed.shards(config.parallel, config.shard_size, ranks)
+    free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
+    fits = min(ranks.gather(device.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
+    earlier = directory.resolved(config.out) if config.resume == "auto" else {}
+    return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
+
+
+def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
+    """Opens the shards. most: sequences per forward pass, if the config leaves that open.
 
     Raises BadInput if they are bad, too few, or of another vocabulary than the model's.
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config.model.vocab_size, tokenizer, config.data)
-    shape = batch_shape(config, ranks.world_size)
+    shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
@@ -227,6 +252,8 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
 
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
+    if config.cuda_graphs:
+        device.use_cuda_graphs(ranks.device, is_compiled)
     model = distributed.wrap(
         raw_model,
         ranks,
@@ -246,7 +273,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
-    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock)
+    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
     run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
     if past.checkpoint is not None:
         run.load(past.checkpoint)
@@ -274,9 +301,10 @@ def summary(run: Run) -> str:
 
 
 def open_record(run: Run) -> None:
-    """Opens the run's metrics, saver, trace and heartbeat."""
+    """Opens the run's metrics, plots, saver, trace and heartbeat."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
+    run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.trace = Trace(config.profile, config.out, ranks)
     run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)

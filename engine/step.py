@@ -135,6 +135,7 @@ class Step:
     clip: float  # largest norm of the whole gradient
     ranks: Ranks
     clock: Clock
+    cuda_graphs: bool = False  # whether Inductor replays the model as CUDA graphs: see _begin_replay
 
     def __call__(
         self,
@@ -158,6 +159,8 @@ class Step:
             is_last = position == len(micro_batches) - 1
             distributed.synchronize_gradients(self.model, is_last)
             tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            if self.cuda_graphs:
+                self._begin_replay()
             with phase("forward"):
                 loss = self.model(tokens, targets) / len(micro_batches)
             with phase("backward"):
@@ -173,5 +176,16 @@ class Step:
             optim.set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
         return torch.cat([mean_loss.double(), grad_norm.double().reshape(1), shared[1:].double(), self.guard.counts()])
+
+    def _begin_replay(self) -> None:
+        """Allows the next replay to overwrite the tensors that the last one returned.
+
+        Its gradients are among them. So autograd must add them to memory outside of the graphs, and
+        not keep the first micro-batch's as .grad.
+        """
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch.compiler.cudagraph_mark_step_begin()

@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: import as from the repository root
 
-from engine import distributed, optim, start
+from engine import device, distributed, optim, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
@@ -28,7 +28,7 @@ from engine.errors import (
     missing_package,
 )
 from engine.health.stopping import Stop, under_torchrun
-from engine.run import directory, metrics, plots
+from engine.run import directory, metrics
 from engine.step import OUT_OF_TIME, Numbers
 
 
@@ -57,7 +57,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                     record.log(step, val_loss=val_loss)
                     record.sample(step, run.sample())
                     if ranks.is_first:
-                        plots.draw(config, record.rows(), data.tokenizer.unit)
+                        run.painter.draw(record.rows())
             if saves:
                 with run.doing("checkpoint", step):
                     record.sync(row_is_complete=is_last)
@@ -98,7 +98,11 @@ def main(args: list[str]) -> int:
     try:
         config = parse(args, "gpt2 train")
         stop = Stop(config.grace_seconds, config.max_minutes)
-        with stop, distributed.process_group(config.timeout_minutes) as ranks:
+        with (
+            stop,
+            device.deterministic(config.deterministic),
+            distributed.process_group(config.timeout_minutes) as ranks,
+        ):
             stopped_by = train(config, ranks, stop)
     except (BadInput, Diverged, Lost) as error:
         print(error, file=sys.stderr, flush=True)

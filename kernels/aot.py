@@ -27,7 +27,11 @@ import torch
 from kernels import attention, cross_entropy, gelu, layer_norm
 from kernels.launch import HAS_TRITON, INTERPRETED, triton
 
-SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}  # KiB per program
+SHARED_LIMIT = {  # KiB per program
+    **{"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_103": 227, "sm_120": 99},
+    "gfx942": 64,
+}
+TENSOR_CORE = ("UTCHMMA", "HGMMA", "HMMA")  # SASS of tcgen05.mma (sm_100, sm_103), wgmma (sm_90) and mma
 HEADER = f"{'kernel':<27} {'case':<28} {'registers':>9} {'spilled B':>9} {'shared KiB':>10} {'tensor core':>11} loads"
 
 
@@ -166,9 +170,9 @@ def _read(target: str, kernel: str, case: str, binary) -> Row:
     """Row of one compiled kernel, read from its machine code."""
     if target.startswith("sm_"):
         usage, code = _disassemble(binary.asm["cubin"])
-        wgmma, mma = len(re.findall(r"\bHGMMA", code)), len(re.findall(r"\bHMMA", code))
+        counts = {name: len(re.findall(rf"\b{name}", code)) for name in TENSOR_CORE}
         registers, spilled = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))
-        tensor_core = " ".join(f"{count} {name}" for count, name in ((wgmma, "HGMMA"), (mma, "HMMA")) if count)
+        tensor_core = " ".join(f"{count} {name}" for name, count in counts.items() if count)
         wide_loads = len(re.findall(r"\bLDG[.A-Z0-9]*\.128|\bLDGSTS[.A-Z0-9]*\.128", code))
     else:
         code = binary.asm["amdgcn"]

@@ -2,8 +2,13 @@
 
 OUT/heartbeat is JSON: step, num_steps, time (of the last progress, seconds since 1970), state
 (running, stopped, done or failed) and reason. A thread of each rank reports its step and phase to
-the others through torchrun's store. If the run has several ranks, a rank that makes no progress for
-`timeout_minutes` prints which ranks are behind, writes its stacks to OUT and exits.
+the others through torchrun's store, whatever the main thread does: a compile or a save of minutes
+does not silence it. A rank of several exits with code 4
+
+    after `timeout_minutes` without progress of its own: it prints which ranks are behind and writes
+        its stacks to OUT;
+    after SILENT seconds without a report of another rank: its process or host is gone. Under NCCL
+        no exception would say so, since the main thread waits for the GPU.
 """
 
 import contextlib
@@ -22,6 +27,8 @@ from engine.health import failures
 
 HEARTBEAT = "heartbeat"
 EVERY = 1.0  # seconds between reports of a rank
+LISTEN = 5.0  # seconds between readings of all ranks' reports
+SILENT = 60.0  # seconds without a new report after which a rank counts as lost
 STALE = 5.0  # seconds without a report after which a rank counts as late
 
 
@@ -55,6 +62,28 @@ def account(rank: int, world_size: int, places: dict[int, Place], now: float) ->
     return "; ".join(late) or "no other rank is behind"
 
 
+class Silence:
+    """Seconds for which each other rank has sent no new report, by this process's own clock.
+
+    Hosts' clocks may differ, so only a change of a report counts, not the time in it. A rank that
+    has not reported yet may still be starting and is not counted. Nor is time in which this process
+    itself was suspended, as with SIGSTOP: between two calls at most `longest_step` counts.
+    """
+
+    def __init__(self, longest_step: float):
+        self._longest_step, self._now = longest_step, time.monotonic()
+        self._last: dict[int, Place] = {}
+        self.seconds: dict[int, float] = {}
+
+    def update(self, places: dict[int, Place], now: float) -> None:
+        """Takes the newest report of each rank, at `now` of time.monotonic()."""
+        passed, self._now = min(now - self._now, self._longest_step), now
+        for rank, place in places.items():
+            is_new = self._last.get(rank) != place
+            self._last[rank] = place
+            self.seconds[rank] = 0.0 if is_new else self.seconds[rank] + passed
+
+
 class Heartbeat:
     """Context manager around the loop.
 
@@ -64,6 +93,8 @@ class Heartbeat:
     def __init__(self, config: TrainConfig, ranks: Ranks, start: int, micro_batch_size: int):
         self.config, self.ranks, self.micro_batch_size = config, ranks, micro_batch_size
         self.timeout = 60 * config.timeout_minutes
+        self.silent = SILENT
+        self._heard: dict[int, Place] = {}  # newest report of each other rank; replaced, never changed
         self.step, self.phase, self.since = start, "starting", time.time()
         self.ends = ("failed", "")  # state and reason of the final heartbeat; the loop sets it before it ends
         self._ended = threading.Event()
@@ -104,8 +135,12 @@ class Heartbeat:
         )
 
     def _run(self) -> None:
+        silence = Silence(longest_step=2 * EVERY)
         while True:
             self._beat("running", "")
+            silence.update(self._heard, time.monotonic())
+            if lost := [rank for rank, seconds in silence.seconds.items() if seconds > self.silent]:
+                self._lose(lost)
             waited = time.time() - self.since
             # Later than the timeout of collectives. A single process has no limit: a step may take
             # hours.
@@ -128,10 +163,20 @@ class Heartbeat:
 
     def _report(self) -> None:
         """Runs in its own thread: a request to an unreachable host's store may hang for minutes."""
+        others = [rank for rank in range(self.ranks.world_size) if rank != self.ranks.rank]
+        next_reading = 0.0
         while not self._ended.is_set():
-            with contextlib.suppress(RuntimeError):  # the store's host is gone: collectives will fail too
+            with contextlib.suppress(RuntimeError, ValueError):  # the store's host is gone: all ranks fall silent
                 self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.phase, time.time()]))
+                if time.monotonic() >= next_reading:
+                    next_reading = time.monotonic() + min(LISTEN, self.silent / 4)
+                    self._heard = {rank: place for rank in others if (place := self._read(rank)) is not None}
             self._ended.wait(min(EVERY, self.timeout / 4))
+
+    def _read(self, rank: int) -> Place | None:
+        """The newest report of a rank, if there is one."""
+        key = f"place/{rank}"
+        return tuple(json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _places(self) -> dict[int, Place]:
         """The ranks' reports that the store returns within STALE seconds."""
@@ -140,13 +185,26 @@ class Heartbeat:
         def ask() -> None:
             with contextlib.suppress(RuntimeError, ValueError):
                 for rank in range(self.ranks.world_size if self._store is not None else 0):
-                    if self._store.check([f"place/{rank}"]):
-                        places[rank] = tuple(json.loads(self._store.get(f"place/{rank}")))
+                    if (place := self._read(rank)) is not None:
+                        places[rank] = place
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(STALE)
         return dict(places)
+
+    def _lose(self, lost: list[int]) -> None:
+        """Ends this process because other ranks are gone, for which its main thread may wait for ever."""
+        who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
+        print(
+            f"train: every rank must report each {EVERY:g} s, got no report of {who} for {self.silent:g} s at rank "
+            f"{self.ranks.rank} at step {self.step} ({self.phase}): a process or host is gone, or the network; the "
+            "same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._beat("failed", f"no report of {who}")
+        os._exit(LOST)
 
     def _leave(self, waited: float) -> None:
         """Ends this process because its main thread hangs."""

@@ -53,6 +53,16 @@ def tokenizer_name(run: str | Path) -> str:
     return json.loads((Path(run) / CONFIG_FILE).read_text()).get("tokenizer", "gpt2")
 
 
+def resolved(run: str | Path) -> dict:
+    """What `auto` was resolved to in a run that has a checkpoint to go on from; {} if it has none."""
+    if not any((Path(run) / "checkpoints").glob("step_*")):
+        return {}
+    try:
+        return json.loads((Path(run) / CONFIG_FILE).read_text()).get("resolved", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def report(train: TrainConfig, unit: str, outcome: str) -> str:
     """Final report of a run: a sample, the validation loss, and the paths of its files."""
     out = Path(train.out)

@@ -1,6 +1,8 @@
 """Plots of a run, labelled for a reader who did not run it: loss_curve.png and lr_schedule.png."""
 
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import optim
@@ -8,6 +10,7 @@ from engine.config import TrainConfig
 
 LOSS_CURVE = "loss_curve.png"
 LR_SCHEDULE = "lr_schedule.png"
+LONGEST_DRAWING = 60.0  # seconds that the end of a run waits for a drawing
 TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
 
 
@@ -17,6 +20,48 @@ def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
     Returns their paths. unit: token or byte.
     """
     return [_loss_curve(config, rows, unit), _lr_schedule(config, rows, unit)]
+
+
+class Painter:
+    """Draws a run's plots in a thread, so that no rank waits for them.
+
+    If another drawing is wanted meanwhile, it follows with the newest rows. A plot that cannot be
+    drawn is a warning: metrics.jsonl has the numbers, and `gpt2 plot` draws them again.
+    """
+
+    def __init__(self, config: TrainConfig, unit: str, warn: Callable[[str], None]):
+        self._config, self._unit, self._warn = config, unit, warn
+        self._lock = threading.Lock()  # of the two below
+        self._rows: list[dict] | None = None  # to draw next
+        self._thread: threading.Thread | None = None
+
+    def draw(self, rows: list[dict]) -> None:
+        """Has both plots drawn from rows of metrics.jsonl. Waits for nothing."""
+        with self._lock:
+            self._rows = rows
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="plots", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Waits for the last drawing, at most LONGEST_DRAWING seconds."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(LONGEST_DRAWING)
+            if thread.is_alive():
+                self._warn(f"plots: still not drawn after {LONGEST_DRAWING:g} s; gpt2 plot --run {self._config.out}")
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                rows, self._rows = self._rows, None
+                if rows is None:
+                    self._thread = None
+                    return
+            try:
+                draw(self._config, rows, self._unit)
+            except Exception as error:  # no picture may end the run
+                self._warn(f"plots: not drawn: {error!r}; training goes on, and gpt2 plot draws them again")
 
 
 def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):

@@ -57,6 +57,7 @@ FLAGS = [
     (["--kernels", "torch"], {"kernels": "torch"}),
     (["--compile"], {"compile": True}),
     (["--no-compile"], {"compile": False}),
+    (["--deterministic"], {"deterministic": True}),
     (["--parallel", "ddp"], {"parallel": "ddp"}),
     (["--seed", "9"], {"seed": 9}),
     (["--resume", "never"], {"resume": "never"}),

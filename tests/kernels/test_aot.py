@@ -19,6 +19,8 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
 TARGETS = ("sm_90",)  # other targets get a few cases; `python -m kernels.aot` compiles all of them for each
+FEW = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+BLACKWELL = ("sm_100", "sm_103", "sm_120")
 HEADS = [f"attention D={D} bf16" for D in (64, 80, 96, 128)]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
@@ -28,18 +30,18 @@ from kernels.aot import compile_all
 if __name__ == "__main__":
     rows = []
     for targets, cases in (
-        ({TARGETS!r}, {HEADS + REST!r}), (("sm_80", "sm_86", "sm_89"), {HEADS[:1]!r}), (("gfx942",), {AMD!r})
+        ({TARGETS!r}, {HEADS + REST!r}), ({FEW!r}, {HEADS[:1]!r}), (("gfx942",), {AMD!r})
     ):
         rows += [dataclasses.asdict(row) for made in compile_all(targets, cases, os.cpu_count()) for row in made]
     print(json.dumps(rows))
 """
 
 
-def run(*args: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*args: str, seconds: int = 600, **environment: str) -> subprocess.CompletedProcess:
     """Runs Python at the repository's root, with kernels compiled and not interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *args], cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=seconds
     )
 
 
@@ -63,11 +65,14 @@ def test_every_attention_kernel_is_there(rows, target, case):
     assert sorted(kernels) == ["attention_bwd_dkdv", "attention_bwd_dq", "attention_fwd"]
 
 
-def test_every_matmul_of_attention_is_wgmma_on_hopper_and_mma_before_it(rows):
+def test_every_matmul_of_attention_is_that_of_the_architectures_tensor_cores(rows):
+    newest = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # wgmma, tcgen05; GeForce's sm_120 has neither
+    seen = set()
     for row in rows:
         if row.case in HEADS and row.target.startswith("sm_"):
-            kinds = row.tensor_core.split()[1::2]
-            assert kinds == (["HGMMA"] if row.target == "sm_90" else ["HMMA"]), str(row)
+            assert row.tensor_core.split()[1::2] == [newest.get(row.target, "HMMA")], str(row)
+            seen.add(row.target)
+    assert seen == {*TARGETS, *FEW}
 
 
 def test_memory_is_read_128_bits_at_a_time(rows):
@@ -121,6 +126,14 @@ def test_the_command_prints_a_table_and_exits_with_0():
     assert [line.split()[0] for line in done.stdout.splitlines() if "gelu F=3072" in line] == [
         "gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "column_sum",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", BLACKWELL)
+def test_every_case_fits_on_blackwell(target):
+    done = run("-m", "kernels.aot", "--target", target, seconds=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(any(f" {case} " in line for line in done.stdout.splitlines()) for case in CASES)
 
 
 BROKEN = {

@@ -48,7 +48,7 @@ def test_every_entry_has_a_number_for_each_field_and_a_default():
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name.startswith("attention")])
 def test_attention_has_a_row_for_every_architecture_that_is_promised(name):
-    assert {"sm_80", "sm_86", "sm_89", "sm_90", "default"} <= set(TABLE[name])
+    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "default"} <= set(TABLE[name])
     assert all(max(sizes) == 256 for sizes in TABLE[name].values())
 
 

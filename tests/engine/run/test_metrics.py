@@ -46,25 +46,36 @@ def test_flops_count_the_parameters_that_the_model_has(name):
     assert flops_per_token(config, 512) == 6 * (sum(sizes.values()) - sizes["wpe.weight"]) + attention
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "peak"),
-    [
-        ("NVIDIA H200", "bf16", 989e12),
-        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
-        ("NVIDIA H200", "tf32", None),
-        ("NVIDIA H200 NVL", "bf16", 836e12),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
-        ("NVIDIA H100 PCIe", "bf16", 756e12),
-        ("NVIDIA H100 NVL", "bf16", 835e12),
-        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bf16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("NVIDIA T4", "bf16", None),
-    ],
-)
-def test_a_peak_is_given_only_where_it_is_known(name, precision, peak, monkeypatch):
+# Names as torch.cuda.get_device_name gives them, and bf16 peaks in TFLOP/s.
+PEAKS = {
+    **{"NVIDIA B200": 2250, "NVIDIA GB200": 2500, "NVIDIA GH200 480GB": 989},
+    **{"NVIDIA H200": 989, "NVIDIA H200 NVL": 836, "NVIDIA H100 80GB HBM3": 989},
+    **{"NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835},
+    **{"NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312},
+    **{"NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362},
+    **{"NVIDIA RTX A6000": 155, "NVIDIA RTX 6000 Ada Generation": 364, "Quadro RTX 6000": None},
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 504,
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": None,
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": None,
+    **{"NVIDIA GeForce RTX 3080": 59.5, "NVIDIA GeForce RTX 3080 Ti": None},
+    **{"NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 3090 Ti": 80},
+    **{"NVIDIA GeForce RTX 4080": 97.5, "NVIDIA GeForce RTX 4080 SUPER": None},
+    **{"NVIDIA GeForce RTX 4090": 165, "NVIDIA GeForce RTX 4090 D": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None},
+    **{"NVIDIA GeForce RTX 5080": 112.6, "NVIDIA GeForce RTX 5090": 209.5, "NVIDIA GeForce RTX 5090 D": None},
+    **{"NVIDIA H100 80GB HBM3 MIG 3g.40gb": None, "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None, "NVIDIA A10-24Q": None},
+    **{"NVIDIA A100X": None, "NVIDIA A16": None, "NVIDIA GeForce RTX 5070": None, "Tesla T4": None},
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_a_peak_is_given_only_where_it_is_known(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert device.peak_flops(torch.device("cuda"), precision) == peak
-    assert device.peak_flops(torch.device("cpu"), precision) is None
+    peak = None if PEAKS[name] is None else 1e12 * PEAKS[name]
+    for precision in ("bf16", "fp16"):
+        assert device.peak_flops(torch.device("cuda"), precision) == peak
+    for precision in ("tf32", "fp32"):
+        assert device.peak_flops(torch.device("cuda"), precision) is None
+    assert device.peak_flops(torch.device("cpu"), "bf16") is None
 
 
 NUMBERS = Numbers(2.5, 0.75, 0.0, 0.0, 0.0, 0.0)

@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import sys
+import threading
 
 import matplotlib
 import pytest
+from runs import refuse, train
 
 from engine import optim
 from engine.config import OptimConfig, TrainConfig
@@ -122,3 +124,65 @@ def test_drawing_leaves_pyplot_and_its_settings_alone(config, tmp_path, monkeypa
     before = matplotlib.rcParams.copy()
     plots.draw(config, ROWS, "byte")
     assert matplotlib.rcParams.copy() == before
+
+
+# ---- Drawing while training goes on -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(monkeypatch) -> tuple[threading.Event, list[list[dict]]]:
+    """An event that every drawing waits for, and the rows of each that began."""
+    opens, begun, draw = threading.Event(), [], plots.draw
+
+    def slow(config, rows, unit):
+        begun.append(rows)
+        assert opens.wait(20)
+        return draw(config, rows, unit)
+
+    monkeypatch.setattr(plots, "draw", slow)
+    return opens, begun
+
+
+def test_no_step_waits_for_a_drawing_and_the_newest_rows_are_drawn_in_the_end(config, tmp_path, gate):
+    (tmp_path / "my run").mkdir()
+    opens, begun = gate
+    painter = plots.Painter(config, "byte", refuse)
+    for count in (1, 2, 3, len(ROWS)):
+        painter.draw(ROWS[:count])
+    assert not list((tmp_path / "my run").iterdir())
+    opens.set()
+    painter.close()
+    assert begun[-1] == ROWS
+    assert len(begun) <= 2
+    assert sorted(path.name for path in (tmp_path / "my run").iterdir()) == ["loss_curve.png", "lr_schedule.png"]
+    painter.draw(ROWS)  # a thread that has ended is followed by another
+    painter.close()
+    assert begun[-1] == ROWS
+    assert len(begun) <= 3
+
+
+def test_a_drawing_that_never_ends_does_not_keep_the_run(config, gate, monkeypatch):
+    monkeypatch.setattr(plots, "LONGEST_DRAWING", 0.05)
+    warnings = []
+    painter = plots.Painter(config, "byte", warnings.append)
+    painter.draw(ROWS)
+    painter.close()
+    assert [f"still not drawn after 0.05 s; gpt2 plot --run {config.out}" in line for line in warnings] == [True]
+    warnings.clear()
+    gate[0].set()  # the directory is missing, so that it then fails
+    painter.close()
+
+
+def test_a_run_does_not_wait_for_a_drawing_and_does_not_end_with_one(shards, tmp_path, gate, monkeypatch):
+    opens, begun = gate
+    close = plots.Painter.close
+    monkeypatch.setattr(plots.Painter, "close", lambda self: (opens.set(), close(self)))  # not before the last step
+    assert train(tmp_path / "run", shards, "--num-steps", "3", "--eval-every", "1") == 0
+    assert {"loss_curve.png", "lr_schedule.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert begun[-1][-1]["step"] == 3
+
+
+def test_an_error_while_drawing_is_a_warning(shards, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(plots, "draw", lambda *_: 1 / 0)
+    assert train(tmp_path / "run", shards, "--num-steps", "1", "--eval-every", "None") == 0
+    assert "plots: not drawn: ZeroDivisionError('division by zero'); training goes on" in capfd.readouterr().out

@@ -1,0 +1,148 @@
+"""The default micro-batch on a GPU: an estimate held against saved tensors, and a choice that all ranks share."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from engine import device, start
+from engine.config import PRESETS, batch_shape
+from engine.distributed import Ranks
+from model.gpt2 import GPT2, GPT2Config
+from model.presets import activation_bytes, num_parameters, parameter_shapes
+
+GIB = 2**30
+SHAPE = GPT2Config(n_layer=3, n_head=4, n_embd=128, n_positions=32, vocab_size=257)
+TOKENS = 64  # two sequences
+
+
+def saved_bytes(backend: str, dtype: torch.dtype, recompute: str) -> int:
+    """Bytes that a forward pass stores for backward, each storage once, without parameters."""
+    model = GPT2(SHAPE)
+    try:
+        model.configure(backend, dtype, recompute)
+    except ValueError as error:
+        pytest.skip(str(error))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, 257, (2, 32))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in found.items() if address not in own)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "recomputed"),
+    [
+        pytest.param(torch.float32, "none", 0, id="fp32"),
+        pytest.param(torch.float32, "attention", 4, id="attention recomputed"),
+        pytest.param(torch.float32, "block", 14 + 1, id="block recomputed"),  # the first block has one input only
+        pytest.param(torch.float16, "none", 0, id="fp16"),
+    ],
+)
+def test_the_estimate_is_within_two_percent_of_what_the_forward_pass_saves(backend, dtype, recompute, recomputed):
+    width = TOKENS * SHAPE.n_embd * dtype.itemsize  # `recomputed` of them exist in backward only
+    dweight = SHAPE.padded_vocab_size * SHAPE.n_embd * torch.float32.itemsize
+    shapes = parameter_shapes(SHAPE)
+    casts = sum(rows * cols[0] for name, (rows, *cols) in shapes.items() if name.startswith("h.") and cols)
+    expected = activation_bytes(SHAPE, TOKENS, dtype.itemsize, recompute) - recomputed * width + dweight
+    expected += casts * dtype.itemsize if dtype != torch.float32 else 0
+    assert saved_bytes(backend, dtype, recompute) == pytest.approx(expected, rel=0.02)
+
+
+def test_gpt2_at_64_sequences_takes_24_gib():
+    """By a count of Inductor's graph: 1.52 GiB of activations per layer, about 24 GiB in all."""
+    gpt2 = PRESETS["gpt2"]
+    assert activation_bytes(gpt2.model, 64 * 1024, 2) / 12 / GIB == pytest.approx(1.52, rel=0.01)
+    assert device.step_bytes(gpt2, 64, torch.bfloat16) / GIB == pytest.approx(24, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("preset", "free_gib", "shards", "largest"),
+    [
+        pytest.param("gpt2", 78.5, 1, 64, id="H100"),
+        pytest.param("gpt2", 23, 1, 32, id="24 GB"),
+        pytest.param("gpt2-xl", 78.5, 1, 8, id="a large model"),
+        pytest.param("gpt2-xl", 78.5, 8, 16, id="sharded"),
+        pytest.param("gpt3-175b", 78.5, 1, 1, id="nothing fits"),
+    ],
+)
+def test_the_largest_micro_batch_that_fits_is_taken(preset, free_gib, shards, largest):
+    config = PRESETS[preset]
+    assert device.largest_micro_batch(config, torch.bfloat16, free_gib * GIB, shards) == largest
+    if largest > 1:
+        assert device.step_bytes(config, largest, torch.bfloat16, shards) < 0.9 * free_gib * GIB
+    assert device.step_bytes(config, 2 * largest, torch.bfloat16, shards) > 0.9 * free_gib * GIB or largest == 64
+
+
+def test_sharding_divides_what_a_rank_holds_and_recomputing_lowers_what_it_stores():
+    xl = dataclasses.replace(PRESETS["gpt2-xl"], reshard=False)
+    whole, half = (device.step_bytes(xl, 4, torch.bfloat16, shards) for shards in (1, 2))
+    assert whole - half == 8 * num_parameters(xl.model)  # half of 16 bytes: weight, gradient and two moments
+    resharded = device.step_bytes(PRESETS["gpt2-xl"], 4, torch.bfloat16, 2)
+    assert resharded < half - 4 * num_parameters(xl.model)
+    sizes = [
+        device.step_bytes(dataclasses.replace(xl, recompute=part), 4, torch.bfloat16)
+        for part in ("block", "attention", "none")
+    ]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(("per_rank", "most", "size"), [(512, 64, 64), (512, 8, 8), (96, 64, 48), (7, 64, 7)])
+def test_the_micro_batch_still_divides_the_step(per_rank, most, size):
+    config = dataclasses.replace(PRESETS["gpt2"], tokens_per_step=2 * per_rank * 1024)
+    assert batch_shape(config, 2, most) == (size, per_rank // size)
+    asked = dataclasses.replace(config, micro_batch_size=1)
+    assert batch_shape(asked, 2, most) == (1, per_rank)
+
+
+# ---- The choice of a run ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoGPUs(Ranks):
+    """Rank 0 of two; the other one has room for `other` sequences."""
+
+    other: int = 64
+
+    def gather(self, value):
+        return [value, self.other]
+
+    def broadcast_object(self, value):
+        return value
+
+
+def chosen(monkeypatch, out, other: int = 64, free_gib: float = 78.5, **changes) -> int:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib * GIB, 80 * GIB))
+    config = dataclasses.replace(PRESETS["gpt2"], out=str(out), **changes)
+    return start.largest_micro_batch(config, "bf16", TwoGPUs(0, 0, 2, torch.device("cuda", 0), other=other))
+
+
+def test_all_ranks_take_the_least_that_fits_on_any(monkeypatch, tmp_path):
+    assert chosen(monkeypatch, tmp_path) == 64
+    assert chosen(monkeypatch, tmp_path, other=8) == 8
+    assert chosen(monkeypatch, tmp_path, free_gib=23) == 32
+
+
+def test_a_run_that_goes_on_keeps_its_number_where_that_fits(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"resolved": {"precision": "bf16", "micro_batch_size": 16}}))
+    assert chosen(monkeypatch, tmp_path) == 64  # without a checkpoint it begins anew
+    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert chosen(monkeypatch, tmp_path) == 16
+    assert chosen(monkeypatch, tmp_path, resume="never") == 64
+    assert chosen(monkeypatch, tmp_path, other=8) == 8
+    (tmp_path / "config.json").write_text("{")
+    assert chosen(monkeypatch, tmp_path) == 64
+
+
+def test_a_cpu_takes_at_most_16(tmp_path):
+    config = dataclasses.replace(PRESETS["gpt2"], out=str(tmp_path))
+    assert start.largest_micro_batch(config, "fp32", Ranks(0, 0, 1, torch.device("cpu"))) == 16
