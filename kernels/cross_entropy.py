@@ -204,6 +204,7 @@ def _cross_entropy_kernel(
     in_vocab = (target >= 0) & (target < vocab_size)
     # Read before dz overwrites it.
     target_logit = tl.load(logits_ptr + target, mask=in_vocab, other=float("nan")).to(tl.float32)
+    target = tl.where(is_valid & in_vocab, target, -1).to(tl.int32)  # a 64-bit comparison takes two instructions
 
     # Online softmax. `sums` has one element per column of the block, so that a step reduces nothing
     # but the maximum across threads.
@@ -220,12 +221,12 @@ def _cross_entropy_kernel(
     tl.store(losses_ptr + row, tl.where(is_valid, loss, 0.0))
 
     if NEEDS_GRAD:
-        inverse_sum = tl.exp2(-log2_sum)
+        inverse_sum = tl.where(is_valid, tl.exp2(-log2_sum), 0.0)
         for start in tl.range(0, padded_size, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             z = _load_logits(logits_ptr, cols, vocab_size, padded_size)
             dz = _exp(z - row_max) * inverse_sum - tl.where(cols == target, 1.0, 0.0)
-            tl.store(logits_ptr + cols, tl.where(is_valid, dz, 0.0), mask=cols < padded_size)
+            tl.store(logits_ptr + cols, dz, mask=cols < padded_size)
 
 
 def _fill_triton(
@@ -235,6 +236,9 @@ def _fill_triton(
         n, Vp = logits.shape
 
         def start(BLOCK_V: int, num_warps: int) -> None:
+            # At least one column per thread (64 in a warp on AMD). With fewer, warps would hold
+            # copies of a column, and read it after its owner has stored dz there.
+            smallest = max(64 * num_warps, triton.next_power_of_2(Vp))
             _cross_entropy_kernel[(n,)](
                 logits,
                 targets,
@@ -244,7 +248,7 @@ def _fill_triton(
                 Vp,
                 ignore_index,
                 NEEDS_GRAD=needs_grad,
-                BLOCK_V=min(BLOCK_V, triton.next_power_of_2(Vp)),
+                BLOCK_V=min(BLOCK_V, smallest),
                 num_warps=num_warps,
             )
 

@@ -242,7 +242,9 @@ def test_reference_gradients_are_softmax_minus_onehot():
 
 
 OUTSIDE = pytest.mark.parametrize(
-    "target", [257, 383, 384, -1, -101], ids=["first padding", "last padding", "past Vp", "-1", "-101"]
+    "target",
+    [257, 383, 384, -1, -101, 2**32 + 7],
+    ids=["first padding", "last padding", "past Vp", "-1", "-101", "7 in its low 32 bits"],
 )
 
 

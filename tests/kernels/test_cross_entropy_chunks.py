@@ -11,6 +11,7 @@ from tolerances import (
 from torch import Tensor
 
 import kernels.cross_entropy
+from kernels import tiles
 from kernels.cross_entropy import (
     linear_cross_entropy_reference,
     linear_cross_entropy_torch,
@@ -70,6 +71,22 @@ def test_triton_takes_at_most_8192_rows_at_a_time(monkeypatch):
     hidden, weight = torch.ones(20_000, 1, device=DEVICE), torch.ones(2, 1, device=DEVICE)
     linear_cross_entropy_triton(hidden, weight, torch.zeros(20_000, dtype=torch.int64, device=DEVICE))
     assert sizes == [6666, 6667, 6667]  # equal parts: the products of a small rest would be slow
+
+
+@pytest.mark.parametrize("num_warps", [1, 4, 16])
+@pytest.mark.parametrize("Vp", [2, 128, 257, 50304])
+def test_every_thread_has_columns_of_its_own(Vp, num_warps, monkeypatch):
+    """Else warps that hold copies of a column race: one stores dz where another still reads the logit."""
+    blocks = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, BLOCK_V, num_warps, **options: blocks.append((BLOCK_V, num_warps))
+
+    monkeypatch.setattr(kernels.cross_entropy, "_cross_entropy_kernel", Kernel())
+    monkeypatch.setitem(tiles.TABLE, "cross_entropy", {"default": {1: (8192, num_warps)}})
+    linear_cross_entropy_triton(*inputs(2, 1, 2, Vp), vocab_size=2)
+    assert blocks == [(min(8192, max(64 * num_warps, 1 << (Vp - 1).bit_length())), num_warps)]
 
 
 NO_GRADIENTS = [
