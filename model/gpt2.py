@@ -12,7 +12,8 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +30,61 @@ __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerN
 Recompute = Literal["none", "attention", "block"]
 
 
+class _UseCopy(torch.autograd.Function):
+    """(weight, copy) -> copy, whose gradient is weight's. As weight.to(copy.dtype), but without the cast."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
 class Linear(nn.Linear):
-    """Linear layer, x weight^T + bias. Casts its float32 parameters to x's dtype in each call."""
+    """Linear layer, x weight^T + bias.
+
+    Casts its float32 parameters to x's dtype in each call; inside weights_cast_once not the weight.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.copy: Tensor | None = None  # of the weight, in the compute dtype
+        self.uses_copy = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight_as(x.dtype), self.bias.to(x.dtype))
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """The weight in this dtype."""
+        return _UseCopy.apply(self.weight, self.copy) if self.uses_copy else self.weight.to(dtype)
+
+
+@contextmanager
+def weights_cast_once(model: nn.Module) -> Iterator[None]:
+    """Context manager in which forwards of the GPT2 in `model` use one cast of its linear layers' weights.
+
+    Outside, each forward casts them. Losses and gradients have the same bits. The weights must not
+    change inside, so it surrounds the micro-batches of a step and not the optimizer. Copies are
+    kept from one step to the next, to be overwritten. For a sharded model it must not be used.
+    """
+    dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, GPT2))
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != dtype]
+    for linear in linears:
+        if linear.copy is None or (linear.copy.dtype, linear.copy.device) != (dtype, linear.weight.device):
+            linear.copy = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
+    with torch.no_grad():
+        if linears:
+            torch._foreach_copy_([linear.copy for linear in linears], [linear.weight for linear in linears])
+    for linear in linears:
+        linear.uses_copy = True
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.uses_copy = False
 
 
 class LayerNorm(nn.Module):
@@ -89,7 +140,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        h = self.ops.bias_gelu(F.linear(h, self.c_fc.weight.to(h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
+        h = self.ops.bias_gelu(F.linear(h, self.c_fc.weight_as(h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
         return F.dropout(self.c_proj(h), self.dropout, self.training)
 
 
