@@ -295,13 +295,17 @@ def _differentiate(ctx, dtotal, _ddhidden, _ddweight):
     dhidden, dweight = ctx.saved_tensors
     if dtotal is None:
         return None, None, None, None, None, None
-    if ctx.needs_input_grad[0]:  # in float32 at least: a 0-dim factor is otherwise rounded to bfloat16 first
-        wide = torch.promote_types(dhidden.dtype, torch.float32)
-        dhidden = (dhidden.to(wide) * dtotal).to(dhidden.dtype)
-    else:
-        dhidden = None
-    dweight = (dweight * dtotal).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+    dhidden = _scale(dhidden, dtotal, dhidden.dtype) if ctx.needs_input_grad[0] else None
+    dweight = _scale(dweight, dtotal, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
     return dhidden, dweight, None, None, None, None
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, computed in float32 at least and rounded once to dtype, in one pass.
+
+    The factor gets an axis, because PyTorch rounds a 0-dim factor to the gradient's dtype first.
+    """
+    return torch.mul(gradient, factor.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 _torch_op = register("linear_cross_entropy_torch", _allocate, _fill_torch, save=_save, differentiate=_differentiate)

@@ -9,6 +9,7 @@ from tolerances import (
     poisoned_memory,  # noqa: F401  (a fixture)
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.cross_entropy
 from kernels import tiles
@@ -131,3 +132,24 @@ def test_the_mean_s_factor_is_not_rounded_to_bfloat16():
         gradients.append(leaf.grad.double())
     found, exact = gradients
     assert (found * exact).sum() / (exact * exact).sum() == pytest.approx(1.0, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_makes_one_pass_over_each_gradient(dtype):
+    passes = []
+
+    class Passes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.ndim == 2:
+                passes.append((function.__name__, tuple(result.shape)))
+            return result
+
+    hidden, weight, targets = inputs(37, 33, 257, 384, dtype, torch.float32)
+    loss = linear_cross_entropy_torch(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    with Passes():
+        torch.autograd.grad(loss, [hidden, weight])
+    assert [made for made in passes if not made[0].startswith(("new_empty", "empty", "detach"))] == [
+        ("mul.out", (37, 33)),
+        ("mul.out", (384, 33)),
+    ]
