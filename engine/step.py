@@ -21,7 +21,7 @@ from engine.distributed import Ranks
 from engine.errors import Diverged
 from engine.health.timing import Clock, phase
 from engine.tokens.batches import derived_seed
-from model.gpt2 import weights_cast_once
+from model.gpt2 import cast_once
 
 SIGNAL, OUT_OF_TIME = "a signal", "--max-minutes"  # why a run stops early
 WINDOW = 100  # updates in the running mean of the loss; as many must be made before a loss can be a spike
@@ -156,7 +156,7 @@ class Step:
         shared = torch.zeros(3, device=device)  # loss, signals, time-outs: one all-reduce for all three
         for flag, is_set in enumerate(asked, start=1):
             shared[flag] = float(is_set)
-        with nullcontext() if distributed.is_sharded(self.model) else weights_cast_once(self.model):
+        with nullcontext() if distributed.is_sharded(self.model) else cast_once(self.model):
             for position, (tokens, targets) in enumerate(micro_batches):
                 is_last = position == len(micro_batches) - 1
                 distributed.synchronize_gradients(self.model, is_last)

@@ -31,11 +31,11 @@ Recompute = Literal["none", "attention", "block"]
 
 
 class _UseCopy(torch.autograd.Function):
-    """(weight, copy) -> copy, whose gradient is weight's. As weight.to(copy.dtype), but without the cast."""
+    """(parameter, copy) -> copy, whose gradient is the parameter's. parameter.to(copy.dtype) without the cast."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = weight.dtype
+    def forward(ctx, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
         return copy.view_as(copy)
 
     @staticmethod
@@ -46,45 +46,51 @@ class _UseCopy(torch.autograd.Function):
 class Linear(nn.Linear):
     """Linear layer, x weight^T + bias.
 
-    Casts its float32 parameters to x's dtype in each call; inside weights_cast_once not the weight.
+    Casts its float32 parameters to x's dtype in each call, or once for all calls in cast_once.
     """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.copy: Tensor | None = None  # of the weight, in the compute dtype
-        self.uses_copy = False
+        self.copies: dict[str, Tensor] = {}  # of weight and bias, in the compute dtype
+        self.uses_copies = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_as(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.cast("weight", x.dtype), self.cast("bias", x.dtype))
 
-    def weight_as(self, dtype: torch.dtype) -> Tensor:
-        """The weight in this dtype."""
-        return _UseCopy.apply(self.weight, self.copy) if self.uses_copy else self.weight.to(dtype)
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The parameter of this name in this dtype."""
+        parameter = getattr(self, name)
+        return _UseCopy.apply(parameter, self.copies[name]) if self.uses_copies else parameter.to(dtype)
 
 
 @contextmanager
-def weights_cast_once(model: nn.Module) -> Iterator[None]:
-    """Context manager in which forwards of the GPT2 in `model` use one cast of its linear layers' weights.
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """Context manager in which forwards of the GPT2 in `model` share one cast of its linear layers.
 
     Outside, each forward casts them. Losses and gradients have the same bits. The weights must not
-    change inside, so it surrounds the micro-batches of a step and not the optimizer. Copies are
-    kept from one step to the next, to be overwritten. For a sharded model it must not be used.
+    change inside, so it surrounds the micro-batches of a step and not the optimizer. The copies are
+    kept, and overwritten at the next entry. Not for a sharded model.
     """
     dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, GPT2))
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != dtype]
+    parameters, copies = [], []
     for linear in linears:
-        if linear.copy is None or (linear.copy.dtype, linear.copy.device) != (dtype, linear.weight.device):
-            linear.copy = torch.empty_like(linear.weight, dtype=dtype, requires_grad=False)
-    with torch.no_grad():
-        if linears:
-            torch._foreach_copy_([linear.copy for linear in linears], [linear.weight for linear in linears])
+        for name, parameter in linear.named_parameters():
+            copy = linear.copies.get(name)
+            if copy is None or (copy.dtype, copy.device) != (dtype, parameter.device):
+                linear.copies[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            parameters.append(parameter)
+            copies.append(linear.copies[name])
+    if linears:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, parameters)
     for linear in linears:
-        linear.uses_copy = True
+        linear.uses_copies = True
     try:
         yield
     finally:
         for linear in linears:
-            linear.uses_copy = False
+            linear.uses_copies = False
 
 
 class LayerNorm(nn.Module):
@@ -140,7 +146,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        h = self.ops.bias_gelu(F.linear(h, self.c_fc.weight_as(h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
+        h = self.ops.bias_gelu(F.linear(h, self.c_fc.cast("weight", h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
         return F.dropout(self.c_proj(h), self.dropout, self.training)
 
 
