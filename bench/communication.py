@@ -67,9 +67,9 @@ def communication(
     shapes, blocks, size = parameter_shapes(config), config.n_layer, ITEMSIZE[precision]
     root = padded_elements([shape for name, shape in shapes.items() if not name.startswith("h.")], shards)
     block = padded_elements([shape for name, shape in shapes.items() if name.startswith("h.0.")], shards)
-    elements, passes = blocks * block + root, micro_batches
+    elements, gathered, passes = blocks * block + root, blocks * block * size + root * 4, micro_batches  # root: float32
     found = [
-        Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * elements * size, shards),
+        Collective("weights, forward", "all_gather", passes * (blocks + 1), passes * gathered, shards),
         Collective("weights, backward", "all_gather", passes * blocks, passes * blocks * block * size, shards),
         Collective("gradients", "reduce_scatter", passes * (blocks + 1), passes * elements * 4, shards),
         Collective("norm of the gradient", "all_reduce", 1, 8, shards),  # engine.distributed.clip's float64

@@ -281,9 +281,10 @@ def wrap(
         if is_compiled:
             block.compile(dynamic=False)  # per block: a graph of the whole model would contain all-gathers and hooks
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    # The backward pass begins with the root's weights (the head's).
-    # If they were freed, they would be gathered twice.
-    fully_shard(raw_model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # The root's weights (the tied embedding's) stay float32: their gradient is the sum of the head's
+    # and the embedding's, which bfloat16 would round before the ranks add theirs.
+    # The backward pass begins with them. If they were freed, they would be gathered twice.
+    fully_shard(raw_model, mesh=mesh, mp_policy=replace(policy, param_dtype=None), reshard_after_forward=False)
     register_fsdp_forward_method(raw_model, "last_logits")
     return raw_model
 

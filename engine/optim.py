@@ -82,7 +82,7 @@ class Muon(torch.optim.AdamW):
             matrices = [p for p in parameters if p.shape == shape]
             nesterov = []
             for p in matrices:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum = _momentum(self.state[p], p)
                 mean = momentum.lerp(p.grad, 1.0 - group["momentum"])
                 nesterov.append(p.grad.lerp(mean, group["momentum"]))
                 momentum.copy_(mean if skip is None else torch.where(skip, momentum, mean))
@@ -93,13 +93,20 @@ class Muon(torch.optim.AdamW):
                 p.grad = None
 
 
+def _momentum(state: dict, p: Tensor) -> Tensor:
+    """Running mean of a matrix's gradient. Zeros at first."""
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(p)
+    return state["momentum"]
+
+
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Allocates every parameter's optimizer state, as zeros for a checkpoint to fill."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
             if group.get("muon"):
-                state.setdefault("momentum", torch.zeros_like(p))
+                _momentum(state, p)
             elif not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)

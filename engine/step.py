@@ -9,6 +9,7 @@ norm of the whole gradient, so all ranks skip together. The fused optimizer take
 later, together with the other numbers, and never waits for it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from engine.distributed import Ranks
 from engine.errors import Diverged
 from engine.health.timing import Clock, phase
 from engine.tokens.batches import derived_seed
+from model.gpt2 import cast_once
 
 SIGNAL, OUT_OF_TIME = "a signal", "--max-minutes"  # why a run stops early
 WINDOW = 100  # updates in the running mean of the loss; as many must be made before a loss can be a spike
@@ -155,17 +157,18 @@ class Step:
         shared = torch.zeros(3, device=device)  # loss, signals, time-outs: one all-reduce for all three
         for flag, is_set in enumerate(asked, start=1):
             shared[flag] = float(is_set)
-        for position, (tokens, targets) in enumerate(micro_batches):
-            is_last = position == len(micro_batches) - 1
-            distributed.synchronize_gradients(self.model, is_last)
-            tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            if self.cuda_graphs:
-                self._begin_replay()
-            with phase("forward"):
-                loss = self.model(tokens, targets) / len(micro_batches)
-            with phase("backward"):
-                self.scaler.scale(loss).backward()
-            shared[0] += loss.detach()
+        with nullcontext() if distributed.is_sharded(self.model) else cast_once(self.model):
+            for position, (tokens, targets) in enumerate(micro_batches):
+                is_last = position == len(micro_batches) - 1
+                distributed.synchronize_gradients(self.model, is_last)
+                tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                if self.cuda_graphs:
+                    self._begin_replay()
+                with phase("forward"):
+                    loss = self.model(tokens, targets) / len(micro_batches)
+                with phase("backward"):
+                    self.scaler.scale(loss).backward()
+                shared[0] += loss.detach()
         self.clock.synchronized()
         with phase("optimizer"):
             self.scaler.unscale_(self.optimizer)

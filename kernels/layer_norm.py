@@ -273,8 +273,7 @@ def _fill_backward(outputs, dy, dsummed, x, weight, mean, rstd, bias_dtype) -> N
             _layer_norm_bwd_parameters_kernel[grid](
                 tensors[0], tensors[2], mean, rstd, *partials, N, C, rows_per_program, BLOCK_ROWS=4, BLOCK_C=256
             )
-        column_sum(partials[0], dweight)
-        column_sum(partials[1], dbias)
+        column_sum(partials, dweight, dbias)
 
     with_config("layer_norm_bwd", C, x.device, start)
 
@@ -327,7 +326,7 @@ _add_layer_norm = register(
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm in one pass over x.
 
-    Backward is one pass over x and dy, two if C > 8,192; small kernels then sum dweight and dbias.
+    Backward is one pass over x and dy, two if C > 8,192; a small kernel then sums dweight and dbias.
     """
     _check("layer_norm", x, weight, bias)
     check_triton("layer_norm", x=x, weight=weight, bias=bias)

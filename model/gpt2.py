@@ -12,7 +12,8 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +30,67 @@ __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerN
 Recompute = Literal["none", "attention", "block"]
 
 
+class _UseCopy(torch.autograd.Function):
+    """(parameter, copy) -> copy, whose gradient is the parameter's. parameter.to(copy.dtype) without the cast."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
 class Linear(nn.Linear):
-    """Linear layer, x weight^T + bias. Casts its float32 parameters to x's dtype in each call."""
+    """Linear layer, x weight^T + bias.
+
+    Casts its float32 parameters to x's dtype in each call, or once for all calls in cast_once.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.copies: dict[str, Tensor] = {}  # of weight and bias, in the compute dtype
+        self.uses_copies = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.cast("weight", x.dtype), self.cast("bias", x.dtype))
+
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The parameter of this name in this dtype."""
+        parameter = getattr(self, name)
+        return _UseCopy.apply(parameter, self.copies[name]) if self.uses_copies else parameter.to(dtype)
+
+
+@contextmanager
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """Context manager in which forwards of the GPT2 in `model` share one cast of its linear layers.
+
+    Outside, each forward casts them. Losses and gradients have the same bits. The weights must not
+    change inside, so it surrounds the micro-batches of a step and not the optimizer. The copies are
+    kept, and overwritten at the next entry. Not for a sharded model.
+    """
+    dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, GPT2))
+    linears = [module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != dtype]
+    parameters, copies = [], []
+    for linear in linears:
+        for name, parameter in linear.named_parameters():
+            copy = linear.copies.get(name)
+            if copy is None or (copy.dtype, copy.device) != (dtype, parameter.device):
+                linear.copies[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            parameters.append(parameter)
+            copies.append(linear.copies[name])
+    if linears:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, parameters)
+    for linear in linears:
+        linear.uses_copies = True
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.uses_copies = False
 
 
 class LayerNorm(nn.Module):
@@ -89,7 +146,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        h = self.ops.bias_gelu(F.linear(h, self.c_fc.weight.to(h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
+        h = self.ops.bias_gelu(F.linear(h, self.c_fc.cast("weight", h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
         return F.dropout(self.c_proj(h), self.dropout, self.training)
 
 

@@ -159,6 +159,20 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     return report
 
 
+def gradients_off_ddp(ranks: Ranks) -> dict[str, float]:
+    """For each parameter, the norm of FSDP's gradient minus DDP's over DDP's norm, in bfloat16."""
+    gradients = []
+    for parallel in ("ddp", "fsdp"):
+        model = build(CONFIG, torch.bfloat16)
+        wrapped = distributed.wrap(model, ranks, parallel=parallel, compute_dtype=torch.bfloat16)
+        batch = torch.randint(97, (ranks.world_size, 8, 17), generator=torch.Generator().manual_seed(3))[ranks.rank]
+        wrapped(batch[:, :-1], batch[:, 1:]).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        gradients.append({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()})
+    ddp, fsdp = gradients
+    return {name: ((fsdp[name] - grad).norm() / grad.norm()).item() for name, grad in ddp.items()}
+
+
 def skips_an_update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> bool:
     """Whether found_inf = 1.0 leaves weights, moments and step counts unchanged, and 0.0 does not."""
 
@@ -196,6 +210,8 @@ def main(ranks: Ranks) -> None:
             distributed.wrap(GPT2(MODEL), ranks, parallel="hsdp", shard_size=3)
         except BadInput as error:
             reports["uneven"] = str(error)
+    if ranks.world_size == 2:
+        reports["fsdp, bf16"]["gradients off ddp"] = gradients_off_ddp(ranks)
     ranks.print0(json.dumps(reports))
 
 

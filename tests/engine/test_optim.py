@@ -151,3 +151,16 @@ def test_a_muon_step_is_its_equation_and_leaves_adamw_s_part_alone():
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
     for name in ("wte.weight", "wpe.weight", "ln_f.bias", "h.1.mlp.c_fc.bias"):
         assert torch.equal(*(model.get_parameter(name) for model in models)), name
+
+
+def test_muon_allocates_a_momentum_once(monkeypatch):
+    model = GPT2(SMALL)
+    optimizer = optim.build(model, OptimConfig("muon"))
+    zeros_like, made = torch.zeros_like, []
+    monkeypatch.setattr(torch, "zeros_like", lambda t, **options: made.append(t) or zeros_like(t, **options))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones(p.shape)
+        optimizer.step()
+    moments = [2 if "exp_avg" in state else 1 for state in optimizer.state.values()]
+    assert len(made) == sum(moments)

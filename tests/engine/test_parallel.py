@@ -60,6 +60,11 @@ def test_bfloat16_weights_travel_and_float32_ones_train(reports):
     assert seen["dtypes"] == ["torch.float32"]
 
 
+def test_bfloat16_gradients_under_fsdp_are_those_of_ddp(reports):
+    """Also the tied weight's, which would be 1% off if the head's part were rounded before the ranks add theirs."""
+    assert max(reports[2]["fsdp, bf16"]["gradients off ddp"].values()) < 1e-6
+
+
 @pytest.mark.parametrize(("n", "name"), EACH_WAY)
 def test_the_norm_is_a_plain_tensor_with_the_same_bits_on_each_rank(reports, n, name):
     first, *others = reports[n][name]["norms on each rank"]

@@ -1,12 +1,14 @@
 """Inputs of the LM head's cross-entropy, and the comparison of an implementation with its definition."""
 
 import math
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from tolerances import DEVICE, assert_accurate, randn, values_and_gradients, widened
 
-from kernels.cross_entropy import linear_cross_entropy_reference
+import kernels.cross_entropy
+from kernels.cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_torch
 
 NAMES = "loss dhidden dweight"
 
@@ -17,6 +19,13 @@ def pytorch(hidden, weight, targets, *, vocab_size=None, ignore_index=-100):
     return F.cross_entropy(
         logits.to(torch.promote_types(hidden.dtype, torch.float32)), targets, ignore_index=ignore_index
     )
+
+
+def torch_as_on_a_gpu(*args, **options):
+    """PyTorch's implementation with the passes over the logits that it makes on a GPU."""
+    few_passes = kernels.cross_entropy._fill_strip_in_few_passes
+    with mock.patch.object(kernels.cross_entropy, "_fill_strip_in_cache", few_passes):
+        return linear_cross_entropy_torch(*args, **options)
 
 
 def inputs(N, C, V, Vp, dtype=torch.float32, weight_dtype=None, ignored=True):

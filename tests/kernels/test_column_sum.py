@@ -45,6 +45,15 @@ def test_matches_the_float64_sum(op, P, C, dtype):
     assert_bitwise([partials, summed(op, partials, dtype)], [before, got])
 
 
+@pytest.mark.parametrize(("P", "C"), SHAPES)
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_two_sums_in_one_launch_are_those_of_two(op, P, C):
+    partials = randn(2, P, C, seed=0)
+    first, second = torch.empty(C, device=DEVICE), torch.empty(C, device=DEVICE, dtype=torch.float16)
+    op(partials, first, second)
+    assert_bitwise([first, second], [summed(op, partials[0]), summed(op, partials[1], torch.float16)])
+
+
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_no_rows_give_zeros(op):
     assert (summed(op, torch.empty(0, 33, device=DEVICE)) == 0).all()

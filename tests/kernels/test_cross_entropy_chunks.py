@@ -9,8 +9,10 @@ from tolerances import (
     poisoned_memory,  # noqa: F401  (a fixture)
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.cross_entropy
+from kernels import tiles
 from kernels.cross_entropy import (
     linear_cross_entropy_reference,
     linear_cross_entropy_torch,
@@ -72,6 +74,22 @@ def test_triton_takes_at_most_8192_rows_at_a_time(monkeypatch):
     assert sizes == [6666, 6667, 6667]  # equal parts: the products of a small rest would be slow
 
 
+@pytest.mark.parametrize("num_warps", [1, 4, 16])
+@pytest.mark.parametrize("Vp", [2, 128, 257, 50304])
+def test_every_thread_has_columns_of_its_own(Vp, num_warps, monkeypatch):
+    """Else warps that hold copies of a column race: one stores dz where another still reads the logit."""
+    blocks = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, BLOCK_V, num_warps, **options: blocks.append((BLOCK_V, num_warps))
+
+    monkeypatch.setattr(kernels.cross_entropy, "_cross_entropy_kernel", Kernel())
+    monkeypatch.setitem(tiles.TABLE, "cross_entropy", {"default": {1: (8192, num_warps)}})
+    linear_cross_entropy_triton(*inputs(2, 1, 2, Vp), vocab_size=2)
+    assert blocks == [(min(8192, max(64 * num_warps, 1 << (Vp - 1).bit_length())), num_warps)]
+
+
 NO_GRADIENTS = [
     pytest.param(lambda t: t.requires_grad_(), torch.no_grad, id="under no_grad"),
     pytest.param(lambda t: t.requires_grad_(), torch.inference_mode, id="in inference mode"),
@@ -114,3 +132,24 @@ def test_the_mean_s_factor_is_not_rounded_to_bfloat16():
         gradients.append(leaf.grad.double())
     found, exact = gradients
     assert (found * exact).sum() / (exact * exact).sum() == pytest.approx(1.0, abs=5e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_makes_one_pass_over_each_gradient(dtype):
+    passes = []
+
+    class Passes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.ndim == 2:
+                passes.append((function.__name__, tuple(result.shape)))
+            return result
+
+    hidden, weight, targets = inputs(37, 33, 257, 384, dtype, torch.float32)
+    loss = linear_cross_entropy_torch(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    with Passes():
+        torch.autograd.grad(loss, [hidden, weight])
+    assert [made for made in passes if not made[0].startswith(("new_empty", "empty", "detach"))] == [
+        ("mul.out", (37, 33)),
+        ("mul.out", (384, 33)),
+    ]

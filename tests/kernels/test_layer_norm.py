@@ -15,6 +15,7 @@ from tolerances import (
     widened,
 )
 
+import kernels.column_sum
 from kernels.layer_norm import (
     add_layer_norm_reference,
     add_layer_norm_torch,
@@ -328,3 +329,18 @@ def test_rejects_a_residual_unlike_x(ops, residual, came):
     with pytest.raises(ValueError, match=r"add_layer_norm: .*residual.*, got ") as raised:
         ops[1](make((3, 4)), residual, make(4), make(4))
     assert str(raised.value).endswith(f"got {came}")
+
+
+@pytest.mark.parametrize("C", [768, 8193], ids=["C=768", "C=8193 whose sums take a kernel of their own"])
+def test_both_parameters_are_summed_in_one_launch(C, monkeypatch):
+    grids, kernel = [], kernels.column_sum._column_sum_kernel
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels.column_sum, "_column_sum_kernel", Kernel())
+    x, residual, weight, bias = inputs((5, C))
+    values_and_gradients(add_layer_norm_triton, [x, residual, weight, bias], [x, x])
+    assert grids == [(2 * -(-C // 32),)]
