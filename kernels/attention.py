@@ -127,7 +127,8 @@ def _fill_backward(dqkv: Tensor, dout, qkv, out, lse, seed, is_causal, dropout_p
     if qkv.dtype == torch.float32:
         start()
     else:
-        with_config("attention_bwd/16bit", _size(qkv, dropout_p), qkv.device, start)
+        size = triton.next_power_of_2(qkv.shape[4]) * (4 if dropout_p > 0.0 else 1)
+        with_config("attention_bwd/16bit", size, qkv.device, start)
 
 
 def _compute_delta(dout: Tensor, out: Tensor, delta: Tensor) -> None:
@@ -143,18 +144,20 @@ def _launch(name, owned, kernel, tensors, qkv: Tensor, is_causal: bool, dropout_
     `owned` names the tile size that divides the rows among programs: "BLOCK_M" or "BLOCK_N".
     """
 
-    def start(PAIR_BLOCKS: int = 0, **tile) -> None:
+    def start(**tile) -> None:
         blocks = triton.cdiv(qkv.shape[1], tile[owned])
-        programs = triton.cdiv(blocks, 2) if PAIR_BLOCKS else blocks
-        tile["PAIR_BLOCKS"] = PAIR_BLOCKS
+        programs = triton.cdiv(blocks, 2) if tile.get("PAIR_BLOCKS") else blocks
         _start(kernel, programs, tensors, qkv, is_causal, dropout_p, scale, **tile)
 
     kind = _precision(qkv) if qkv.dtype == torch.float32 else "16bit"
-    with_config(f"{name}/{kind}", _size(qkv, dropout_p), qkv.device, start)
+    size = triton.next_power_of_2(qkv.shape[4])
+    if dropout_p > 0.0:  # random bits need registers, so use a wider head's tile
+        size *= 2 if kind == "16bit" and owned == "BLOCK_M" else 4
+    with_config(f"{name}/{kind}", size, qkv.device, start)
 
 
 def _start(kernel, programs: int, tensors, qkv: Tensor, is_causal, dropout_p, scale, **tile) -> None:
-    """Starts `programs` programs per head."""
+    """Starts `programs` programs per head. In a tile, 0 stands for an option that is not given."""
     B, T, _, H, D = qkv.shape
     kernel[(B * H * programs,)](
         *tensors,
@@ -167,7 +170,7 @@ def _start(kernel, programs: int, tensors, qkv: Tensor, is_causal, dropout_p, sc
         HEAD_DIM=D,
         BLOCK_D=triton.next_power_of_2(D),
         PRECISION=_precision(qkv),
-        **tile,
+        **{name: value for name, value in tile.items() if value},
     )
 
 
@@ -175,12 +178,6 @@ def _precision(qkv: Tensor) -> str:
     # Triton refuses "tf32" on most AMD GPUs, also where the factors have 16 bits and it means nothing.
     is_tf32 = qkv.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if is_tf32 else "ieee"
-
-
-def _size(qkv: Tensor, dropout_p: float) -> int:
-    """Size by which the table lists tiles: the head width, rounded up to a power of two."""
-    BLOCK_D = triton.next_power_of_2(qkv.shape[4])
-    return 4 * BLOCK_D if dropout_p > 0.0 else BLOCK_D  # random bits need registers, so use a wider head's tile
 
 
 _attention_backward = register("attention_backward", _allocate_backward, _fill_backward)

@@ -310,7 +310,6 @@ def _attention_bwd_kernel(
     dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, b_stride, t_stride, part_stride, h_stride, T, H,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_STEP: tl.constexpr,
-    EXP2_POLYNOMIAL: tl.constexpr = 0,
 ):  # fmt: skip
     """One program computes BLOCK_ROWS rows of one head's dk and dv, the next one of its dq.
 
@@ -322,11 +321,11 @@ def _attention_bwd_kernel(
         _dkdv_rows(
             dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, block * BLOCK_ROWS,
-            SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_STEP, BLOCK_ROWS, EXP2_POLYNOMIAL,
+            SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_STEP, BLOCK_ROWS, False,
         )  # fmt: skip
     else:
         _dq_rows(
             dout_ptr, qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, (blocks - 1 - block) * BLOCK_ROWS,
-            SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_ROWS, BLOCK_STEP, EXP2_POLYNOMIAL, True,
+            SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_ROWS, BLOCK_STEP, False, True,
         )  # fmt: skip

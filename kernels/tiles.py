@@ -31,18 +31,18 @@ FIELDS = {
     "column_sum": ("BLOCK_P", "BLOCK_C", "num_warps"),
 }
 
-# Constants that select another way to compute the same, with the values to try: kernel/kind ->
-# constant -> values. A launch without the constant is one with the first value, and no entry of
-# TABLE has one: none is known to be faster. A tuner times {**lookup(...), constant: value}.
+# Options that select another way to compute the same, with the values to try: kernel/kind -> option
+# -> values. 0 is off, as is an option that is not given. No entry of TABLE has one, since none is
+# known to be faster. A tuner times {**lookup(...), option: value}; a GPU may lack registers for it.
 #   EXP2_POLYNOMIAL  half of the exponentials by multiply-adds, beside the units for exponentials
-#   PAIR_BLOCKS      a program computes a heavy and a light block of rows: equal work under a causal mask
+#   PAIR_BLOCKS      a program computes a heavy and a light block: equal work under a causal mask
+#   maxnreg          registers per thread at most; at 128, two programs of 8 warps fit at once
 #   ONE_LAUNCH       dq beside dk and dv in one launch, after a small one for delta
 VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
-    **{
-        f"{kernel}/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)}
-        for kernel in ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkdv")
-    },
-    "attention_bwd/16bit": {"ONE_LAUNCH": (0, 1), "EXP2_POLYNOMIAL": (0, 1)},
+    "attention_fwd/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1), "maxnreg": (0, 128)},
+    "attention_bwd_dq/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)},
+    "attention_bwd_dkdv/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)},
+    "attention_bwd/16bit": {"ONE_LAUNCH": (0, 1)},
 }
 
 # kernel/kind -> architecture -> size -> entry. A size that is not listed takes the entry of the
