@@ -20,6 +20,7 @@ FIELDS = {
     "attention_fwd": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "attention_bwd_dq": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "attention_bwd_dkdv": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "attention_bwd": ("BLOCK_ROWS", "BLOCK_STEP", "num_warps", "num_stages"),  # used with ONE_LAUNCH only
     "layer_norm_fwd": ("num_warps",),
     "layer_norm_bwd": ("programs_per_multiprocessor", "num_warps"),
     "gelu_fwd": ("BLOCK_SIZE", "num_warps"),
@@ -28,6 +29,20 @@ FIELDS = {
     "bias_gelu_bwd": ("programs_per_multiprocessor", "BLOCK_ROWS", "BLOCK_COLS", "num_warps"),
     "cross_entropy": ("BLOCK_V", "num_warps"),
     "column_sum": ("BLOCK_P", "BLOCK_C", "num_warps"),
+}
+
+# Options that select another way to compute the same, with the values to try: kernel/kind -> option
+# -> values. 0 is off, as is an option that is not given. No entry of TABLE has one, since none is
+# known to be faster. A tuner times {**lookup(...), option: value}; a GPU may lack registers for it.
+#   EXP2_POLYNOMIAL  half of the exponentials by multiply-adds, beside the units for exponentials
+#   PAIR_BLOCKS      a program computes a heavy and a light block: equal work under a causal mask
+#   maxnreg          registers per thread at most; at 128, two programs of 8 warps fit at once
+#   ONE_LAUNCH       dq beside dk and dv in one launch, after a small one for delta
+VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "attention_fwd/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1), "maxnreg": (0, 128)},
+    "attention_bwd_dq/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)},
+    "attention_bwd_dkdv/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)},
+    "attention_bwd/16bit": {"ONE_LAUNCH": (0, 1)},
 }
 
 # kernel/kind -> architecture -> size -> entry. A size that is not listed takes the entry of the
@@ -130,6 +145,13 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
         "sm_120": {32: (32, 64, 4, 2), 64: (32, 32, 8, 2), 128: (32, 32, 16, 1), 256: (16, 32, 16, 1)},
         "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
         "default": {32: (32, 64, 4, 2), 64: (32, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 16, 1)},
+    },
+    "attention_bwd/16bit": {
+        "sm_80": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "sm_86": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+        "sm_89": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 1)},
+        "sm_90": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+        "default": {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
     },
     # size: row width
     "layer_norm_fwd": {"default": {1024: (1,), 2048: (2,), 4096: (4,), 8192: (8,), 16384: (16,)}},

@@ -154,6 +154,17 @@ def test_only_triton_asks_for_a_dense_last_axis(strided):
     assert str(raised.value).endswith(f"got {view.stride()}")
 
 
+def test_only_triton_asks_for_rows_within_32_bits():
+    """A tile has up to 256 rows, and the kernels compute a row's offset in it in 32 bits."""
+    rows = torch.empty(1, 3, 2**23, dtype=torch.float16, device=DEVICE)
+    qkv, _ = inputs((1, 3, 1, 16), torch.float16)
+    near = torch.as_strided(rows, qkv.shape, (0, 2**23 - 1, 16, 16, 1)).copy_(qkv)
+    torch.testing.assert_close(attention_triton(near), attention_triton(qkv), rtol=0, atol=0)
+    far = torch.as_strided(rows, qkv.shape, (0, 2**23, 16, 16, 1))
+    with pytest.raises(ValueError, match=r"^attention: rows of qkv and dqkv must be less than 2\^23 elements apart"):
+        attention_triton(far)
+
+
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_strided_and_expanded_gradients_are_taken(op):
     qkv, dout = inputs(SMALL)
