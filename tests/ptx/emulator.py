@@ -99,8 +99,7 @@ class Emulator:
             program.threads // 32, binary.metadata.shared, self.order, text, SHOWN,
         )  # fmt: skip
         if count:
-            lines = [f"{kernel}: {line}" for line in text.value.decode().splitlines()]
-            self.problems += [*lines, *([f"{kernel}: {count - len(lines)} more"] if count > len(lines) else [])]
+            self.problems += [f"{kernel}: {line}" for line in text.value.decode().splitlines()]
 
 
 def _word(value: object, kind: str) -> int:

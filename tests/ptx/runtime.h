@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <set>
+#include <string>
 #include <sys/mman.h>
 #include <vector>
 
@@ -116,6 +118,7 @@ static struct {
   u32 epoch, cta;
   char* text;
   int room, problems;
+  std::set<std::pair<int, std::string>> told;
 } now;
 constexpr u32 SEVERAL = ~0u;  // programs
 
@@ -124,8 +127,9 @@ static inline bool active(Warp& w, int lane) {
   return w.at->guard < 0 || (values<pred>(w, w.at->guard)[lane] != 0) != w.at->negated;
 }
 
-static void report(Warp& w, int lane, const char* what, u64 where) {
-  if (++now.problems > 8) return;
+static void report(Warp& w, int lane, const char* what, u64 where) {  // once per instruction and reason
+  ++now.problems;
+  if (!now.told.insert({w.at->line, what}).second) return;
   const size_t used = strlen(now.text);
   snprintf(now.text + used, now.room - used, "%s, at %#llx (PTX line %d, program %u, warp %d, lane %d)\n", what,
            (unsigned long long)where, w.at->line, now.cta, w.index, lane);
@@ -417,7 +421,7 @@ static void run_program(std::vector<Warp>& warps, const int* grid, bool is_shuff
 // order: 0 runs programs and warps in their order, any other number is the seed of a shuffle.
 extern "C" int run(const Instruction* program, const int* operands, const u8* image, int image_bytes, const u64* tensors,
                    int count, const int* grid, int num_warps, int shared_bytes, int order, char* text, int room) {
-  now.program = program; now.operands = operands; now.text = text; now.room = room; now.problems = 0; now.epoch = 0;
+  now.program = program; now.operands = operands; now.text = text; now.room = room; now.problems = 0; now.epoch = 0; now.told.clear();
   now.tensors.clear();
   for (int i = 0; i < count; ++i) now.tensors.push_back({tensors[2 * i], tensors[2 * i + 1], cells(tensors[2 * i + 1] - tensors[2 * i])});
   now.shared = {0, (u64)shared_bytes, cells(shared_bytes)};

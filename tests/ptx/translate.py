@@ -264,7 +264,7 @@ class Program:
         if found := re.fullmatch(r"\.reg\s+\.(\w+)\s+%([a-z]+)<\d+>", text):
             self._classes[found[2]] = 1 if found[1] == "pred" else int(found[1][1:]) // 8
             return None
-        found = re.fullmatch(r"(?:@(!?)(%p\d+)\s+)?(\S+)\s*(.*)", text)
+        found = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?(\S+)\s*(.*)", text)
         negated, predicate, mnemonic, rest = found.groups()
         guard = (self._value(predicate, 1), int(negated == "!")) if predicate else (-1, 0)
         operands = [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", rest) if part.strip()]
