@@ -39,7 +39,14 @@ def compare(ops: Sequence[Callable], inputs: Sequence[Tensor], douts: Sequence[T
 
 
 def attention_case(
-    B: int, T: int, H: int, D: int, dtype: torch.dtype, is_causal: bool = True, scale: float = 1.0, strided: bool = False
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    is_causal: bool = True,
+    scale: float = 1.0,
+    strided: bool = False,
 ) -> Comparison:
     """Attention. `scale` multiplies the inputs; if strided, qkv is a view into a tensor of NaN."""
     qkv, dout = (scale * randn(B, T, 3, H, D, seed=0)).to(dtype), randn(B, T, H, D, seed=1, dtype=dtype)
@@ -169,9 +176,7 @@ def cross_entropy_case(N: int, V: int, Vp: int, dtype: torch.dtype, grad: bool =
     if grad:
         return compare((ours, theirs, definition), tensors, [torch.tensor(float(N))], "loss dhidden dweight")
     with torch.no_grad():
-        return Comparison(
-            [ours(*tensors)], [theirs(*tensors)], [definition(*widened(tensors))], dtype, "loss"
-        )
+        return Comparison([ours(*tensors)], [theirs(*tensors)], [definition(*widened(tensors))], dtype, "loss")
 
 
 def _named() -> dict[str, Callable[[], Comparison]]:

@@ -124,7 +124,9 @@ def main(target: str, text: str | None = None) -> None:
         for case in _cases():
             if text in case:
                 report = answer(emulated, case)
-                errors = "  ".join(f"{name} {ours:.1e}/{theirs:.1e}" for name, (ours, theirs) in report["errors"].items())
+                errors = "  ".join(
+                    f"{name} {ours:.1e}/{theirs:.1e}" for name, (ours, theirs) in report["errors"].items()
+                )
                 print(f"{case:<40} {errors}", report["failure"], *report["problems"], file=out, flush=True)
 
 

@@ -32,6 +32,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -94,12 +95,16 @@ class Emulator:
         tensors = (ctypes.c_uint64 * (2 * len(ranges)))(*(end for both in ranges for end in both))
         text = ctypes.create_string_buffer(SHOWN)
         count = _runtime().run(
-            *((ctypes.c_int * len(numbers)).from_buffer(numbers) for numbers in (program.instructions, program.operands)),
+            _pointer(program.instructions), _pointer(program.operands),
             image, len(image), tensors, len(ranges), (ctypes.c_int * 3)(*grid, *(1,) * (3 - len(grid))),
             program.threads // 32, binary.metadata.shared, self.order, text, SHOWN,
         )  # fmt: skip
         if count:
             self.problems += [f"{kernel}: {line}" for line in text.value.decode().splitlines()]
+
+
+def _pointer(numbers: array) -> ctypes.Array:
+    return (ctypes.c_int * len(numbers)).from_buffer(numbers)
 
 
 def _word(value: object, kind: str) -> int:

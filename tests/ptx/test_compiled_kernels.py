@@ -15,13 +15,10 @@ COMMON = [
     ("sm_80", "attention T=100 D=64 bf16"),
     ("sm_80", "attention T=100 D=64 bf16 dropout"),
 ]
+RACE = "a warp that holds a copy of a short row loads it after its owner has overwritten it"
 KNOWN = {
     "attention T=80 D=64 bf16 far rows": "offsets of rows are computed in 32 bits",
-    **{
-        f"cross_entropy 6x{V} {kind}": "a warp that holds a copy of a short row loads it after its owner has overwritten it"
-        for V in (11, 128)
-        for kind in ("bf16", "fp16", "fp32")
-    },
+    **{f"cross_entropy 6x{V} {kind}": RACE for V in (11, 128) for kind in ("bf16", "fp16", "fp32")},
 }
 KERNELS = {
     "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel", "_layer_norm_fwd_kernel",
@@ -65,7 +62,11 @@ def test_every_kernel_is_among_them(emulate):  # noqa: F811
         *(
             pytest.param(target, case, marks=pytest.mark.slow)
             for target in ("sm_80", "sm_90")
-            for case in ("attention T=257 D=64 bf16 full", "attention T=100 D=64 bf16 dropout", "layer_norm 5x12288 bf16")
+            for case in (
+                "attention T=257 D=64 bf16 full",
+                "attention T=100 D=64 bf16 dropout",
+                "layer_norm 5x12288 bf16",
+            )
         ),
     ],
 )

@@ -44,7 +44,10 @@ def training_case() -> Comparison:
     values = [
         [
             torch.stack(losses),
-            *(torch.stack([one / by for one, by in zip(gradients[name], scales[name], strict=True)]) for name in scales),
+            *(
+                torch.stack([one / by for one, by in zip(gradients[name], scales[name], strict=True)])
+                for name in scales
+            ),
         ]
         for losses, gradients in runs
     ]
