@@ -65,9 +65,7 @@ def _runtime() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-@functools.lru_cache(maxsize=256)
-def _program(ptx: str) -> Program:
-    return Program(ptx)
+_program = functools.lru_cache(maxsize=256)(Program)  # of a kernel's PTX
 
 
 class Emulator:

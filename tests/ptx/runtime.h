@@ -26,29 +26,24 @@ static f32 to_odd(double x) {  // rounds such that a second rounding, to 16 bits
   return y != y || y == x ? y : bits<f32>((bits<u32>(y) - (std::fabs((double)y) > std::fabs(x))) | 1);
 }
 struct bf16 {
-  u16 n;
-  bf16() = default;
+  u16 n; bf16() = default;
   bf16(f32 x) : n(x != x ? 0x7fff : (bits<u32>(x) + 0x7fff + (bits<u32>(x) >> 16 & 1)) >> 16) {}
   bf16(double x) : bf16(to_odd(x)) {}
   operator f32() const { return bits<f32>((u32)n << 16); }
 };
 struct f16 {
-  _Float16 x;
-  f16() = default;
+  _Float16 x; f16() = default;
   f16(f32 y) : x(y) {}
   f16(double y) : f16(to_odd(y)) {}
   operator f32() const { return x; }
 };
-struct bf16x2 { bf16 low, high; };
-struct f16x2 { f16 low, high; };
+struct bf16x2 { bf16 low, high; }; struct f16x2 { f16 low, high; };
 
 template <class T> static inline T minimum(T a, T b) {
   return a != a ? b : b != b ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
 }
 template <class T> static inline T maximum(T a, T b) { return -minimum(-a, -b); }
-template <class T> static inline T quotient(T a, T b) {
-  return b == 0 ? T(-1) : T(-1) < 0 && b == T(-1) ? 0 - a : a / b;
-}
+template <class T> static inline T quotient(T a, T b) { return b == 0 ? -1 : T(-1) < 0 && b == T(-1) ? -a : a / b; }
 template <class T> static inline T saturated(double x) {  // NaN becomes 0
   using limits = std::numeric_limits<T>;
   return x != x ? 0 : x <= (double)limits::min() ? limits::min() : x >= (double)limits::max() ? limits::max() : (T)x;
@@ -59,9 +54,9 @@ template <class T> static inline T extract(T a, u32 start, u32 length) {
 }
 static inline u32 permute(u32 a, u32 b, u32 selector) {
   u32 result = 0;
-  for (int i = 0; i < 4; ++i) {  // selector: a byte of the eight, and a bit that asks for its sign only
-    const u32 s = selector >> 4 * i & 15, byte = ((u64)b << 32 | a) >> 8 * (s & 7) & 255;
-    result |= (s & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+  for (int i = 0; i < 32; i += 8, selector >>= 4) {  // four bits choose a byte, or with the highest of them its sign
+    const u8 byte = ((u64)b << 32 | a) >> 8 * (selector & 7);
+    result |= (u32)(selector & 8 ? (byte & 128 ? 255 : 0) : byte) << i;
   }
   return result;
 }
@@ -90,7 +85,6 @@ static struct {
   std::string text;
   std::set<std::pair<int, std::string>> told;
 } now;
-
 template <class T> static inline T* values(Warp& w, int offset) { return (T*)(w.file.data() + offset); }
 static inline bool active(Warp& w, int lane) {
   return w.at->guard < 0 || (values<pred>(w, w.at->guard)[lane] != 0) != w.at->negated;
@@ -106,12 +100,10 @@ static void report(Warp& w, int lane, const char* space, const char* what, u64 w
 }
 
 static Memory* find(bool global, u64 address, u32 size) {
-  static size_t last = 0;  // most accesses are to the tensor of the one before
   const auto holds = [&](const Memory& m) { return address >= m.begin && address + size <= m.end; };
   if (!global) return holds(now.shared) ? &now.shared : nullptr;
-  if (last < now.tensors.size() && holds(now.tensors[last])) return &now.tensors[last];
   for (Memory& m : now.tensors)
-    if (holds(m)) return last = &m - now.tensors.data(), &m;
+    if (holds(m)) return &m;
   return nullptr;
 }
 static inline u8* pointer(bool global, u64 address) {
@@ -231,9 +223,8 @@ static void shuffle(Warp& w, const int* o) {
   u32 result[LANES];
   for (int l = 0; l < LANES; ++l) {
     const int b = values<u32>(w, o[3])[l] & 31, clamp = values<u32>(w, o[4])[l];
-    const int c = clamp & 31, segment = clamp >> 8 & 31;
+    const int segment = clamp >> 8 & 31, last = (l & segment) | (clamp & 31 & ~segment);
     const int from = o[0] == 0 ? l - b : o[0] == 1 ? l + b : o[0] == 2 ? l ^ b : (l & segment) | (b & ~segment);
-    const int last = (l & segment) | (c & ~segment);
     const bool inside = o[0] == 0 ? from >= last : from <= last;
     result[l] = values<u32>(w, o[2])[inside ? from : l];
     if (o[5] >= 0) values<pred>(w, o[5])[l] = inside;
@@ -294,8 +285,8 @@ static void read_shared(Warp& w, int kind, u64 descriptor, int first, int rows, 
   for (int row = first; row < first + rows; row += transposed ? chunk : 1)
     for (int k = 0; k < depth(kind); k += transposed ? 1 : chunk) {
       const u32 inside = swizzle ? k * size : k / line * leading + k % line * size;
-      const u32 address = start + (transposed ? row / line * leading + k / 8 * stride + k % 8 * width + row % line * size
-                                              : row / 8 * stride + row % 8 * width + inside);
+      const u32 along = row / line * leading + k / 8 * stride + k % 8 * width + row % line * size;
+      const u32 address = start + (transposed ? along : row / 8 * stride + row % 8 * width + inside);
       u8 data[16];
       load_bytes(w, 0, false, address ^ (address >> 7 & mask) << 4, data, 16);
       for (int i = 0; i < chunk; ++i) {
@@ -316,7 +307,6 @@ static void wgmma(Warp& w, const int* o) {
 
 using Handler = void (*)(Warp&, const int*);
 extern const Handler HANDLERS[];
-
 static void run_program(std::vector<Warp>& warps, const int* grid, bool is_shuffled, std::mt19937& random) {
   const u32 x = grid[0], y = grid[1];
   const u32 places[] = {now.cta % x, now.cta / x % y, now.cta / x / y, x, y, (u32)grid[2]};
@@ -355,7 +345,8 @@ static Memory memory(u64 begin, u64 end) {  // pages of cells are taken when tou
 // Runs a launch and returns the number of problems. image: registers and constants at the start of a warp.
 // order: 0 runs programs and warps in their order, any other number is the seed of a shuffle.
 extern "C" int run(const Instruction* program, const int* operands, const u8* image, int image_bytes,
-                   const u64* tensors, int count, const int* grid, int num_warps, int shared_bytes, int order, char* text, int room) {
+                   const u64* tensors, int count, const int* grid, int num_warps, int shared_bytes,
+                   int order, char* text, int room) {
   now = {program, operands, {}, memory(0, shared_bytes), {}, 0, 0, 0, {}, {}};
   for (int i = 0; i < count; ++i) now.tensors.push_back(memory(tensors[2 * i], tensors[2 * i + 1]));
   std::mt19937 random(order);

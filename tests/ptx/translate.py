@@ -31,18 +31,15 @@ OF_SINGLES = {  # each also with .ftz, which makes subnormal operands and result
     "ex2.approx": "std::exp2((double)a)", "lg2.approx": "std::log2((double)a)", "tanh.approx": "std::tanh((double)a)",
     "cvt.rni.f32": "std::nearbyint(a)", "cvt.rzi.f32": "std::trunc(a)", "cvt.rmi.f32": "std::floor(a)",
 }  # fmt: skip
-OF_HALVES = {  # also of pairs; computed in double and rounded once
-    "add": "a + b", "add.rn": "a + b", "sub": "a - b", "mul": "a * b", "mul.rn": "a * b", "fma.rn": "a * b + c",
-    "neg": "-a", "min": "minimum(a, b)", "max": "maximum(a, b)",
-}  # fmt: skip
+# Also of pairs; computed in double and rounded once.
+OF_HALVES = {name: OF_SINGLES[name] for name in ("add", "add.rn", "sub", "mul", "mul.rn", "neg", "min", "max")}
+OF_HALVES["fma.rn"] = "a * b + c"
 COMPARISONS = {"eq": "a == b", "ne": "a < b || a > b", "lt": "a < b", "le": "a <= b", "gt": "a > b", "ge": "a >= b"}
 # Mnemonic, types that T stands for, types of destination and sources, C++ expression.
 OF_SEVERAL_TYPES = (
     ("mul.hi.T", "s32 u32", "T T T", "(std::conditional_t<T(-1) < 0, s64, u64>)a * b >> 32"),
     ("mul.wide.T", "s32", "s64 T T", "(s64)a * b"),
     ("mul.wide.T", "u32", "u64 T T", "(u64)a * b"),
-    ("mul.wide.T", "s16", "s32 T T", "a * b"),
-    ("mul.wide.T", "u16", "u32 T T", "(u32)a * b"),
     ("mad.wide.T", "s32", "s64 T T s64", "(s64)a * b + c"),
     ("mad.wide.T", "u32", "u64 T T u64", "(u64)a * b + c"),
     ("shl.T", BITS, "T T u32", "b < 8 * sizeof a ? a << b : 0"),
@@ -110,8 +107,7 @@ def _instructions() -> Iterator[tuple[str, str, str]]:
 
 # Mnemonic -> C++ types and expression; bits are unsigned integers there. Several mnemonics may share a body.
 INSTRUCTIONS = {
-    name: tuple(re.sub(r"\bb(16|32|64)\b", r"u\1", text) for text in (types, expression))
-    for name, types, expression in _instructions()
+    name: (re.sub(r"\bb(16|32|64)\b", r"u\1", types), expression) for name, types, expression in _instructions()
 }
 _BODIES = {body: f"compute{index}" for index, body in enumerate(sorted(set(INSTRUCTIONS.values())))}
 _OTHERS = (
@@ -120,9 +116,7 @@ _OTHERS = (
 )  # fmt: skip
 _HANDLERS = {name: index for index, name in enumerate((*_BODIES.values(), *_OTHERS))}
 # They order what the emulator does at once and in order anyway.
-_NOTHING = re.compile(
-    r"bar\.warp\.sync|fence\.|membar\.|wgmma\.(fence|commit_group|wait_group)\.|griddepcontrol\.|\.(loc|pragma|file)"
-)
+_NOTHING = re.compile(r"bar\.warp|fence|membar|wgmma\.(fence|commit|wait)|griddepcontrol|\.(loc|pragma|file)")
 
 
 def handlers() -> str:
@@ -252,9 +246,7 @@ class Program:
             self._emit("branch", [0], guard)
         elif mnemonic in ("ret", "exit"):
             self._emit("leave", [], guard)
-        elif found := re.fullmatch(
-            r"(ld|st)\.(global|shared)(?:::cta)?(?:\.L[12]::\w+)*(?:\.v(\d))?\.[bus](8|16|32|64)", mnemonic
-        ):
+        elif found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.L[12]::\w+)*(?:\.v(\d))?\.[bus](\d+)", mnemonic):
             self._memory(*found.groups(), operands, guard)
         elif mnemonic.startswith(("cp.async.ca.shared", "cp.async.cg.shared")):
             addresses = [*self._address(operands[0], 4), *self._address(operands[1], 8)]
@@ -266,10 +258,10 @@ class Program:
 
     def _memory(self, kind: str, space: str, count: str | None, width: str, operands: list[str], guard) -> None:
         address, data = operands[:: 1 if kind == "st" else -1]
-        sizes = [self._width(one) if one.startswith("%") else int(width) // 8 for one in _elements(data)]
-        registers = [
-            n for one, size in zip(_elements(data), sizes, strict=True) for n in (self._value(one, size), size)
-        ]
+        registers = []
+        for one in _elements(data):
+            size = self._width(one) if one.startswith("%") else int(width) // 8
+            registers += [self._value(one, size), size]
         where = [int(space == "global"), *self._address(address, 8 if space == "global" else 4)]
         form = [int(width) // 8, int(count or 1)]
         self._emit(f"move<{str(kind == 'st').lower()}>", [*where, *form, *registers], guard)
@@ -313,10 +305,8 @@ class Program:
 
         if mnemonic in ("bar.sync", "barrier.sync") and operands == ["0"]:
             self._emit("barrier", [])
-        elif mnemonic in ("cp.async.commit_group", "cp.async.wait_all"):
+        elif mnemonic == "cp.async.commit_group":
             self._emit("commit_group", [])
-            if mnemonic == "cp.async.wait_all":
-                self._emit("wait_group", [0])
         elif mnemonic == "cp.async.wait_group":
             self._emit("wait_group", [int(operands[0], 0)])
         elif found := re.fullmatch(r"shfl\.sync\.(up|down|bfly|idx)\.b32", mnemonic):
