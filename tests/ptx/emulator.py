@@ -11,7 +11,8 @@ It covers the masks, addresses, layouts, pipelines and rounding of the compiled 
 - accesses outside of the tensors or of shared memory, and misaligned ones;
 - races of warps between two barriers, in shared and global memory, unless they store what is there already;
 - programs that store one element, or store and load one;
-- warps that end while others wait at a barrier, lanes of a warp that part, cp.async that nothing waits for.
+- warps that end while others wait at a barrier, and cp.async that nothing waits for;
+- lanes of a warp that part at a branch. A GPU runs them; here they do so only where log2 meets infinity or NaN.
 Registers, shared memory and fresh tensors start as NaN. A cp.async lands as late as it may. Programs and warps run in
 their order or in a shuffled one.
 

@@ -3,6 +3,7 @@
 import pytest
 from cases import CASES
 from emulate import emulate  # noqa: F401  (a fixture)
+from translate import Program, Unsupported
 
 COMMON = [
     ("sm_90", "attention T=100 D=64 bf16"),
@@ -12,12 +13,14 @@ COMMON = [
     ("sm_90", "bias_gelu 5x77 bf16"),
     ("sm_90", "cross_entropy 4x50257 bf16"),
     ("sm_90", "cross_entropy 2x50257 bf16 no grad"),
+    ("sm_90", "cross_entropy 6x128 bf16"),
+    ("sm_90", "attention T=100 D=64 bf16 far rows"),
     ("sm_80", "attention T=100 D=64 bf16"),
     ("sm_80", "attention T=100 D=64 bf16 dropout"),
 ]
 RACE = "a warp that holds a copy of a short row loads it after its owner has overwritten it"
 KNOWN = {
-    "attention T=80 D=64 bf16 far rows": "offsets of rows are computed in 32 bits",
+    "attention T=100 D=64 bf16 far rows": "offsets of rows are computed in 32 bits",
     **{f"cross_entropy 6x{V} {kind}": RACE for V in (11, 128) for kind in ("bf16", "fp16", "fp32")},
 }
 KERNELS = {
@@ -42,7 +45,7 @@ def runs() -> list:
 @pytest.mark.parametrize(("target", "case"), runs())
 def test_the_compiled_op_is_accurate_and_has_no_problem(emulate, target, case):  # noqa: F811
     report = emulate(target, case=case)
-    if case == "attention T=80 D=64 bf16 far rows" and "stride" in report["failure"]:
+    if case == "attention T=100 D=64 bf16 far rows" and "stride" in report["failure"]:
         return  # refused, with a sentence
     assert report["problems"] == []
     assert report["failure"] == ""
@@ -75,3 +78,10 @@ def test_programs_and_warps_in_any_order_give_the_same_bits(emulate, target, cas
     assert [report["problems"] for report in reports] == [[]] * 4
     assert {report["digest"] for report in reports} == {reports[0]["digest"]}
     assert reports[0]["digest"]
+
+
+def test_an_instruction_that_the_emulator_does_not_know_is_named():
+    kernel = ".visible .entry k(\n\t.param .u64 k_param_0\n)\n.reqntid 32\n{\n\t.reg .b64 %rd<2>;\n"
+    kernel += "\tld.param.b64 %rd1, [k_param_0];\n\tatom.global.add.u64 %rd1, [%rd1], 1;\n\tret;\n}\n"
+    with pytest.raises(Unsupported, match=r"PTX line 8: atom\.global\.add\.u64"):
+        Program(kernel)
