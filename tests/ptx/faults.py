@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +14,13 @@ from unittest import mock
 
 from emulator import Emulator
 
-from kernels import attention, column_sum, cross_entropy, gelu, launch, layer_norm
-from kernels.launch import triton
+from kernels import dispatch, launch  # noqa: F401  (dispatch imports every op)
 
 
 class Fault(NamedTuple):
-    """Match number n of `right` becomes `wrong`, in the source of a module or in the PTX of a kernel."""
+    """Match number n of `right` becomes `wrong`, in the source of an op's kernels or in the PTX of a kernel."""
 
-    where: ModuleType | str
+    where: str  # "gelu" or "_gelu_fwd_kernel"
     right: str  # a regular expression for PTX, plain text for a source
     wrong: str
     n: int
@@ -47,40 +47,40 @@ FORWARD, DQ, DKDV = (f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "
 LEAVES = "setp.lt.u32 %scratch1, %tid.x, 32;\n@%scratch1 ret;\nbar.sync 0;"
 
 SOURCE_FAULTS = {
-    "forward: a row does not see its own key": Fault(attention, SEEN, SEEN.replace("<=", "<"), 0, CAUSAL, NUMBERS),
-    "forward: a row sees the next key": Fault(attention, SEEN, f"{SEEN} + 1", 0, CAUSAL, NUMBERS),
-    "dq: a row sees the next key": Fault(attention, SEEN, f"{SEEN} + 1", 1, CAUSAL, NUMBERS),
-    "forward: a block of keys short": Fault(attention, END, SHORT, 0, CAUSAL, NUMBERS),
-    "dq: a block of keys short": Fault(attention, END, SHORT, 1, CAUSAL, NUMBERS),
-    "dk, dv: a block of queries short": Fault(attention, AT_END, "0", 0, FULL, NUMBERS),
-    "dk, dv: lse of rows past the end": Fault(attention, LSE, "lse_ptr + stats + rows", 0, CAUSAL, OUTSIDE),
-    "forward: batch and head mixed up": Fault(attention, HEAD, SWAPPED, 0, CAUSAL, OUTSIDE),
+    "forward: a row does not see its own key": Fault("attention", SEEN, SEEN.replace("<=", "<"), 0, CAUSAL, NUMBERS),
+    "forward: a row sees the next key": Fault("attention", SEEN, f"{SEEN} + 1", 0, CAUSAL, NUMBERS),
+    "dq: a row sees the next key": Fault("attention", SEEN, f"{SEEN} + 1", 1, CAUSAL, NUMBERS),
+    "forward: a block of keys short": Fault("attention", END, SHORT, 0, CAUSAL, NUMBERS),
+    "dq: a block of keys short": Fault("attention", END, SHORT, 1, CAUSAL, NUMBERS),
+    "dk, dv: a block of queries short": Fault("attention", AT_END, "0", 0, FULL, NUMBERS),
+    "dk, dv: lse of rows past the end": Fault("attention", LSE, "lse_ptr + stats + rows", 0, CAUSAL, OUTSIDE),
+    "forward: batch and head mixed up": Fault("attention", HEAD, SWAPPED, 0, CAUSAL, OUTSIDE),
     "forward: values in place of keys": Fault(
-        attention, "q_ptr + part_stride", "q_ptr + 2 * part_stride", 0, CAUSAL, NUMBERS
+        "attention", "q_ptr + part_stride", "q_ptr + 2 * part_stride", 0, CAUSAL, NUMBERS
     ),
-    "attention: a row too many is stored": Fault(attention, "(rows < limit) & (dims < HEAD_DIM))",
+    "attention: a row too many is stored": Fault("attention", "(rows < limit) & (dims < HEAD_DIM))",
         "(rows <= limit) & (dims < HEAD_DIM))", 0, CAUSAL, "store out of bounds"),
-    "layer_norm: a column too many": Fault(layer_norm, "mask = cols < C", "mask = cols <= C", 0, SMALL_NORM, OUTSIDE),
+    "layer_norm: a column too many": Fault("layer_norm", "mask = cols < C", "mask = cols <= C", 0, SMALL_NORM, OUTSIDE),
     "layer_norm: variance of columns past the end": Fault(
-        layer_norm, "tl.where(mask, x - mean, 0.0)", "x - mean", 0, SMALL_NORM, NUMBERS
+        "layer_norm", "tl.where(mask, x - mean, 0.0)", "x - mean", 0, SMALL_NORM, NUMBERS
     ),
     "layer_norm: programs share a row": Fault(
-        layer_norm, LAST_ROW, LAST_ROW.replace(", N", " + 1, N"), 0, SMALL_NORM, "two programs store"
+        "layer_norm", LAST_ROW, LAST_ROW.replace(", N", " + 1, N"), 0, SMALL_NORM, "two programs store"
     ),
-    "layer_norm: programs share a partial sum": Fault(layer_norm, "dweight_ptr + program * C",
+    "layer_norm: programs share a partial sum": Fault("layer_norm", "dweight_ptr + program * C",
         "dweight_ptr + program // 2 * C", 0, SMALL_NORM, "two programs store"),
-    "column_sum: a row too many": Fault(column_sum, "(rows < P)", "(rows <= P)", 0, SMALL_NORM, OUTSIDE),
-    "gelu: an element too many": Fault(gelu, "offsets < n_elements", "offsets <= n_elements", 1, GELU, OUTSIDE),
-    "bias_gelu: a wrong row stride": Fault(gelu, "rows[:, None] * F", "rows[:, None] * (F - 1)", 0, BIAS_GELU, RACE),
+    "column_sum: a row too many": Fault("column_sum", "(rows < P)", "(rows <= P)", 0, SMALL_NORM, OUTSIDE),
+    "gelu: an element too many": Fault("gelu", "offsets < n_elements", "offsets <= n_elements", 1, GELU, OUTSIDE),
+    "bias_gelu: a wrong row stride": Fault("gelu", "rows[:, None] * F", "rows[:, None] * (F - 1)", 0, BIAS_GELU, RACE),
     "bias_gelu: a row is left out": Fault(
-        gelu, "= first.to(tl.int64) +", "= first.to(tl.int64) + 1 +", 0, BIAS_GELU, NUMBERS
+        "gelu", "= first.to(tl.int64) +", "= first.to(tl.int64) + 1 +", 0, BIAS_GELU, NUMBERS
     ),
     "cross_entropy: the padding takes part": Fault(
-        cross_entropy, "tl.where(cols < vocab_size, z,", "tl.where(cols < padded_size, z,", 0, PADDED, NUMBERS
+        "cross_entropy", "tl.where(cols < vocab_size, z,", "tl.where(cols < padded_size, z,", 0, PADDED, NUMBERS
     ),
-    "cross_entropy: a logit too many is stored": Fault(cross_entropy, "dz, 0.0), mask=cols < padded_size",
+    "cross_entropy: a logit too many is stored": Fault("cross_entropy", "dz, 0.0), mask=cols < padded_size",
         "dz, 0.0), mask=cols <= padded_size", 0, VOCABULARY, "another program|two programs|bounds"),
-    "cross_entropy: a row overlaps the next": Fault(cross_entropy, "* row_stride", "* (row_stride - 8)", 0, PADDED,
+    "cross_entropy: a row overlaps the next": Fault("cross_entropy", "* row_stride", "* (row_stride - 8)", 0, PADDED,
         "load of what another program stores"),
 }  # fmt: skip
 PTX_FAULTS = {
@@ -100,7 +100,7 @@ FAULTS = SOURCE_FAULTS | PTX_FAULTS
 def planted(emulator: Emulator, name: str) -> Iterator[None]:
     """Launches have the fault inside."""
     fault = FAULTS[name]
-    if isinstance(fault.where, str):
+    if fault.where.startswith("_"):
 
         def edit(kernel: str, ptx: str) -> str:
             return _replaced(ptx, fault.right, fault.wrong, fault.n, name) if kernel == fault.where else ptx
@@ -108,18 +108,32 @@ def planted(emulator: Emulator, name: str) -> Iterator[None]:
         with mock.patch.object(emulator, "edit", edit):
             yield
         return
-    source = _replaced(inspect.getsource(fault.where), re.escape(fault.right), fault.wrong, fault.n, name)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
-        path = Path(folder) / "faulty.py"
-        path.write_text(source)  # a file, since Triton reads a kernel's source
-        spec = importlib.util.spec_from_file_location("faulty", path)
-        faulty = importlib.util.module_from_spec(spec)
-        with mock.patch.object(launch, "register"):  # the operators exist already
-            spec.loader.exec_module(faulty)
-        for attribute, value in vars(fault.where).items():
-            if isinstance(value, triton.runtime.JITFunction):
-                patches.enter_context(mock.patch.object(fault.where, attribute, getattr(faulty, attribute)))
+    modules = _modules("kernels.")
+    sources = {module: inspect.getsource(module) for module in _modules(f"kernels.{fault.where}")}
+    right = next((module for module, source in sources.items() if fault.right in source), next(iter(sources)))
+    with contextlib.ExitStack() as patches:
+        faulty = _loaded(_replaced(sources[right], re.escape(fault.right), fault.wrong, fault.n, name))
+        patches.callback(Path(faulty.__file__).unlink)
+        for module in modules:
+            for attribute, value in [*vars(module).items()]:
+                if isinstance(value, launch.triton.runtime.JITFunction) and value.fn.__module__ == right.__name__:
+                    patches.enter_context(mock.patch.object(module, attribute, getattr(faulty, value.fn.__name__)))
         yield
+
+
+def _modules(prefix: str) -> list[ModuleType]:
+    return [module for name, module in sys.modules.items() if name.startswith(prefix)]
+
+
+def _loaded(source: str) -> ModuleType:
+    """A module with this source, in a file, because Triton reads a kernel's source from one."""
+    with tempfile.NamedTemporaryFile("w", prefix="faulty_", suffix=".py", delete=False) as file:
+        file.write(source)
+    spec = importlib.util.spec_from_file_location(Path(file.name).stem, file.name)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(launch, "register"):  # the operators exist already
+        spec.loader.exec_module(module)
+    return module
 
 
 def _replaced(text: str, pattern: str, wrong: str, n: int, name: str) -> str:
