@@ -19,8 +19,7 @@ their order or in a shuffled one.
 It does not cover ptxas and the machine code, launchers and drivers, time, caches, or a memory model weaker than
 barriers. wgmma computes when it is issued, so a missing wgmma wait or proxy fence is not seen. Sums of tensor cores are
 plain float32 in order of k, and ex2, lg2, rcp and sqrt are rounded correctly: a GPU is up to 2 ulp worse in these.
-tf32 operands lose their low 13 bits. An access between the rows of a strided view is inside its tensor. Memory is
-checked by cells of two bytes.
+tf32 operands lose their low 13 bits. An access between the rows of a strided view is inside its tensor.
 """
 
 import contextlib

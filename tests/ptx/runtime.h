@@ -62,7 +62,7 @@ static inline u32 permute(u32 a, u32 b, u32 selector) {
 }
 
 struct Instruction { int handler, line, guard, negated, first; };  // guard: offset of a predicate or -1
-struct Cell { u32 store_epoch, load_epoch, loaders, storing_program, loading_program, storing_warp; };  // of two bytes
+struct Cell { u32 store_epoch, load_epoch, loaders, storing_program, loading_program, storing_warp; };  // of a byte
 struct Memory { u64 begin, end; Cell* cells; };  // a tensor; or shared memory, which begins at 0
 struct Copy { u32 to; u64 from; u32 size, valid; int lane; const Instruction* at; };  // a cp.async under way
 enum State { RUNNING, WAITING, ENDED };
@@ -120,8 +120,8 @@ static bool check(Warp& w, int lane, bool global, bool store, u64 address, u32 s
     return false;
   }
   const u32 me = 1u << w.index, program = now.cta + 1;  // 0 is none
-  for (u32 i = 0; i < size; i += 2) {
-    Cell& c = m->cells[(address - m->begin + i) / 2];
+  for (u32 i = 0; i < size; ++i) {
+    Cell& c = m->cells[address - m->begin + i];
     const u64 where = address + i;
     if (global && c.storing_program && c.storing_program != program) {
       report(w, lane, space, store ? ": two programs store" : ": load of what another program stores", where);
@@ -129,7 +129,7 @@ static bool check(Warp& w, int lane, bool global, bool store, u64 address, u32 s
     }
     const bool foreign = c.store_epoch == now.epoch && c.storing_warp != (u32)w.index;
     if (store) {
-      const bool same = data && !memcmp(pointer(global, where), data + i, std::min(2u, size - i));
+      const bool same = data && *pointer(global, where) == data[i];
       if (global && c.loading_program && c.loading_program != program)
         report(w, lane, space, ": store of what another program loads", where);
       if (foreign && !same) report(w, lane, space, " race: two warps store", where);
@@ -339,7 +339,7 @@ static void run_program(std::vector<Warp>& warps, const int* grid, bool is_shuff
 
 static Memory memory(u64 begin, u64 end) {  // pages of cells are taken when touched
   const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  return {begin, end, (Cell*)mmap(nullptr, ((end - begin) / 2 + 1) * sizeof(Cell), protection, flags, -1, 0)};
+  return {begin, end, (Cell*)mmap(nullptr, (end - begin + 1) * sizeof(Cell), protection, flags, -1, 0)};
 }
 
 // Runs a launch and returns the number of problems. image: registers and constants at the start of a warp.
@@ -361,7 +361,7 @@ extern "C" int run(const Instruction* program, const int* operands, const u8* im
     run_program(warps, grid, order != 0, random);
   }
   now.tensors.push_back(now.shared);
-  for (Memory& m : now.tensors) munmap(m.cells, ((m.end - m.begin) / 2 + 1) * sizeof(Cell));
+  for (Memory& m : now.tensors) munmap(m.cells, (m.end - m.begin + 1) * sizeof(Cell));
   snprintf(text, room, "%s", now.text.c_str());
   return now.problems;
 }
