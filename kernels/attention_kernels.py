@@ -6,6 +6,7 @@ Scores and lse are in base 2, exp(x) = exp2(x / ln 2), because GPUs compute exp2
 
 Two constants, off by default, select another way to compute the same (kernels.tiles, VARIANTS):
 EXP2_POLYNOMIAL and PAIR_BLOCKS. `_attention_bwd_kernel` is a third: both backward kernels in one.
+EXP2_POLYNOMIAL has no effect with dropout, where random numbers keep the arithmetic units busy.
 """
 
 from kernels.launch import tl, triton
@@ -125,7 +126,7 @@ def _attention_fwd_kernel(
                     seen = cols[None, :] <= rows[:, None] if IS_CAUSAL else cols[None, :] < T
                     scores = tl.where(seen, scores, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(scores, axis=1) * LOG2_SCALE)
-                weights = _exp2(scores * LOG2_SCALE - new_max[:, None], EXP2_POLYNOMIAL)
+                weights = _exp2(scores * LOG2_SCALE - new_max[:, None], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
                 rescale = tl.exp2(row_max - new_max)
                 row_sum = row_sum * rescale + tl.sum(weights, axis=1)
                 if DROPOUT_P > 0.0:
@@ -190,7 +191,7 @@ def _dq_rows(
             k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             v = _load_rows(k_ptr + part_stride, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            weights = _exp2(scores * LOG2_SCALE - lse[:, None], EXP2_POLYNOMIAL)
+            weights = _exp2(scores * LOG2_SCALE - lse[:, None], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
             if MASKED:
                 cols = start_n + tl.arange(0, BLOCK_N)
                 seen = cols[None, :] <= rows[:, None] if IS_CAUSAL else cols[None, :] < T
@@ -248,7 +249,7 @@ def _dkdv_rows(
             lse = tl.load(lse_ptr + stats + rows, mask=rows < T, other=float("inf"))
             delta = tl.load(delta_ptr + stats + rows, mask=rows < T, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            weights = _exp2(scores * LOG2_SCALE - lse[None, :], EXP2_POLYNOMIAL)
+            weights = _exp2(scores * LOG2_SCALE - lse[None, :], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
             if MASKED and IS_CAUSAL:
                 weights = tl.where(cols[:, None] <= rows[None, :], weights, 0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
