@@ -51,7 +51,7 @@ def trained(shards, tmp_path_factory) -> Path:
 
 
 # The slowest files run first, so that no worker is left with one of them at the end.
-FIRST = ["two_hosts", "faults", "aot", "sharded", "parallel", "kernel_model", "gpu", "bare_machine"]
+FIRST = ["compiled_kernels", "two_hosts", "faults", "aot", "sharded", "parallel", "kernel_model", "gpu", "bare_machine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
