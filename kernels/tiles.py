@@ -164,7 +164,7 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
     "gelu_bwd": {"default": {1: (1024, 4)}},
     "bias_gelu_fwd": {"default": {1: (4, 256, 4)}},
     "bias_gelu_bwd": {"default": {1: (8, 4, 256, 4)}},
-    "cross_entropy": {"default": {1: (8192, 16)}},
+    "cross_entropy": {"sm_103": {1: (4096, 8)}, "default": {1: (8192, 16)}},
     "column_sum": {"default": {1: (32, 32, 4)}},
 }
 
