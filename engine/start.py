@@ -8,6 +8,7 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
+from engine.checks import selfcheck
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
 from engine.errors import BadInput
@@ -34,6 +36,7 @@ from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
+from kernels.dispatch import Ops, select
 from model.gpt2 import GPT2
 
 
@@ -236,11 +239,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         is_compiled=is_compiled,
         compute_dtype=compute_dtype,
     )
-    try:
-        ops = raw_model.configure(config.kernels, compute_dtype, config.recompute)
-    except ValueError as error:  # --kernels asks for what cannot run here
-        raise BadInput(f"train: {error}") from error
-
+    ops = raw_model.configure(choose_ops(config, precision[0], ranks), compute_dtype, config.recompute)
     optimizer = optim.build(raw_model, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
@@ -259,6 +258,24 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
     )
     return run
+
+
+def choose_ops(config: TrainConfig, precision: str, ranks: Ranks) -> Ops:
+    """The model's ops. On a GPU those on Triton are checked first, by one rank of each host.
+
+    Raises BadInput on every rank if --kernels asks for what cannot run here or is wrong here.
+    """
+    dtype, model = device.COMPUTE_DTYPES[precision], config.model
+    try:
+        ops = select(config.kernels, ranks.device, dtype, model.head_dim)
+        found = {}
+        if ranks.local_rank == 0 and ranks.device.type == "cuda":
+            asked = selfcheck.request(config, precision, ops, ranks.device)
+            found = selfcheck.failures(asked, lambda line: print(line, file=sys.stderr, flush=True))
+        failed = {op: why for each in ranks.gather(found) for op, why in each.items()}
+        return select(config.kernels, ranks.device, dtype, model.head_dim, failed=failed) if failed else ops
+    except ValueError as error:
+        raise BadInput(f"train: {error}") from error
 
 
 def summary(run: Run) -> str:
