@@ -9,6 +9,7 @@ Bad input ends the run here. What needs no model is checked before the GPU is us
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +17,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
-from engine.checks import selfcheck
+from engine.checks import compiler, facts, selfcheck
+from engine.checks.cache import CompileCache
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
-from engine.errors import BadInput
+from engine.errors import BadInput, Diverged
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
@@ -38,6 +41,8 @@ from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
 from kernels.dispatch import Ops, select
 from model.gpt2 import GPT2
+
+WAY_OUT = "--no-compile trains without it from the start; please report this with the versions that gpt2 doctor prints"
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Run:
     data: Data
     past: Past
     precision: str  # "auto" resolved
+    is_compiled: bool
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
     replica_group: dist.ProcessGroup | None
@@ -114,6 +120,46 @@ class Run:
         self.heartbeat.at(step, what)
         with self.update.clock.part(what), phase(what):
             yield
+
+    @contextmanager
+    def compiling(self, step: int, batch: tuple[Tensor, Tensor]) -> Iterator[None]:
+        """Around the first update of a compiled model: checks what is compiled, and keeps it with the run.
+
+        A model that is compiled wrongly trains uncompiled. Raises Diverged instead with --strict.
+        """
+        if step > self.past.step or not self.is_compiled:
+            yield
+            return
+        ranks, update = self.ranks, self.update
+        kept = CompileCache(self.config.out, self.compiled_from(), ranks.local_rank, warn)
+        was_kept, began = kept.load(), time.perf_counter()
+        is_right, text = compiler.check(update.model, self.raw_model, batch, ranks)
+        if is_right:
+            how = "loaded from --out" if was_kept else "compiled"
+            ranks.print0(f"compile: {text} ({how} in {time.perf_counter() - began:.0f} s)")
+        elif self.config.strict:
+            raise Diverged(f"train: the compiled model must train as the uncompiled one, got: {text}; {WAY_OUT}")
+        else:
+            update.model, self.is_compiled = distributed.uncompiled(update.model), False
+            if ranks.is_first:
+                warn(f"train: TORCH.COMPILE IS NOT USED: {text}; {WAY_OUT}")
+            ranks.print0(f"compile: off, {text}: steps run uncompiled")
+        yield
+        if self.is_compiled:
+            kept.save()
+
+    def compiled_from(self) -> dict:
+        """What compiled code depends on, as JSON types."""
+        fields = configs.to_dict(self.config)
+        names = ("model", "context", "parallel", "shard_size", "reshard", "recompute")
+        return {name: fields[name] for name in names} | {
+            "precision": self.precision,
+            "batch": self.data.micro_batch_size,
+            "processes": self.ranks.world_size,
+            "ops": [choice.implementation for choice in self.raw_model.ops.choices],
+            "code": facts.code("kernels", "model"),
+            **facts.machine(self.ranks.device),
+        }
 
     def validation_loss(self) -> float:
         """Mean loss over the validation windows, in nats per token. All ranks call it."""
@@ -246,7 +292,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock)
-    run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
+    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, replicas.group(model, ranks))
     if past.checkpoint is not None:
         run.load(past.checkpoint)
     if ranks.is_first:
@@ -271,11 +317,16 @@ def choose_ops(config: TrainConfig, precision: str, ranks: Ranks) -> Ops:
         found = {}
         if ranks.local_rank == 0 and ranks.device.type == "cuda":
             asked = selfcheck.request(config, precision, ops, ranks.device)
-            found = selfcheck.failures(asked, lambda line: print(line, file=sys.stderr, flush=True))
+            found = selfcheck.failures(asked, warn)
         failed = {op: why for each in ranks.gather(found) for op, why in each.items()}
         return select(config.kernels, ranks.device, dtype, model.head_dim, failed=failed) if failed else ops
     except ValueError as error:
         raise BadInput(f"train: {error}") from error
+
+
+def warn(line: str) -> None:
+    """Prints on this rank's stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def summary(run: Run) -> str:
