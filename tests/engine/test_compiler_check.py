@@ -44,6 +44,14 @@ def refuse(graph, inputs):
     raise NotImplementedError("no such operator\nat line 7")
 
 
+@pytest.fixture(autouse=True)
+def no_tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def compile_with(monkeypatch):
     """Sets the compiler that torch.compile uses, and forgets what was compiled."""
@@ -122,6 +130,13 @@ def test_a_compiler_that_raises_is_not_used_and_out_of_memory_is_no_fault_of_it(
     finding = checked(raw_model, full)
     assert finding == Finding(True, "unchecked, since memory does not suffice for a second set of gradients")
     assert all(p.grad is None for p in raw_model.parameters())
+
+
+def test_the_bound_is_wider_where_products_are_tf32_s():
+    assert compiler.bound_of(torch.float32) == 1e-3
+    torch.set_float32_matmul_precision("high")
+    assert compiler.bound_of(torch.float32) == compiler.TF32_BOUND == 1e-2
+    assert compiler.bound_of(torch.bfloat16) == compiler.BOUNDS[torch.bfloat16]
 
 
 def test_an_error_of_the_model_itself_is_raised(monkeypatch):
