@@ -30,7 +30,7 @@ class CompileCache:
 
     def __init__(self, out: str | Path, about: dict, rank: int, warn: Callable[[str], None]):
         self.folder, self.rank, self.warn = Path(out) / FOLDER, rank, warn
-        self.path = self.folder / f"rank{rank}_{facts.key(about | {'rank': rank})}.bin"
+        self.path = self.folder / f"rank{rank}_{facts.key(about)}.bin"
 
     def load(self) -> bool:
         """Gives what is kept to PyTorch's caches. False if nothing was, or if it cannot be used."""
