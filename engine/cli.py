@@ -3,6 +3,7 @@
 Each subcommand imports what it needs when it runs, so that --help is fast.
 """
 
+import functools
 import importlib.util
 import os
 import sys
@@ -270,9 +271,12 @@ def doctor(args: list[str], prog: str) -> None:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
     if (problem := shadowed_package()) is not None:
         raise BadInput(problem)
-    from engine import device
+    from engine import config, device
+    from engine.checks import selfcheck
 
-    print(device.report(head_dim, asked.precision))
+    preset = config.PRESETS[asked.preset]
+    recall = functools.partial(selfcheck.recall_for, preset) if head_dim == preset.model.head_dim else lambda *_: None
+    print(device.report(head_dim, asked.precision, recall))
 
 
 def shadowed_package() -> str | None:

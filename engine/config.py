@@ -53,6 +53,7 @@ class TrainConfig:
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
     cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches; not yet run on a GPU
     deterministic: bool = False  # the same bits in every run on the same GPUs and versions; costs a little time
+    strict: bool = False  # end the run, exit code 3, if what torch.compile made is wrong; if not, train uncompiled
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward

@@ -15,14 +15,14 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from engine.config import TrainConfig
 from engine.errors import BadInput
-from kernels.dispatch import has_c_compiler, select
+from kernels.dispatch import Ops, has_c_compiler, select
 from kernels.launch import HAS_TRITON
 from model.presets import activation_bytes, num_parameters
 
@@ -274,15 +274,19 @@ def _cpu_memory_bytes() -> int | None:
 # ---- gpt2 doctor --------------------------------------------------------------------------------------------------
 
 
-def report(head_dim: int, asked_precision: str) -> str:
+def report(head_dim: int, asked_precision: str, recall: Callable[[str, Ops], dict[str, str] | None]) -> str:
     """What this machine has, and which implementation of each op runs here and why. Starts and
     writes nothing.
 
-    asked_precision: as for gpt2 train. Raises BadInput if this machine cannot do it.
+    asked_precision: as for gpt2 train. recall: failures that the self-check of ops in a precision
+    found, or None if there was none. Raises BadInput if this machine cannot do it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, why = choose_precision(asked_precision, device)
     ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim)
+    failed = recall(precision, ops)
+    if failed:
+        ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, failed=failed)
     memory = _cpu_memory_bytes()
     facts = [
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -296,9 +300,18 @@ def report(head_dim: int, asked_precision: str) -> str:
         ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
         ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
         ("precision", f"{precision}: {why}"),
+        ("self-check", _self_check(failed, [choice.implementation for choice in ops.choices])),
     ]
     lines = [f"{name:<21} {text}" for name, text in facts]
     return "\n".join([*lines, "", f"ops at head_dim {head_dim}, {precision}", ops.explain()])
+
+
+def _self_check(failed: dict[str, str] | None, implementations: list[str]) -> str:
+    if failed:
+        return f"failed: {', '.join(failed)}"
+    if "triton" not in implementations:
+        return "none needed: no op runs on Triton"
+    return "not made yet, gpt2 train makes it" if failed is None else "passed"
 
 
 def _version(package: str) -> str:

@@ -289,6 +289,15 @@ def wrap(
     return raw_model
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `wrap` made, without torch.compile. Changes a wrapper in place."""
+    if isinstance(model, DistributedDataParallel):
+        model.module = uncompiled(model.module)
+    for module in model.modules():
+        module._compiled_call_impl = None  # what Module.compile sets
+    return getattr(model, "_orig_mod", model)
+
+
 def _mesh(ranks: Ranks, parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: int | None) -> DeviceMesh:
     """Makes the device mesh.
 

@@ -8,6 +8,8 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +17,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
+from engine.checks import compiler, facts, selfcheck
+from engine.checks.cache import CompileCache
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
-from engine.errors import BadInput
+from engine.errors import BadInput, Diverged
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
@@ -35,7 +40,10 @@ from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
+from kernels.dispatch import Ops, select
 from model.gpt2 import GPT2
+
+WAY_OUT = "--no-compile trains without it from the start; please report this with the versions that gpt2 doctor prints"
 
 
 @dataclass
@@ -70,6 +78,7 @@ class Run:
     data: Data
     past: Past
     precision: str  # "auto" resolved
+    is_compiled: bool
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
     replica_group: dist.ProcessGroup | None
@@ -113,6 +122,46 @@ class Run:
         self.heartbeat.at(step, what)
         with self.update.clock.part(what), phase(what):
             yield
+
+    @contextmanager
+    def compiling(self, step: int, batch: tuple[Tensor, Tensor]) -> Iterator[None]:
+        """Around the first update of a compiled model: checks what is compiled, and keeps it with the run.
+
+        A model that is compiled wrongly trains uncompiled. Raises Diverged instead with --strict.
+        """
+        if step > self.past.step or not self.is_compiled:
+            yield
+            return
+        ranks, update = self.ranks, self.update
+        kept = CompileCache(self.config.out, self.compiled_from(), ranks.local_rank, warn)
+        was_kept, began = kept.load(), time.perf_counter()
+        is_right, text = compiler.check(update.model, self.raw_model, batch, ranks)
+        if is_right:
+            how = "loaded from --out" if was_kept else "compiled"
+            ranks.print0(f"compile: {text} ({how} in {time.perf_counter() - began:.0f} s)")
+        elif self.config.strict:
+            raise Diverged(f"train: the compiled model must train as the uncompiled one, got: {text}; {WAY_OUT}")
+        else:
+            update.model, self.is_compiled = distributed.uncompiled(update.model), False
+            if ranks.is_first:
+                warn(f"train: TORCH.COMPILE IS NOT USED: {text}; {WAY_OUT}")
+            ranks.print0(f"compile: off, {text}: steps run uncompiled")
+        yield
+        if self.is_compiled:
+            kept.save()
+
+    def compiled_from(self) -> dict:
+        """What compiled code depends on, as JSON types."""
+        fields = configs.to_dict(self.config)
+        names = ("model", "context", "parallel", "shard_size", "reshard", "recompute", "cuda_graphs", "deterministic")
+        return {name: fields[name] for name in names} | {
+            "precision": self.precision,
+            "batch": self.data.micro_batch_size,
+            "processes": self.ranks.world_size,
+            "ops": [choice.implementation for choice in self.raw_model.ops.choices],
+            "code": facts.code("kernels", "model"),
+            **facts.machine(self.ranks.device),
+        }
 
     def validation_loss(self) -> float:
         """Mean loss over the validation windows, in nats per token. All ranks call it."""
@@ -263,18 +312,14 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         is_compiled=is_compiled,
         compute_dtype=compute_dtype,
     )
-    try:
-        ops = raw_model.configure(config.kernels, compute_dtype, config.recompute)
-    except ValueError as error:  # --kernels asks for what cannot run here
-        raise BadInput(f"train: {error}") from error
-
+    ops = raw_model.configure(choose_ops(config, precision[0], ranks), compute_dtype, config.recompute)
     optimizer = optim.build(raw_model, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
-    run = Run(config, ranks, data, past, precision[0], raw_model, step, replicas.group(model, ranks))
+    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, replicas.group(model, ranks))
     if past.checkpoint is not None:
         run.load(past.checkpoint)
     if ranks.is_first:
@@ -286,6 +331,29 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
     )
     return run
+
+
+def choose_ops(config: TrainConfig, precision: str, ranks: Ranks) -> Ops:
+    """The model's ops. On a GPU those on Triton are checked first, by one rank of each host.
+
+    Raises BadInput on every rank if --kernels asks for what cannot run here or is wrong here.
+    """
+    dtype, model = device.COMPUTE_DTYPES[precision], config.model
+    try:
+        ops = select(config.kernels, ranks.device, dtype, model.head_dim)
+        found = {}
+        if ranks.local_rank == 0 and ranks.device.type == "cuda":
+            asked = selfcheck.request(config, precision, ops, ranks.device)
+            found = selfcheck.failures(asked, warn)
+        failed = {op: why for each in ranks.gather(found) for op, why in each.items()}
+        return select(config.kernels, ranks.device, dtype, model.head_dim, failed=failed) if failed else ops
+    except ValueError as error:
+        raise BadInput(f"train: {error}") from error
+
+
+def warn(line: str) -> None:
+    """Prints on this rank's stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def summary(run: Run) -> str:

@@ -69,7 +69,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             asked = stop.flags(run.saver.seconds)
             with run.doing("data", step):
                 micro_batches = data.batches.at(step)
-            with run.doing("update", step):
+            with run.doing("update", step), run.compiling(step, micro_batches[0]):
                 lr = optim.learning_rate(step, config)
                 numbers = run.update(step, micro_batches, lr, asked)  # on the device
                 # Both waits for the GPU belong to the update's time: for the previous update, so that

@@ -1,8 +1,10 @@
 """Fixtures that several files share: a corpus of bytes, and a model that trains on it in a second."""
 
 import os
+import tempfile
 from pathlib import Path
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gpt2_tests_")  # no test reads or leaves what runs remember
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads cost more than they save
 
 import pytest

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench import cases, worker
+from bench import cases
 from kernels.dispatch import MODULES
 
 SIZES = cases.Sizes(B=3, T=10, H=2, D=5, V=7, Vp=8)  # N = 30, C = 10
@@ -51,14 +51,3 @@ def test_every_implementation_is_right_and_a_wrong_one_is_refused(name):
     for broken in (1.001, math.nan, math.inf):
         with pytest.raises(ArithmeticError, match=f"the error of {definition.tensors[-1]} must be at most 1e-05"):
             definition.check([*got[:-1], got[-1] * broken], exact, torch.float32)
-
-
-def test_accuracy_is_held_to_twice_pytorch_s_error():
-    one = torch.ones(1, dtype=torch.float64)
-    for ours, allowed in ((1 + 3e-5, True), (1 + 5e-5, False), (math.nan, False)):
-        arguments = ("y",), [one * ours], [one * (1 + 2e-5)], [one], 1e-5
-        if allowed:
-            assert worker.judged(*arguments)["y"] == pytest.approx((3e-5, 2e-5), rel=1e-3)
-        else:
-            with pytest.raises(ArithmeticError, match=r"the error of y must be at most 4\.0e-05"):
-                worker.judged(*arguments)

@@ -189,6 +189,16 @@ def test_a_worker_that_dies_hangs_or_refuses_is_named_and_the_next_request_goes_
         worker.stop()
 
 
+def test_the_self_check_comes_first_and_what_it_finds_is_recorded(tmp_path, play):
+    assert PLAN[0].section == "self-check"
+    play(self_check={"attention": "its self-check failed: dqkv is off by 3.1e-01", "gelu": ""})
+    run = new_run(tmp_path)
+    run.all([PLAN[0]])
+    rows = {row.case: row for row in Record.load(tmp_path).rows}
+    assert {case: row.status for case, row in rows.items()} == {"attention": "failed", "gelu": "checked"}
+    assert "dqkv is off by 3.1e-01" in rows["attention"].reason
+
+
 def test_a_peer_that_dies_or_is_wrong_is_recorded_and_the_others_are_timed(tmp_path, play):
     phase = [[1e-3, "s", 1e-3, 2e-3, 9], 1e6, "B/s"]
     checked = {"error": 1e-6, "peak": 7}

@@ -23,6 +23,7 @@ LAYERS = (
     {"optim", "device"},
     {"distributed"},
     {"evaluation", "health"},
+    {"checks"},
     {"step"},
     {"run"},
     {"start"},
@@ -32,6 +33,7 @@ FILES = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluati
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
+    "checks": {"facts", "selfcheck", "compiler", "cache"},
     "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
 }
 LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
@@ -99,8 +101,9 @@ def test_a_circle_through_a_type_checker_s_import_is_seen(tmp_path, monkeypatch)
         tuple(TopologicalSorter(graph(sorted(tmp_path.glob("*.py")))).static_order())
 
 
-def test_engine_has_its_ten_files_at_the_door_and_three_rooms():
+def test_engine_has_its_ten_files_at_the_door_and_no_room_beside_those_listed():
     assert {path.stem for path in (ROOT / "engine").glob("*.py")} - {"__init__"} == FILES
+    assert {path.parent.name for path in (ROOT / "engine").glob("*/*.py")} == set(FOLDERS)
     for folder, files in FOLDERS.items():
         assert {path.stem for path in (ROOT / "engine" / folder).glob("*.py")} - {"__init__"} == files
 
