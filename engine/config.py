@@ -51,6 +51,7 @@ class TrainConfig:
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
+    tuned: str = "auto"  # file of gpt2 tune, which sets what no flag sets; auto: this machine's, if any; never: none
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward

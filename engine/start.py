@@ -1,5 +1,6 @@
 """Everything before the first step: `build` makes a Run of a config, in time order.
 
+    choose         what gpt2 tune found for this machine, and the precision
     read_data      tokenizer, shards, batches: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
@@ -8,6 +9,7 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +36,10 @@ from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
+from engine.tuning import record
+from engine.tuning.record import Tuning
+from kernels import tiles
+from kernels.dispatch import Ops, select
 from model.gpt2 import GPT2
 
 
@@ -151,17 +157,52 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
 
     Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
+    tuning, precision = choose(config, ranks)
+    if tuning is not None:
+        config = record.applied(tuning, config, ranks.world_size)
     with ranks.fail_together():
         data = read_data(config, ranks)
-        precision, why = device.choose_precision(config.precision, ranks.device)
     past = find_past(config, data, ranks)
-    precision, why = ranks.broadcast_object((precision, why))  # on a CPU it was chosen by timing
     if past.step == config.num_steps:
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
-    run = build_model(config, data, past, ranks, (precision, why))
+    use(tuning, ranks.device)
+    run = build_model(config, data, past, ranks, precision, tuning)
     open_record(run)
     return run
+
+
+def choose(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | None, tuple[str, str]]:
+    """The tuning to heed, or None, and (precision, why): rank 0's, on every rank.
+
+    The precision is the one that a flag asks for, else that of the run to go on from, else the
+    tuning's, else chosen here. A tuning in another precision is ignored. Prints which was read.
+    """
+    with ranks.fail_together():
+        precision = device.choose_precision(config.precision, ranks.device)
+        tuning, note = record.find(config, ranks.device) if ranks.is_first else (None, "")
+    if ranks.is_first and config.precision == "auto":
+        if (before := resume.precision_of(config, ranks.device)) is not None:
+            precision = before, "as this run began"
+        elif tuning is not None:
+            precision = tuning.setup.precision, "tuned"
+    if tuning is not None and tuning.setup.precision != precision[0]:
+        tuning, note = None, f"tuned: ignored, it is for {tuning.setup.precision} and this run is in {precision[0]}"
+    if os.environ.get("GPT2_AUTOTUNE") == "1":
+        note = f"GPT2_AUTOTUNE is now `gpt2 tune`: run it once, and gpt2 train reads what it finds\n{note}".strip()
+    if note:
+        ranks.print0(note)
+    return ranks.broadcast_object((tuning, precision))
+
+
+def use(tuning: Tuning | None, on: torch.device) -> None:
+    """Sets what a tuning has for the whole process: tiles, and malloc and threads of a CPU."""
+    tiles.use(tuning.setup.tiles if tuning is not None else {})
+    if on.type == "cpu":
+        if tuning is None or tuning.setup.malloc_tuned:
+            device.tune_malloc()
+        if tuning is not None and tuning.setup.threads is not None and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(tuning.setup.threads)
 
 
 def read_data(config: TrainConfig, ranks: Ranks) -> Data:
@@ -209,7 +250,14 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
     return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"])
 
 
-def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, precision: tuple[str, str]) -> Run:
+def build_model(
+    config: TrainConfig,
+    data: Data,
+    past: Past,
+    ranks: Ranks,
+    precision: tuple[str, str],
+    tuning: Tuning | None = None,
+) -> Run:
     """Makes model and optimizer, fills them, and prints on rank 0 what will run.
 
     precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
@@ -236,11 +284,8 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         is_compiled=is_compiled,
         compute_dtype=compute_dtype,
     )
-    try:
-        ops = raw_model.configure(config.kernels, compute_dtype, config.recompute)
-    except ValueError as error:  # --kernels asks for what cannot run here
-        raise BadInput(f"train: {error}") from error
-
+    tuned = tuning.setup.ops if tuning is not None else None
+    ops = raw_model.configure(choose_ops(config, compute_dtype, ranks, tuned), compute_dtype, config.recompute)
     optimizer = optim.build(raw_model, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
@@ -251,7 +296,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     if past.checkpoint is not None:
         run.load(past.checkpoint)
     if ranks.is_first:
-        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size}
+        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         directory.write_config(config, data.tokenizer.name, resolved)
     ranks.print0(
         summary(run)
@@ -259,6 +304,15 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
     )
     return run
+
+
+def choose_ops(config: TrainConfig, dtype: torch.dtype, ranks: Ranks, tuned: dict[str, str] | None) -> Ops:
+    """The model's ops. Raises BadInput if --kernels asks for what cannot run here."""
+    model = config.model
+    try:
+        return select(config.kernels, ranks.device, dtype, model.head_dim, dropout_p=model.dropout, tuned=tuned)
+    except ValueError as error:
+        raise BadInput(f"train: {error}") from error
 
 
 def summary(run: Run) -> str:

@@ -1,0 +1,293 @@
+"""`gpt2 tune`: ops first, then whole training steps, each within its share of the time.
+
+A step begins as shipped. One field changes at a time; what is faster by more than the noise, and
+computes the same, is kept: implementations and tiles, the micro-batch, what is recomputed, and on a
+CPU malloc, threads, precision and compiling.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine import device as devices
+from engine.config import PRESETS, TrainConfig, batch_shape
+from engine.errors import BadInput
+from engine.tuning import steps
+from engine.tuning.ops import OPS, Bench
+from engine.tuning.record import Setup, Tuning, machine_of, path_of, save, shape_of
+from engine.tuning.search import Race, descend, one_line, race
+from kernels.cases import Sizes
+from kernels.dispatch import select
+
+OPS_SHARE = {"cuda": 0.45, "cpu": 0.1}  # of the time, for the ops
+BATCHES = (64, 32, 16, 8)  # sequences per micro-batch, tried from the largest
+CLOSING_SECONDS = 10  # for the last race, of what was found against the shipped setup
+Tell = Callable[[str], None]
+
+
+def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell: Tell = print) -> Path:
+    """Tunes a preset on this machine and returns the file written.
+
+    asked: the preset's config; a micro_batch_size or precision that it sets is kept. Raises BadInput
+    if no step can run here.
+    """
+    began = time.monotonic()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, _ = devices.choose_precision(asked.precision, device)
+    sequences = asked.tokens_per_step // asked.sequence_length
+    batch = batch_shape(asked, 1)[0]
+    shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
+    shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)
+    tell(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
+    races, tiles = tune_ops(asked, shipped, device, began + 60 * minutes * OPS_SHARE[device.type], tell)
+    working = {op: raced.first for op, raced in races.items() if raced.first != raced.shipped}
+    shipped = dataclasses.replace(shipped, ops=working)  # an op that failed its check runs on another
+    most = batch * max(1, BATCHES[0] // batch)
+    search = Steps(preset, min(sequences, most), device, began + 60 * minutes - CLOSING_SECONDS, tell)
+    with contextlib.closing(search):
+        search.begin(shipped)
+        search.run(moves(asked, device, combinations(races, asked.model.n_layer), tiles, search))
+        found, shipped_s, found_s = search.finish(began + 60 * minutes)
+    tokens = search.sequences * asked.sequence_length
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    speeds = (tokens / shipped_s, tokens / found_s)
+    tuning = Tuning(preset, shape, machine, date, search.shipped, found, *speeds)
+    path = path_of(shape, device) if out is None else Path(out)
+    save(tuning, path)
+    tell(summary(tuning, path, time.monotonic() - began))
+    return path
+
+
+def summary(tuning: Tuning, path: Path, seconds: float) -> str:
+    """The last lines."""
+    shipped, found = tuning.shipped_tokens_per_s, tuning.tokens_per_s
+    ends = "nothing is faster than the shipped setup" if tuning.setup == tuning.shipped else f"found: {tuning.setup}"
+    return (
+        f"\n{ends}\n{shipped:,.0f} -> {found:,.0f} tokens/s, {found / shipped:.2f}x, after {seconds:.0f} s\n"
+        f"{path}\ngpt2 train {tuning.preset} reads it; flags go before it, --tuned never ignores it"
+    )
+
+
+# ---- Ops ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OpRace:
+    """What was found for one op."""
+
+    shipped: str
+    first: str  # the shipped implementation, or the next if that was refused
+    winner: str
+    seconds: dict[str, float]  # implementation -> shortest time
+
+
+def tune_ops(
+    config: TrainConfig, setup: Setup, device: torch.device, until: float, tell: Tell
+) -> tuple[dict[str, OpRace], dict]:
+    """The race of each op, and the tiles that its kernels were fastest with."""
+    dtype, T = devices.apply_precision(setup.precision), config.sequence_length
+    sizes = Sizes.of(config.model, setup.micro_batch_size, T)
+    bench = Bench(sizes, setup.precision, dtype, device, setup.compile)
+    chosen = select("auto", device, dtype, config.model.head_dim, dropout_p=config.model.dropout).choices
+    shipped = {choice.op: choice.implementation for choice in chosen}
+    races, tiles, left = {}, {}, 1.0
+    tell(f"\nops at B = {setup.micro_batch_size}, T = {T}, {setup.precision}: forward and backward, against the first")
+    for op, share in OPS.items():
+        now = time.monotonic()
+        try:
+            found, tiles, refused = bench.tune(op, shipped[op], tiles, now + (until - now) * share / left)
+        except Exception as error:  # not even PyTorch's runs: the step keeps what is shipped
+            tell(f"  {op:<21} left as it is: {one_line(error)}")
+            continue
+        finally:
+            left -= share
+        tell(table(op, found, refused))
+        best = {name: found.best(name) for name in found.seconds}
+        races[op] = OpRace(shipped[op], next(iter(found.seconds)), found.winner, best)
+    if tiles:
+        tell("\n".join(["tiles", *(f"  {key}: {config}" for key, config in tiles.items())]))
+    return races, tiles
+
+
+def table(op: str, found: Race, refused: dict[str, str]) -> str:
+    """A line for each implementation of an op."""
+    lines, first = [], next(iter(found.seconds))
+    for name in found.seconds:
+        speed = "" if name == first else f" {found.best(first) / found.best(name):5.2f}x"
+        mark = " taken" if name == found.winner != first else ""
+        lines.append(f"{name:<10} {1e3 * found.best(name):9.3f} ms{speed}{mark}")
+    lines += [f"{name:<10} {why}"[:56] for name, why in refused.items()]
+    return "\n".join(f"  {op if number == 0 else '':<21} {line}" for number, line in enumerate(lines))
+
+
+def combinations(races: dict[str, OpRace], n_layer: int, most: int = 3) -> list[dict[str, str]]:
+    """The most promising choices of all ops: each op's winner, then by the sum of their times in a step."""
+    times = {"attention": n_layer, "bias_gelu": n_layer, "add_layer_norm": 2 * n_layer, "linear_cross_entropy": 1}
+    names = {op: sorted(raced.seconds, key=raced.seconds.get)[:3] for op, raced in races.items()}
+    choices = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*names.values())]
+    winners = {op: raced.winner for op, raced in races.items()}
+
+    def cost(choice: dict[str, str]) -> float:
+        return sum(times[op] * races[op].seconds[name] for op, name in choice.items())
+
+    ranked = [winners, *(choice for choice in sorted(choices, key=cost) if choice != winners)]
+    changed = [{op: name for op, name in choice.items() if name != races[op].shipped} for choice in ranked[:most]]
+    return [choice for number, choice in enumerate(changed) if choice not in changed[:number]]
+
+
+# ---- Steps --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """Races between setups of the training step, each in a Worker. One is in use at any time."""
+
+    preset: str
+    sequences: int  # of one update
+    device: torch.device
+    until: float
+    tell: Tell
+    clock: Callable[[], float] = time.monotonic
+    start: Callable[[dict, float], steps.Worker] = steps.Worker
+    in_use: Setup | None = None
+    shipped: Setup | None = None
+    shipped_s: float = 0.0  # seconds of its first update that was timed
+    too_large: int | None = None  # smallest micro-batch that ran out of memory
+    workers: list[tuple[Setup, steps.Worker]] = field(default_factory=list)
+
+    def begin(self, shipped: Setup) -> None:
+        """Starts the shipped setup, or with the largest micro-batch that fits. Raises BadInput if none runs."""
+        self.tell(f"\ntraining steps of {self.sequences} sequences, against what is in use")
+        for size in range(shipped.micro_batch_size, 0, -1):
+            if self.sequences % size:
+                continue
+            setup = dataclasses.replace(shipped, micro_batch_size=size)
+            try:
+                self.shipped_s = self._start(setup)()
+            except steps.Refused as error:
+                if str(error) == steps.OUT_OF_MEMORY and size > 1:
+                    continue
+                raise BadInput(
+                    f"tune: a step of {self.preset} must run here, {setup} got: {error}; try more --max-minutes, a "
+                    "smaller --micro-batch-size or another preset"
+                ) from error
+            self.in_use = self.shipped = setup
+            self.tell(f"  {str(setup)[:50]:<50} {1e3 * self.shipped_s:9.1f} ms")
+            return
+
+    def run(self, near: Iterator[Callable[[Setup], list[Setup]]]) -> None:
+        """Changes one field after the other."""
+        self.in_use = descend(self.in_use, near, self._contest)
+
+    def finish(self, until: float) -> tuple[Setup, float, float]:
+        """The setup found, and seconds of an update as shipped and as found, measured in turns."""
+        shipped, found = self._worker(self.shipped), self._worker(self.in_use)
+        try:
+            last = race({"shipped": shipped} | ({"found": found} if found is not shipped else {}), until, self.clock)
+        except steps.Refused:  # it ran before: nothing can be said of what was found
+            return self.shipped, self.shipped_s, self.shipped_s
+        medians = [statistics.median(last.seconds[name]) for name in ("shipped", last.winner)]
+        return (self.in_use if last.winner == "found" else self.shipped), *medians
+
+    def close(self) -> None:
+        """Ends all processes."""
+        for _, worker in self.workers:
+            worker.close()
+
+    def _contest(self, setups: list[Setup]) -> Setup:
+        self.in_use, *challengers = setups
+        for setup in challengers:
+            label = f"  {changes(self.in_use, setup)[:50]:<50}"
+            if self.clock() >= self.until:
+                self.tell(f"{label} no time left")
+                continue
+            try:
+                challenger = self._start(setup)
+                wrong = steps.difference(challenger.losses, self._worker(self.shipped).losses, setup.precision)
+                if wrong is not None:
+                    raise steps.Refused(wrong)
+                met = race({"in use": self._worker(self.in_use), "new": challenger}, self.until, self.clock)
+                if met.left.get("new", "slower") != "slower":
+                    raise steps.Refused(met.left["new"])
+            except steps.Refused as error:
+                if str(error) == steps.OUT_OF_MEMORY:
+                    self.too_large = min(self.too_large or setup.micro_batch_size, setup.micro_batch_size)
+                self.tell(f"{label} {error}")
+                continue
+            pair = [statistics.median(met.seconds[name]) for name in ("in use", "new")]
+            taken = met.winner == "new"
+            self.tell(f"{label} {1e3 * pair[1]:9.1f} ms {pair[0] / pair[1]:5.2f}x{' taken' * taken}")
+            loser = self.in_use if taken else setup
+            self.in_use = setup if taken else self.in_use
+            if loser != self.shipped:
+                self._worker(loser).close()
+        return self.in_use
+
+    def _start(self, setup: Setup) -> steps.Worker:
+        worker = self.start(steps.job(self.preset, setup, self.sequences, self.device), self.until)
+        self.workers.append((setup, worker))
+        return worker
+
+    def _worker(self, setup: Setup) -> steps.Worker:
+        return next(worker for one, worker in self.workers if one == setup)
+
+
+def changes(before: Setup, after: Setup) -> str:
+    """What the second setup has that the first has not, in words."""
+    return ", ".join(word for word in after.words() if word not in before.words()) or "as shipped"
+
+
+def moves(
+    asked: TrainConfig, device: torch.device, ops: list[dict[str, str]], tiles: dict, search: Steps
+) -> Iterator[Callable[[Setup], list[Setup]]]:
+    """For each field, the setups that differ from the one in use in that field."""
+    on_cpu = device.type == "cpu"
+
+    def choices(which: list[dict]) -> Callable[[Setup], list[Setup]]:
+        return lambda one: differing(one, *({"ops": one_choice, "tiles": tiles} for one_choice in which))
+
+    yield choices(ops[:1])
+    if on_cpu:
+        cores = torch.get_num_threads()
+        fewer = sorted({2**power for power in range(cores.bit_length())} | {cores})
+        yield lambda one: differing(one, {"malloc_tuned": not one.malloc_tuned})
+        if "OMP_NUM_THREADS" not in os.environ:  # which a run heeds too
+            yield lambda one: differing(one, *({"threads": count} for count in fewer if count != cores))
+    if asked.micro_batch_size is None:
+        sizes = [size for size in BATCHES if search.sequences % size == 0]
+        yield lambda one: differing(one, *({"micro_batch_size": size} for size in sizes))
+    yield choices(ops[1:])
+    if search.too_large is not None:  # recomputing buys memory for a larger micro-batch, and costs time
+        yield lambda one: differing(
+            one, *({"micro_batch_size": search.too_large, "recompute": part} for part in ("attention", "block"))
+        )
+    if on_cpu:
+        if asked.precision == "auto":
+            yield lambda one: differing(one, *({"precision": name} for name in ("fp32", "bf16")))
+        if devices.compile_obstacle(device) is None:
+            yield lambda one: differing(one, {"compile": True})
+
+
+def differing(setup: Setup, *fields: dict) -> list[Setup]:
+    """The setup with each of these changes, without those that change nothing."""
+    return [new for change in fields if (new := dataclasses.replace(setup, **change)) != setup]
+
+
+def check(preset: str, micro_batch_size: int | None, precision: str, minutes: float) -> TrainConfig:
+    """The preset's config with what was asked for. Raises BadInput if it is not valid."""
+    asked = dataclasses.replace(PRESETS[preset], micro_batch_size=micro_batch_size, precision=precision)
+    if wrong := asked.problems():
+        raise BadInput("tune: " + "\n  ".join(wrong))
+    if not minutes > 0:
+        raise BadInput(f"tune: --max-minutes must be above 0, got {minutes}")
+    batch_shape(asked, 1)
+    return asked
