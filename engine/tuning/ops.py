@@ -98,11 +98,12 @@ class Bench:
         sample()  # compiles
         return sample
 
-    def tune(self, op: str, shipped: str, tuned: dict, until: float) -> tuple[Race, dict, dict[str, str]]:
-        """The race of an op's implementations, the tiles in use at its end, why others were refused.
+    def tune(self, op: str, shipped: str, tuned: dict, until: float) -> tuple[Race, dict]:
+        """The race of an op's implementations, and the tiles in use at its end.
 
         If the shipped one is refused, the next takes its place. tuned: the tiles so far. until:
-        time of the clock after which nothing more is tried.
+        time of the clock after which nothing more is tried. Raises ArithmeticError if all are
+        refused.
         """
         inputs, douts = self.tensors(op, self.sizes)
         tiles.use(tuned)
@@ -114,18 +115,18 @@ class Bench:
                 samplers[name] = self.sampler(fn, inputs, douts)
             except Exception as error:  # not here, too large, wrong: the types vary
                 refused[name] = one_line(error)
-        first = race(samplers, until, self.clock, rounds=2)
-        fastest = min(map(first.best, samplers))
-        if "triton" in samplers and first.best("triton") <= WORTH_TILES * fastest and self.device.type == "cuda":
-            tuned = self.tune_tiles(op, samplers["triton"], tuned, until)
-        tiles.use(tuned)
-        racing = {name: sample for name, sample in samplers.items() if first.left.get(name) != "slower"}
-        if "triton" in samplers:
-            racing["triton"] = samplers["triton"]
-        result = race(racing, until, self.clock)
-        for name in set(samplers) - set(racing):
-            result.seconds[name], result.left[name] = first.seconds[name], "slower"
-        return result, tuned, refused
+        if not samplers:
+            raise ArithmeticError(f"no implementation is right here: {refused[shipped]}")
+        result = race(samplers, until, self.clock)
+        ours = result.best("triton") if "triton" in samplers else float("inf")
+        if self.device.type == "cuda" and ours <= WORTH_TILES * min(map(result.best, samplers)):
+            before, tuned = tuned, self.tune_tiles(op, samplers["triton"], tuned, until)
+            tiles.use(tuned)
+            if tuned != before:
+                racing = [name for name in samplers if name == "triton" or name not in result.left]
+                result = race({name: samplers[name] for name in racing}, until, self.clock)
+        result.left |= refused
+        return result, tuned
 
     def tune_tiles(self, op: str, sample: Callable[[], float], tuned: dict, until: float) -> dict:
         """The tiles with those of this op's kernels replaced by the fastest near them."""

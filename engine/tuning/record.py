@@ -4,6 +4,7 @@ The file is replaced atomically. It is ignored, with a sentence, if it is damage
 another GPU, driver, PyTorch, Triton or version of this code: then nothing in it need hold.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -125,9 +126,9 @@ def save(tuning: Tuning, path: Path) -> None:
         temporary.write_text(json.dumps(fields | {"digest": _digest(fields)}, indent=1) + "\n")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise BadInput(f"tune: --out must be a file that can be written, got {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Tuning:

@@ -30,6 +30,7 @@ from kernels.dispatch import select
 
 OPS_SHARE = {"cuda": 0.45, "cpu": 0.1}  # of the time, for the ops
 BATCHES = (64, 32, 16, 8)  # sequences per micro-batch, tried from the largest
+RACE_SECONDS = 15  # of one race between two setups, at most
 CLOSING_SECONDS = 10  # for the last race, of what was found against the shipped setup
 Tell = Callable[[str], None]
 
@@ -49,8 +50,7 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell:
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)
     tell(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
     races, tiles = tune_ops(asked, shipped, device, began + 60 * minutes * OPS_SHARE[device.type], tell)
-    working = {op: raced.first for op, raced in races.items() if raced.first != raced.shipped}
-    shipped = dataclasses.replace(shipped, ops=working)  # an op that failed its check runs on another
+    shipped = dataclasses.replace(shipped, ops={op: next(iter(met.seconds)) for op, met in races.items()})
     most = batch * max(1, BATCHES[0] // batch)
     search = Steps(preset, min(sequences, most), device, began + 60 * minutes - CLOSING_SECONDS, tell)
     with contextlib.closing(search):
@@ -80,68 +80,50 @@ def summary(tuning: Tuning, path: Path, seconds: float) -> str:
 # ---- Ops ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class OpRace:
-    """What was found for one op."""
-
-    shipped: str
-    first: str  # the shipped implementation, or the next if that was refused
-    winner: str
-    seconds: dict[str, float]  # implementation -> shortest time
-
-
 def tune_ops(
     config: TrainConfig, setup: Setup, device: torch.device, until: float, tell: Tell
-) -> tuple[dict[str, OpRace], dict]:
+) -> tuple[dict[str, Race], dict]:
     """The race of each op, and the tiles that its kernels were fastest with."""
-    dtype, T = devices.apply_precision(setup.precision), config.sequence_length
-    sizes = Sizes.of(config.model, setup.micro_batch_size, T)
-    bench = Bench(sizes, setup.precision, dtype, device, setup.compile)
-    chosen = select("auto", device, dtype, config.model.head_dim, dropout_p=config.model.dropout).choices
+    model, T = config.model, config.sequence_length
+    dtype = devices.apply_precision(setup.precision)
+    bench = Bench(Sizes.of(model, setup.micro_batch_size, T), setup.precision, dtype, device, setup.compile)
+    chosen = select("auto", device, dtype, model.head_dim, dropout_p=model.dropout).choices
     shipped = {choice.op: choice.implementation for choice in chosen}
     races, tiles, left = {}, {}, 1.0
     tell(f"\nops at B = {setup.micro_batch_size}, T = {T}, {setup.precision}: forward and backward, against the first")
     for op, share in OPS.items():
         now = time.monotonic()
         try:
-            found, tiles, refused = bench.tune(op, shipped[op], tiles, now + (until - now) * share / left)
-        except Exception as error:  # not even PyTorch's runs: the step keeps what is shipped
+            races[op], tiles = bench.tune(op, shipped[op], tiles, now + (until - now) * share / left)
+            tell(table(op, races[op]))
+        except Exception as error:  # out of memory, or nothing is right here: the step keeps what is shipped
             tell(f"  {op:<21} left as it is: {one_line(error)}")
-            continue
-        finally:
-            left -= share
-        tell(table(op, found, refused))
-        best = {name: found.best(name) for name in found.seconds}
-        races[op] = OpRace(shipped[op], next(iter(found.seconds)), found.winner, best)
-    if tiles:
-        tell("\n".join(["tiles", *(f"  {key}: {config}" for key, config in tiles.items())]))
+        left -= share
+    for key, tile in tiles.items():
+        tell(f"  {key:<21} {tile}")
     return races, tiles
 
 
-def table(op: str, found: Race, refused: dict[str, str]) -> str:
+def table(op: str, found: Race) -> str:
     """A line for each implementation of an op."""
     lines, first = [], next(iter(found.seconds))
-    for name in found.seconds:
-        speed = "" if name == first else f" {found.best(first) / found.best(name):5.2f}x"
-        mark = " taken" if name == found.winner != first else ""
-        lines.append(f"{name:<10} {1e3 * found.best(name):9.3f} ms{speed}{mark}")
-    lines += [f"{name:<10} {why}"[:56] for name, why in refused.items()]
+    for name in found.seconds | found.left:
+        if not found.seconds.get(name):
+            lines.append(f"{name:<10} {found.left[name]}"[:56])
+            continue
+        ratio = "" if name == first else f" {found.best(first) / found.best(name):5.2f}x"
+        lines.append(f"{name:<10} {1e3 * found.best(name):9.3f} ms{ratio}{' taken' * (name == found.winner != first)}")
     return "\n".join(f"  {op if number == 0 else '':<21} {line}" for number, line in enumerate(lines))
 
 
-def combinations(races: dict[str, OpRace], n_layer: int, most: int = 3) -> list[dict[str, str]]:
+def combinations(races: dict[str, Race], n_layer: int, most: int = 3) -> list[dict[str, str]]:
     """The most promising choices of all ops: each op's winner, then by the sum of their times in a step."""
-    times = {"attention": n_layer, "bias_gelu": n_layer, "add_layer_norm": 2 * n_layer, "linear_cross_entropy": 1}
-    names = {op: sorted(raced.seconds, key=raced.seconds.get)[:3] for op, raced in races.items()}
+    calls = {"attention": n_layer, "bias_gelu": n_layer, "add_layer_norm": 2 * n_layer, "linear_cross_entropy": 1}
+    names = {op: sorted((name for name in met.seconds if met.seconds[name]), key=met.best) for op, met in races.items()}
     choices = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*names.values())]
-    winners = {op: raced.winner for op, raced in races.items()}
-
-    def cost(choice: dict[str, str]) -> float:
-        return sum(times[op] * races[op].seconds[name] for op, name in choice.items())
-
-    ranked = [winners, *(choice for choice in sorted(choices, key=cost) if choice != winners)]
-    changed = [{op: name for op, name in choice.items() if name != races[op].shipped} for choice in ranked[:most]]
-    return [choice for number, choice in enumerate(changed) if choice not in changed[:number]]
+    choices.sort(key=lambda choice: sum(calls[op] * races[op].best(name) for op, name in choice.items()))
+    winners = {op: met.winner for op, met in races.items()}
+    return [winners, *(choice for choice in choices if choice != winners)][:most]
 
 
 # ---- Steps --------------------------------------------------------------------------------------------------------
@@ -206,6 +188,8 @@ class Steps:
     def _contest(self, setups: list[Setup]) -> Setup:
         self.in_use, *challengers = setups
         for setup in challengers:
+            if setup == self.shipped:
+                continue  # what is in use was faster
             label = f"  {changes(self.in_use, setup)[:50]:<50}"
             if self.clock() >= self.until:
                 self.tell(f"{label} no time left")
@@ -215,7 +199,8 @@ class Steps:
                 wrong = steps.difference(challenger.losses, self._worker(self.shipped).losses, setup.precision)
                 if wrong is not None:
                     raise steps.Refused(wrong)
-                met = race({"in use": self._worker(self.in_use), "new": challenger}, self.until, self.clock)
+                pair = {"in use": self._worker(self.in_use), "new": challenger}
+                met = race(pair, min(self.until, self.clock() + RACE_SECONDS), self.clock)
                 if met.left.get("new", "slower") != "slower":
                     raise steps.Refused(met.left["new"])
             except steps.Refused as error:
@@ -223,9 +208,9 @@ class Steps:
                     self.too_large = min(self.too_large or setup.micro_batch_size, setup.micro_batch_size)
                 self.tell(f"{label} {error}")
                 continue
-            pair = [statistics.median(met.seconds[name]) for name in ("in use", "new")]
+            before, after = (statistics.median(met.seconds[name]) for name in pair)
             taken = met.winner == "new"
-            self.tell(f"{label} {1e3 * pair[1]:9.1f} ms {pair[0] / pair[1]:5.2f}x{' taken' * taken}")
+            self.tell(f"{label} {1e3 * after:9.1f} ms {before / after:5.2f}x{' taken' * taken}")
             loser = self.in_use if taken else setup
             self.in_use = setup if taken else self.in_use
             if loser != self.shipped:
@@ -259,9 +244,9 @@ def moves(
     if on_cpu:
         cores = torch.get_num_threads()
         fewer = sorted({2**power for power in range(cores.bit_length())} | {cores})
-        yield lambda one: differing(one, {"malloc_tuned": not one.malloc_tuned})
         if "OMP_NUM_THREADS" not in os.environ:  # which a run heeds too
             yield lambda one: differing(one, *({"threads": count} for count in fewer if count != cores))
+        yield lambda one: differing(one, {"malloc_tuned": not one.malloc_tuned})
     if asked.micro_batch_size is None:
         sizes = [size for size in BATCHES if search.sequences % size == 0]
         yield lambda one: differing(one, *({"micro_batch_size": size} for size in sizes))
