@@ -147,7 +147,7 @@ def tune(args: list[str], prog: str) -> None:
     from engine.tuning import tune as tuning
 
     config = tuning.check(asked.preset, asked.micro_batch_size, asked.precision, asked.max_minutes)
-    tuning.tune(asked.preset, config, asked.max_minutes, asked.out, lambda line: print(line, flush=True))
+    tuning.tune(asked.preset, config, asked.max_minutes, asked.out)
 
 
 def sample(args: list[str], prog: str) -> None:

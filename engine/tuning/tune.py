@@ -11,6 +11,7 @@ import datetime
 import itertools
 import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ CLOSING_SECONDS = 10  # for the last race, of what was found against the shipped
 Tell = Callable[[str], None]
 
 
-def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell: Tell = print) -> Path:
+def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell: Tell = show) -> Path:
     """Tunes a preset on this machine and returns the file written.
 
     asked: the preset's config; a micro_batch_size or precision that it sets is kept. Raises BadInput
@@ -67,6 +68,12 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell:
     return path
 
 
+def show(text: str) -> None:
+    """Prints lines, broken at 80 columns."""
+    for line in text.split("\n"):
+        print(textwrap.fill(line, 80, subsequent_indent=" " * 4, break_long_words=False), flush=True)
+
+
 def summary(tuning: Tuning, path: Path, seconds: float) -> str:
     """The last lines."""
     shipped, found = tuning.shipped_tokens_per_s, tuning.tokens_per_s
@@ -90,7 +97,9 @@ def tune_ops(
     chosen = select("auto", device, dtype, model.head_dim, dropout_p=model.dropout).choices
     shipped = {choice.op: choice.implementation for choice in chosen}
     races, tiles, left = {}, {}, 1.0
-    tell(f"\nops at B = {setup.micro_batch_size}, T = {T}, {setup.precision}: forward and backward, against the first")
+    tell(
+        f"\nops at B = {setup.micro_batch_size}, T = {T}, {setup.precision}: forward and backward, speed against the first"
+    )
     for op, share in OPS.items():
         now = time.monotonic()
         try:
@@ -139,7 +148,7 @@ class Steps:
     until: float
     tell: Tell
     clock: Callable[[], float] = time.monotonic
-    start: Callable[[dict, float], steps.Worker] = steps.Worker
+    start: Callable[[dict, float], steps.Worker] = field(default_factory=lambda: steps.Worker)
     in_use: Setup | None = None
     shipped: Setup | None = None
     shipped_s: float = 0.0  # seconds of its first update that was timed
@@ -148,7 +157,7 @@ class Steps:
 
     def begin(self, shipped: Setup) -> None:
         """Starts the shipped setup, or with the largest micro-batch that fits. Raises BadInput if none runs."""
-        self.tell(f"\ntraining steps of {self.sequences} sequences, against what is in use")
+        self.tell(f"\ntraining steps of {self.sequences} sequences, speed against what is in use")
         for size in range(shipped.micro_batch_size, 0, -1):
             if self.sequences % size:
                 continue
@@ -163,7 +172,7 @@ class Steps:
                     "smaller --micro-batch-size or another preset"
                 ) from error
             self.in_use = self.shipped = setup
-            self.tell(f"  {str(setup)[:50]:<50} {1e3 * self.shipped_s:9.1f} ms")
+            self.tell(f"  {', '.join(setup.words()[:3]):<50} {1e3 * self.shipped_s:9.1f} ms")
             return
 
     def run(self, near: Iterator[Callable[[Setup], list[Setup]]]) -> None:
