@@ -48,10 +48,11 @@ class Bench:
         return [shipped, *(name for name in others if name != shipped)]
 
     def function(self, op: str, name: str) -> Callable:
-        """An implementation, as a step runs it."""
+        """An implementation, as a step runs it. Nothing fuses with attention: it is not compiled alone."""
         options = {"vocab_size": self.sizes.V} if op == "linear_cross_entropy" else {}
         fn = functools.partial(implementation(op, name), **options)
-        return torch.compile(fn, dynamic=False) if self.is_compiled and name not in ("triton", "reference") else fn
+        is_fused = self.is_compiled and op != "attention" and name not in ("triton", "reference")
+        return torch.compile(fn, dynamic=False) if is_fused else fn
 
     def tensors(self, op: str, sizes: Sizes) -> tuple[list[Tensor], list[Tensor]]:
         """Inputs of an op, and incoming gradients."""

@@ -46,7 +46,7 @@ class Setup:
         words += [f"{self.threads} thread{'s' * (self.threads != 1)}"] if self.threads else []
         words += ["malloc untuned"] * (not self.malloc_tuned)
         words += [f"{op} {name}" for op, name in self.ops.items()]
-        return [*words, *(f"{key} {list(tile.values())}" for key, tile in self.tiles.items())]
+        return words + [f"{len(self.tiles)} tiles"] * bool(self.tiles)
 
     def __str__(self) -> str:
         return ", ".join(self.words())

@@ -85,10 +85,11 @@ class Worker:
         return self._ask({}, time.monotonic() + SAMPLE_LIMIT)["seconds"]
 
     def close(self) -> None:
-        """Ends the process, and those that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Ends the process, and those that it started. A second call does nothing."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._said):
             pipe.close()
 

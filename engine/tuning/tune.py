@@ -8,6 +8,7 @@ CPU malloc, threads, precision and compiling.
 import contextlib
 import dataclasses
 import datetime
+import gc
 import itertools
 import os
 import statistics
@@ -33,10 +34,15 @@ OPS_SHARE = {"cuda": 0.45, "cpu": 0.1}  # of the time, for the ops
 BATCHES = (64, 32, 16, 8)  # sequences per micro-batch, tried from the largest
 RACE_SECONDS = 15  # of one race between two setups, at most
 CLOSING_SECONDS = 10  # for the last race, of what was found against the shipped setup
-Tell = Callable[[str], None]
 
 
-def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell: Tell = show) -> Path:
+def show(text: str) -> None:
+    """Prints lines, broken at 80 columns."""
+    for line in text.split("\n"):
+        print(textwrap.fill(line, 80, subsequent_indent=" " * 4, break_long_words=False), flush=True)
+
+
+def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Path:
     """Tunes a preset on this machine and returns the file written.
 
     asked: the preset's config; a micro_batch_size or precision that it sets is kept. Raises BadInput
@@ -49,11 +55,13 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell:
     batch = batch_shape(asked, 1)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)
-    tell(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
-    races, tiles = tune_ops(asked, shipped, device, began + 60 * minutes * OPS_SHARE[device.type], tell)
+    if device.type == "cpu":
+        devices.tune_malloc()  # as in a run
+    show(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
+    races, tiles = tune_ops(asked, shipped, device, began + 60 * minutes * OPS_SHARE[device.type])
     shipped = dataclasses.replace(shipped, ops={op: next(iter(met.seconds)) for op, met in races.items()})
     most = batch * max(1, BATCHES[0] // batch)
-    search = Steps(preset, min(sequences, most), device, began + 60 * minutes - CLOSING_SECONDS, tell)
+    search = Steps(preset, min(sequences, most), device, began + 60 * minutes - CLOSING_SECONDS)
     with contextlib.closing(search):
         search.begin(shipped)
         search.run(moves(asked, device, combinations(races, asked.model.n_layer), tiles, search))
@@ -64,14 +72,8 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None, tell:
     tuning = Tuning(preset, shape, machine, date, search.shipped, found, *speeds)
     path = path_of(shape, device) if out is None else Path(out)
     save(tuning, path)
-    tell(summary(tuning, path, time.monotonic() - began))
+    show(summary(tuning, path, time.monotonic() - began))
     return path
-
-
-def show(text: str) -> None:
-    """Prints lines, broken at 80 columns."""
-    for line in text.split("\n"):
-        print(textwrap.fill(line, 80, subsequent_indent=" " * 4, break_long_words=False), flush=True)
 
 
 def summary(tuning: Tuning, path: Path, seconds: float) -> str:
@@ -87,9 +89,7 @@ def summary(tuning: Tuning, path: Path, seconds: float) -> str:
 # ---- Ops ----------------------------------------------------------------------------------------------------------
 
 
-def tune_ops(
-    config: TrainConfig, setup: Setup, device: torch.device, until: float, tell: Tell
-) -> tuple[dict[str, Race], dict]:
+def tune_ops(config: TrainConfig, setup: Setup, device: torch.device, until: float) -> tuple[dict[str, Race], dict]:
     """The race of each op, and the tiles that its kernels were fastest with."""
     model, T = config.model, config.sequence_length
     dtype = devices.apply_precision(setup.precision)
@@ -97,19 +97,22 @@ def tune_ops(
     chosen = select("auto", device, dtype, model.head_dim, dropout_p=model.dropout).choices
     shipped = {choice.op: choice.implementation for choice in chosen}
     races, tiles, left = {}, {}, 1.0
-    tell(
-        f"\nops at B = {setup.micro_batch_size}, T = {T}, {setup.precision}: forward and backward, speed against the first"
+    show(
+        f"\nops, forward and backward, at B = {setup.micro_batch_size}, T = {T}, {setup.precision}; the first's speed is 1"
     )
     for op, share in OPS.items():
         now = time.monotonic()
         try:
             races[op], tiles = bench.tune(op, shipped[op], tiles, now + (until - now) * share / left)
-            tell(table(op, races[op]))
+            show(table(op, races[op]))
         except Exception as error:  # out of memory, or nothing is right here: the step keeps what is shipped
-            tell(f"  {op:<21} left as it is: {one_line(error)}")
+            show(f"  {op:<21} left as it is: {one_line(error)}")
         left -= share
     for key, tile in tiles.items():
-        tell(f"  {key:<21} {tile}")
+        show(f"  {key:<28} {tile}")
+    with contextlib.suppress(RuntimeError):  # a kernel that broke the GPU's context: the steps have their own
+        gc.collect()
+        torch.cuda.empty_cache()  # which need the memory
     return races, tiles
 
 
@@ -146,7 +149,7 @@ class Steps:
     sequences: int  # of one update
     device: torch.device
     until: float
-    tell: Tell
+    tell: Callable[[str], None] = show
     clock: Callable[[], float] = time.monotonic
     start: Callable[[dict, float], steps.Worker] = field(default_factory=lambda: steps.Worker)
     in_use: Setup | None = None
@@ -157,7 +160,7 @@ class Steps:
 
     def begin(self, shipped: Setup) -> None:
         """Starts the shipped setup, or with the largest micro-batch that fits. Raises BadInput if none runs."""
-        self.tell(f"\ntraining steps of {self.sequences} sequences, speed against what is in use")
+        self.tell(f"\ntraining steps of {self.sequences} sequences, the speed of what is in use is 1")
         for size in range(shipped.micro_batch_size, 0, -1):
             if self.sequences % size:
                 continue
@@ -166,6 +169,7 @@ class Steps:
                 self.shipped_s = self._start(setup)()
             except steps.Refused as error:
                 if str(error) == steps.OUT_OF_MEMORY and size > 1:
+                    self.too_large = size
                     continue
                 raise BadInput(
                     f"tune: a step of {self.preset} must run here, {setup} got: {error}; try more --max-minutes, a "
@@ -197,8 +201,9 @@ class Steps:
     def _contest(self, setups: list[Setup]) -> Setup:
         self.in_use, *challengers = setups
         for setup in challengers:
-            if setup == self.shipped:
-                continue  # what is in use was faster
+            is_too_large = setup.recompute == "none" and setup.micro_batch_size >= (self.too_large or 2**62)
+            if is_too_large or setup == self.shipped:  # which what is in use has beaten
+                continue
             label = f"  {changes(self.in_use, setup)[:50]:<50}"
             if self.clock() >= self.until:
                 self.tell(f"{label} no time left")

@@ -229,3 +229,10 @@ def test_every_alternative_gives_its_op_s_result():
         expected = dispatch.implementation(op, "reference")(*inputs, **options)
         for name in set(names) - {"cudnn", "efficient"}:  # which a CPU has not
             torch.testing.assert_close(dispatch.implementation(op, name)(*inputs, **options), expected)
+
+
+def test_every_alternative_is_one_graph_for_the_compiler():
+    qkv = torch.randn(2, 5, 3, 2, 16, requires_grad=True)
+    for name in ("flash", "math"):
+        fn = torch.compile(dispatch.implementation("attention", name), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(fn(qkv), alternatives.attention_math(qkv))

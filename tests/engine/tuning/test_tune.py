@@ -53,7 +53,9 @@ class Machine:
         return worker
 
     def search(self, until: float = 1e9) -> tune.Steps:
-        return tune.Steps("gpt2", 64, self.device, until, self.lines.append, clock=lambda: self.now, start=self.start)
+        return tune.Steps(
+            "gpt2", 64, self.device, until, tell=self.lines.append, clock=lambda: self.now, start=self.start
+        )
 
     def found(self, ops=({},), tiles=None, asked=PRESETS["gpt2"], shipped=SHIPPED, until=1e9) -> Setup:
         search = self.search(until)
