@@ -32,19 +32,20 @@ def race(
     until: float,
     clock: Callable[[], float] = time.monotonic,
     rounds: int = ROUNDS,
+    least: int = 1,
 ) -> Race:
     """Samples all candidates in turns, every second round in reverse, and drops slow ones early.
 
     The first candidate is the one in use: another wins only if it is faster by more than the noise.
     After each round from the second on, a candidate whose best time is slower than the fastest's
-    by more than the noise of both leaves, and so does one that raises. `until`: time of the clock
-    after which no round begins, but for the first. What the candidate in use raises is raised.
+    by more than the noise of both leaves, and so does one that raises. until: time of the clock
+    after which no round begins, except the `least` first. What the candidate in use raises is raised.
     """
     in_use = next(iter(candidates))
     result = Race(in_use, {name: [] for name in candidates})
     racing = list(candidates)
     for number in range(rounds):
-        if (number and clock() >= until) or (number and racing == [in_use]):
+        if (number >= least and clock() >= until) or (number and racing == [in_use]):
             break
         for name in racing[:: -1 if number % 2 else 1]:
             try:

@@ -26,7 +26,7 @@ from engine.errors import BadInput
 from engine.tuning import steps
 from engine.tuning.ops import OPS, Bench
 from engine.tuning.record import Setup, Tuning, machine_of, path_of, save, shape_of
-from engine.tuning.search import Race, descend, one_line, race
+from engine.tuning.search import ENOUGH, Race, descend, one_line, race
 from kernels.cases import Sizes
 from kernels.dispatch import select
 
@@ -98,7 +98,7 @@ def tune_ops(config: TrainConfig, setup: Setup, device: torch.device, until: flo
     shipped = {choice.op: choice.implementation for choice in chosen}
     races, tiles, left = {}, {}, 1.0
     show(
-        f"\nops, forward and backward, at B = {setup.micro_batch_size}, T = {T}, {setup.precision}; the first's speed is 1"
+        f"\nops, forward and backward, B = {setup.micro_batch_size}, T = {T}, {setup.precision}; the first's speed is 1"
     )
     for op, share in OPS.items():
         now = time.monotonic()
@@ -160,7 +160,7 @@ class Steps:
 
     def begin(self, shipped: Setup) -> None:
         """Starts the shipped setup, or with the largest micro-batch that fits. Raises BadInput if none runs."""
-        self.tell(f"\ntraining steps of {self.sequences} sequences, the speed of what is in use is 1")
+        self.tell(f"\ntraining steps of {self.sequences} sequences; the speed of what is in use is 1")
         for size in range(shipped.micro_batch_size, 0, -1):
             if self.sequences % size:
                 continue
@@ -186,8 +186,9 @@ class Steps:
     def finish(self, until: float) -> tuple[Setup, float, float]:
         """The setup found, and seconds of an update as shipped and as found, measured in turns."""
         shipped, found = self._worker(self.shipped), self._worker(self.in_use)
+        both = {"shipped": shipped} | ({"found": found} if found is not shipped else {})
         try:
-            last = race({"shipped": shipped} | ({"found": found} if found is not shipped else {}), until, self.clock)
+            last = race(both, until, self.clock, least=ENOUGH)
         except steps.Refused:  # it ran before: nothing can be said of what was found
             return self.shipped, self.shipped_s, self.shipped_s
         medians = [statistics.median(last.seconds[name]) for name in ("shipped", last.winner)]
@@ -264,7 +265,6 @@ def moves(
     if asked.micro_batch_size is None:
         sizes = [size for size in BATCHES if search.sequences % size == 0]
         yield lambda one: differing(one, *({"micro_batch_size": size} for size in sizes))
-    yield choices(ops[1:])
     if search.too_large is not None:  # recomputing buys memory for a larger micro-batch, and costs time
         yield lambda one: differing(
             one, *({"micro_batch_size": search.too_large, "recompute": part} for part in ("attention", "block"))
@@ -274,6 +274,7 @@ def moves(
             yield lambda one: differing(one, *({"precision": name} for name in ("fp32", "bf16")))
         if devices.compile_obstacle(device) is None:
             yield lambda one: differing(one, {"compile": True})
+    yield choices(ops[1:])
 
 
 def differing(setup: Setup, *fields: dict) -> list[Setup]:

@@ -92,8 +92,10 @@ def test_no_round_begins_after_the_time_and_too_few_rounds_prove_nothing():
     assert Clock().race(shipped=10.0, new=1.0, until=30.0).winner == "new"
 
 
-def test_the_first_round_is_made_even_without_time():
+def test_the_least_rounds_are_made_even_without_time():
     assert len(Clock().race(shipped=1.0, new=0.5, until=-1.0).seconds["new"]) == 1
+    found = race({"shipped": lambda: 1.0, "new": lambda: 0.5}, 0.0, lambda: 1.0, least=ENOUGH)
+    assert (found.winner, len(found.seconds["new"])) == ("new", ENOUGH)
 
 
 def test_a_descent_tries_one_field_at_a_time_and_goes_on_from_the_best():
