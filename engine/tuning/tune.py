@@ -32,7 +32,7 @@ from kernels.dispatch import select
 
 OPS_SHARE = {"cuda": 0.45, "cpu": 0.1}  # of the time, for the ops
 BATCHES = (64, 32, 16, 8)  # sequences per micro-batch, tried from the largest
-RACE_SECONDS = 15  # of one race between two setups, at most
+RACE_SECONDS = 15  # of a race between two setups, after which no round begins
 CLOSING_SECONDS = 10  # for the last race, of what was found against the shipped setup
 
 
@@ -206,7 +206,7 @@ class Steps:
             if is_too_large or setup == self.shipped:  # which what is in use has beaten
                 continue
             label = f"  {changes(self.in_use, setup)[:50]:<50}"
-            if self.clock() >= self.until:
+            if self.clock() + (steps.WARM_UP + 2 * ENOUGH) * self.shipped_s >= self.until:
                 self.tell(f"{label} no time left")
                 continue
             try:
@@ -215,7 +215,7 @@ class Steps:
                 if wrong is not None:
                     raise steps.Refused(wrong)
                 pair = {"in use": self._worker(self.in_use), "new": challenger}
-                met = race(pair, min(self.until, self.clock() + RACE_SECONDS), self.clock)
+                met = race(pair, min(self.until, self.clock() + RACE_SECONDS), self.clock, least=ENOUGH)
                 if met.left.get("new", "slower") != "slower":
                     raise steps.Refused(met.left["new"])
             except steps.Refused as error:
