@@ -154,7 +154,8 @@ class Steps:
     start: Callable[[dict, float], steps.Worker] = field(default_factory=lambda: steps.Worker)
     in_use: Setup | None = None
     shipped: Setup | None = None
-    shipped_s: float = 0.0  # seconds of its first update that was timed
+    shipped_s: float = 0.0  # seconds of an update
+    in_use_s: float = 0.0
     too_large: int | None = None  # smallest micro-batch that ran out of memory
     workers: list[tuple[Setup, steps.Worker]] = field(default_factory=list)
 
@@ -175,7 +176,7 @@ class Steps:
                     f"tune: a step of {self.preset} must run here, {setup} got: {error}; try more --max-minutes, a "
                     "smaller --micro-batch-size or another preset"
                 ) from error
-            self.in_use = self.shipped = setup
+            self.in_use, self.shipped, self.in_use_s = setup, setup, self.shipped_s
             self.tell(f"  {', '.join(setup.words()[:3]):<50} {1e3 * self.shipped_s:9.1f} ms")
             return
 
@@ -206,7 +207,7 @@ class Steps:
             if is_too_large or setup == self.shipped:  # which what is in use has beaten
                 continue
             label = f"  {changes(self.in_use, setup)[:50]:<50}"
-            if self.clock() + (steps.WARM_UP + 2 * ENOUGH) * self.shipped_s >= self.until:
+            if self.clock() + 2 * ENOUGH * self.in_use_s >= self.until:
                 self.tell(f"{label} no time left")
                 continue
             try:
@@ -227,7 +228,7 @@ class Steps:
             taken = met.winner == "new"
             self.tell(f"{label} {1e3 * after:9.1f} ms {before / after:5.2f}x{' taken' * taken}")
             loser = self.in_use if taken else setup
-            self.in_use = setup if taken else self.in_use
+            self.in_use, self.in_use_s = (setup, after) if taken else (self.in_use, before)
             if loser != self.shipped:
                 self._worker(loser).close()
         return self.in_use
