@@ -11,7 +11,7 @@ Bad input ends the run here. What needs no model is checked before the GPU is us
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,7 +183,8 @@ def choose(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | None, tuple[str,
         tuning, note = record.find(config, ranks.device) if ranks.is_first else (None, "")
     if ranks.is_first and config.precision == "auto":
         if (before := resume.precision_of(config, ranks.device)) is not None:
-            precision = before, "as this run began"
+            with suppress(BadInput):  # this GPU may be an older one
+                precision = device.choose_precision(before, ranks.device)[0], "as this run began"
         elif tuning is not None:
             precision = tuning.setup.precision, "tuned"
     if tuning is not None and tuning.setup.precision != precision[0]:

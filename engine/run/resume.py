@@ -60,7 +60,7 @@ def precision_of(train: TrainConfig, device: torch.device) -> str | None:
     A run whose precision is "auto" keeps it, although a tuning or the choice by timing may be another by now.
     """
     run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
-    if train.resume == "never" or not (run / "checkpoints").is_dir():
+    if train.resume == "never" or not any(run.glob("checkpoints/step_*")):
         return None
     try:
         resolved = json.loads((run / config.CONFIG_FILE).read_text())["resolved"]
