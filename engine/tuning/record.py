@@ -46,7 +46,7 @@ class Setup:
         words += [f"{self.threads} thread{'s' * (self.threads != 1)}"] if self.threads else []
         words += ["malloc untuned"] * (not self.malloc_tuned)
         words += [f"{op} {name}" for op, name in self.ops.items()]
-        return words + [f"{len(self.tiles)} tiles"] * bool(self.tiles)
+        return words + [f"{len(self.tiles)} tile{'s' * (len(self.tiles) != 1)}"] * bool(self.tiles)
 
     def __str__(self) -> str:
         return ", ".join(self.words())
@@ -186,7 +186,7 @@ def applied(tuning: Tuning, config: TrainConfig, world_size: int) -> TrainConfig
     Recomputing belongs to a micro-batch: it is taken together with it or not at all.
     """
     setup, changes = tuning.setup, {}
-    if config.compile is None:
+    if config.compile is None and setup.compile != tuning.shipped.compile:
         changes["compile"] = setup.compile
     divides = config.tokens_per_step % (config.sequence_length * setup.micro_batch_size * world_size) == 0
     if config.micro_batch_size is None and divides:

@@ -58,13 +58,19 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     if device.type == "cpu":
         devices.tune_malloc()  # as in a run
     show(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
-    races, tiles = tune_ops(asked, shipped, device, began + 60 * minutes * OPS_SHARE[device.type])
-    shipped = dataclasses.replace(shipped, ops={op: next(iter(met.seconds)) for op, met in races.items()})
+    dtype, model = devices.apply_precision(precision), asked.model
+    chosen = select("auto", device, dtype, model.head_dim, dropout_p=model.dropout).choices
+    auto = {choice.op: choice.implementation for choice in chosen}
+    bench = Bench(Sizes.of(model, batch, asked.sequence_length), precision, dtype, device, shipped.compile)
+    races, tiles = tune_ops(bench, auto, began + 60 * minutes * OPS_SHARE[device.type])
+    ops = [{op: name for op, name in each.items() if name != auto[op]} for each in combinations(races, model.n_layer)]
+    works = {op: next(iter(met.seconds)) for op, met in races.items()}  # as shipped, or next if that was refused
+    shipped = dataclasses.replace(shipped, ops={op: name for op, name in works.items() if name != auto[op]})
     most = batch * max(1, BATCHES[0] // batch)
     search = Steps(preset, min(sequences, most), device, began + 60 * minutes - CLOSING_SECONDS)
     with contextlib.closing(search):
         search.begin(shipped)
-        search.run(moves(asked, device, combinations(races, asked.model.n_layer), tiles, search))
+        search.run(moves(asked, device, ops, tiles, search))
         found, shipped_s, found_s = search.finish(began + 60 * minutes)
     tokens = search.sequences * asked.sequence_length
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -89,17 +95,11 @@ def summary(tuning: Tuning, path: Path, seconds: float) -> str:
 # ---- Ops ----------------------------------------------------------------------------------------------------------
 
 
-def tune_ops(config: TrainConfig, setup: Setup, device: torch.device, until: float) -> tuple[dict[str, Race], dict]:
-    """The race of each op, and the tiles that its kernels were fastest with."""
-    model, T = config.model, config.sequence_length
-    dtype = devices.apply_precision(setup.precision)
-    bench = Bench(Sizes.of(model, setup.micro_batch_size, T), setup.precision, dtype, device, setup.compile)
-    chosen = select("auto", device, dtype, model.head_dim, dropout_p=model.dropout).choices
-    shipped = {choice.op: choice.implementation for choice in chosen}
+def tune_ops(bench: Bench, shipped: dict[str, str], until: float) -> tuple[dict[str, Race], dict]:
+    """The race of each op, and the tiles that its kernels were fastest with. shipped: op -> implementation."""
     races, tiles, left = {}, {}, 1.0
-    show(
-        f"\nops, forward and backward, B = {setup.micro_batch_size}, T = {T}, {setup.precision}; the first's speed is 1"
-    )
+    B, T = bench.sizes.B, bench.sizes.T
+    show(f"\nops, forward and backward, B = {B}, T = {T}, {bench.precision}; the first's speed is 1")
     for op, share in OPS.items():
         now = time.monotonic()
         try:

@@ -16,8 +16,10 @@ from engine.tuning import record, steps, tune
 from engine.tuning.record import Setup
 from engine.tuning.search import Race
 from engine.tuning.steps import OUT_OF_MEMORY, Refused, Worker, difference
+from kernels import alternatives, dispatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CUDNN = {"attention": "cudnn"}
 SHIPPED = Setup("bf16", 16, compile=True)
 
 
@@ -68,11 +70,10 @@ class Machine:
 
 
 def test_the_fastest_ops_and_micro_batch_are_found_one_after_the_other():
-    cudnn = {"attention": "cudnn"}
-    machine = Machine(seconds=lambda setup: 1.0 - 0.1 * (setup.ops == cudnn) - 0.001 * setup.micro_batch_size)
+    machine = Machine(seconds=lambda setup: 1.0 - 0.1 * (setup.ops == CUDNN) - 0.001 * setup.micro_batch_size)
     tiles = {"layer_norm_fwd 1024": {"num_warps": 2}}
-    found = machine.found([cudnn, {"attention": "flash"}], tiles)
-    assert found == dataclasses.replace(SHIPPED, ops=cudnn, tiles=tiles, micro_batch_size=64)
+    found = machine.found([CUDNN, {"attention": "flash"}], tiles)
+    assert found == dataclasses.replace(SHIPPED, ops=CUDNN, tiles=tiles, micro_batch_size=64)
     assert sum("taken" in line for line in machine.lines) == 2
 
 
@@ -197,6 +198,41 @@ def test_the_whole_command_prints_80_columns_and_writes_a_file_that_train_finds(
     found, note = record.find(PRESETS["tiny"], CPU)
     assert not found.setup.malloc_tuned
     assert "malloc untuned" in note
+
+
+def test_the_whole_command_on_a_gpu_that_is_a_fake(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for owner, name, value in [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        (torch.cuda, "get_device_name", lambda device=None: "NVIDIA Made Up 80GB"),
+        (torch, "set_float32_matmul_precision", lambda precision: None),
+        (dispatch, "INTERPRETED", False),
+        (dispatch, "has_c_compiler", lambda: True),
+        (tune.devices, "wants_compile", lambda asked, device: (True, "on")),
+    ]:
+        monkeypatch.setattr(owner, name, value)
+    machine = Machine(seconds=lambda setup: 1.0 - 0.1 * (setup.ops == CUDNN) - 0.001 * setup.micro_batch_size)
+    monkeypatch.setattr(steps, "Worker", machine.start)
+    shipped, tile = [], {"column_sum 1": {"BLOCK_P": 64, "BLOCK_C": 32, "num_warps": 4}}
+
+    def tune_op(self, op, first, tuned, until):
+        shipped.append(first)
+        times = {"triton": [2e-3], "cudnn": [1e-3]} if op == "attention" else {"triton": [1e-3], "torch": [2e-3]}
+        return Race("cudnn" if op == "attention" else "triton", times), tile
+
+    monkeypatch.setattr(tune.Bench, "tune", tune_op)
+    assert run("tune", "gpt2", "--out", str(tmp_path / "h100.json")) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("gpt2 on NVIDIA Made Up 80GB: at most 3 minutes\n")
+    assert "found: B = 64, bf16, compiled, attention cudnn, 1 tile" in output
+    assert shipped == ["triton"] * 4
+    found = record.load(tmp_path / "h100.json")
+    assert (found.shipped.ops, found.setup.ops, found.setup.tiles) == ({}, CUDNN, tile)
+    taken = record.applied(found, PRESETS["gpt2"], 8)
+    assert (taken.micro_batch_size, taken.compile) == (64, None)  # compiled is the default of a GPU
+    dtype, tuned = torch.bfloat16, found.setup.ops
+    assert dispatch.select("auto", "cuda", dtype, 64, tuned=tuned).attention is alternatives.attention_cudnn
 
 
 # ---- Real processes -----------------------------------------------------------------------------------------------
