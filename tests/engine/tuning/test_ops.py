@@ -12,9 +12,8 @@ SIZES = Sizes(B=2, T=33, H=2, D=16, V=61, Vp=64)
 
 
 @pytest.fixture
-def bench(monkeypatch) -> Bench:
-    """A CPU without Triton's interpreter, which is not a candidate."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+def bench() -> Bench:
+    """A CPU, small sizes, eager."""
     return Bench(SIZES, "fp32", torch.float32, CPU, is_compiled=False)
 
 
