@@ -32,7 +32,7 @@ from bench.counts import silenced
 from bench.measure import in_turns
 from bench.processes import end_with_parent
 from bench.results import Row, exact, find, rate, spread
-from engine import distributed, optim
+from engine import device, distributed, optim
 from engine.config import OptimConfig
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED
@@ -143,6 +143,7 @@ def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
+    device.tune_malloc()  # as in a run
     with distributed.process_group(timeout_minutes=2.0) as ranks:
         report = measure(request, ranks)
         if ranks.is_first:

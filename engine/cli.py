@@ -17,6 +17,7 @@ from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, missi
 SUMMARIES = {
     "prepare": "turn text into token shards",
     "train": "train a preset on token shards; resumes by itself",
+    "tune": "find what trains a preset fastest on this machine; train reads it",
     "sample": "continue a prompt with a trained model",
     "eval": "print the validation loss of a trained model",
     "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
@@ -114,6 +115,40 @@ def train(args: list[str], prog: str) -> None:
 
     sys.argv = [prog, *args]
     runpy.run_module("engine.train", run_name="__main__")
+
+
+def tune(args: list[str], prog: str) -> None:
+    """Finds the fastest right way to train a preset on this machine, and writes it to a file."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Tune:
+        """Checks and times what a training step can run on here: implementations, tiles, micro-batch.
+
+        gpt2 train reads what it writes. It needs no data.
+        """
+
+        preset: tyro.conf.Positional[str]  # whose model, context and step are tuned
+        micro_batch_size: int | None = None  # sequences per forward pass; None: tuned too
+        precision: str = "auto"  # auto, bf16, fp16, tf32 or fp32, as for gpt2 train
+        max_minutes: float = 3.0  # minutes after which nothing more is tried
+        out: str | None = None  # file to write; None: one per machine and model, in the cache directory
+
+    asked = _parse(Tune, args, prog)
+    from typing import get_args
+
+    from engine.config import PRESETS, Precision
+
+    if asked.preset not in PRESETS:
+        raise BadInput(
+            f"tune: the preset must be one that exists, got {asked.preset!r}{nearest(asked.preset, PRESETS)}"
+        )
+    if asked.precision not in get_args(Precision):
+        raise BadInput(f"tune: --precision must be one of {', '.join(get_args(Precision))}, got {asked.precision!r}")
+    from engine.tuning import tune as tuning
+
+    config = tuning.check(asked.preset, asked.micro_batch_size, asked.precision, asked.max_minutes)
+    tuning.tune(asked.preset, config, asked.max_minutes, asked.out)
 
 
 def sample(args: list[str], prog: str) -> None:
@@ -271,12 +306,20 @@ def doctor(args: list[str], prog: str) -> None:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
     if (problem := shadowed_package()) is not None:
         raise BadInput(problem)
+    import torch
+
     from engine import config, device
     from engine.checks import selfcheck
+    from engine.tuning import record
 
     preset = config.PRESETS[asked.preset]
-    recall = functools.partial(selfcheck.recall_for, preset) if head_dim == preset.model.head_dim else lambda *_: None
-    print(device.report(head_dim, asked.precision, recall))
+    if head_dim != preset.model.head_dim:  # nothing is remembered of other heads
+        print(device.report(head_dim, asked.precision, lambda *_: None))
+        return
+    tuning, note = record.find(preset, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tiles, ops = (tuning.setup.tiles, tuning.setup.ops) if tuning is not None else ({}, {})
+    recall = functools.partial(selfcheck.recall_for, preset, tuned=tiles)
+    print(device.report(head_dim, asked.precision, recall, ops, note.removeprefix("tuned: ")))
 
 
 def shadowed_package() -> str | None:
@@ -296,6 +339,7 @@ def shadowed_package() -> str | None:
 COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the exit code; None: DONE
     "prepare": prepare,
     "train": train,
+    "tune": tune,
     "sample": sample,
     "eval": evaluate,
     "import": import_,

@@ -54,6 +54,7 @@ class TrainConfig:
     cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches; not yet run on a GPU
     deterministic: bool = False  # the same bits in every run on the same GPUs and versions; costs a little time
     strict: bool = False  # end the run, exit code 3, if what torch.compile made is wrong; if not, train uncompiled
+    tuned: str = "auto"  # file of gpt2 tune, which sets what no flag sets; auto: this machine's, if any; never: none
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward

@@ -274,19 +274,26 @@ def _cpu_memory_bytes() -> int | None:
 # ---- gpt2 doctor --------------------------------------------------------------------------------------------------
 
 
-def report(head_dim: int, asked_precision: str, recall: Callable[[str, Ops], dict[str, str] | None]) -> str:
+def report(
+    head_dim: int,
+    asked_precision: str,
+    recall: Callable[[str, Ops], dict[str, str] | None],
+    tuned: dict[str, str] | None = None,
+    about_tuned: str = "",
+) -> str:
     """What this machine has, and which implementation of each op runs here and why. Starts and
     writes nothing.
 
     asked_precision: as for gpt2 train. recall: failures that the self-check of ops in a precision
-    found, or None if there was none. Raises BadInput if this machine cannot do it.
+    found, or None if there was none. tuned: op -> implementation, from `gpt2 tune`; about_tuned: its
+    file in words. Raises BadInput if this machine cannot do it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, why = choose_precision(asked_precision, device)
-    ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim)
+    ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned)
     failed = recall(precision, ops)
     if failed:
-        ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, failed=failed)
+        ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned, failed=failed)
     memory = _cpu_memory_bytes()
     facts = [
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -300,6 +307,7 @@ def report(head_dim: int, asked_precision: str, recall: Callable[[str, Ops], dic
         ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
         ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
         ("precision", f"{precision}: {why}"),
+        ("tuned", about_tuned or "no, gpt2 tune finds what is fastest here"),
         ("self-check", _self_check(failed, [choice.implementation for choice in ops.choices])),
     ]
     lines = [f"{name:<21} {text}" for name, text in facts]

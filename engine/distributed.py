@@ -25,7 +25,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import device
 from engine.errors import BAD_INPUT, BadInput
 from model.gpt2 import GPT2
 
@@ -148,8 +147,6 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    else:
-        device.tune_malloc()
     if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         watchdog = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long

@@ -1,6 +1,7 @@
 """Exceptions that end a command with an error message, and the exit codes."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 DONE, DAMAGED, BAD_INPUT, DIVERGED, LOST, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 75, 130  # 75: EX_TEMPFAIL, try again
@@ -34,6 +35,11 @@ def missing_package(error: ModuleNotFoundError, command: str) -> str | None:
         f"{command}: the package {package} must be installed, got no module of that name; install it with: pip install "
         f"{package}"
     )
+
+
+def warn(line: str) -> None:
+    """Prints on this process's stderr."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

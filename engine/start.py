@@ -1,5 +1,6 @@
 """Everything before the first step: `build` makes a Run of a config, in time order.
 
+    choices        what gpt2 tune found for this machine, and the precision
     read_data      tokenizer, shards, batches: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
@@ -8,7 +9,6 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
-from engine.checks import compiler, facts, selfcheck
+from engine.checks import compiler, facts
 from engine.checks.cache import CompileCache
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
-from engine.errors import BadInput, Diverged
+from engine.errors import BadInput, Diverged, warn
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
@@ -40,7 +40,8 @@ from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
-from kernels.dispatch import Ops, select
+from engine.tuning import choices, record
+from engine.tuning.record import Tuning
 from model.gpt2 import GPT2
 
 WAY_OUT = "--no-compile trains without it from the start; please report this with the versions that gpt2 doctor prints"
@@ -159,7 +160,7 @@ class Run:
             "batch": self.data.micro_batch_size,
             "processes": self.ranks.world_size,
             "ops": [choice.implementation for choice in self.raw_model.ops.choices],
-            "code": facts.code("kernels", "model"),
+            "code": facts.code("kernels/*.py", "model/*.py"),
             **facts.machine(self.ranks.device),
         }
 
@@ -208,34 +209,20 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
 
     Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
-    with ranks.fail_together():
-        precision, why = device.choose_precision(config.precision, ranks.device)
-    most = largest_micro_batch(config, precision, ranks)
+    tuning, precision = choices.precision_and_tuning(config, ranks)
+    if tuning is not None:
+        config = record.applied(tuning, config, ranks.world_size)
+    most = choices.largest_micro_batch(config, precision[0], ranks)
     with ranks.fail_together():
         data = read_data(config, ranks, most)
     past = find_past(config, data, ranks)
-    precision, why = ranks.broadcast_object((precision, why))  # on a CPU it was chosen by timing
     if past.step == config.num_steps:
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
-    run = build_model(config, data, past, ranks, (precision, why))
+    choices.use(tuning, ranks.device)
+    run = build_model(config, data, past, ranks, precision, tuning)
     open_record(run)
     return run
-
-
-def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> int:
-    """Most sequences per forward pass without --micro-batch-size, the same on every rank.
-
-    On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
-    that its sums keep their order. On a CPU 16.
-    """
-    if ranks.device.type != "cuda":
-        return 16
-    shards = distributed.shards(config.parallel, config.shard_size, ranks)
-    free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
-    fits = min(ranks.gather(device.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
-    earlier = directory.resolved(config.out) if config.resume == "auto" else {}
-    return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
 
 
 def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
@@ -283,7 +270,14 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
     return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"])
 
 
-def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, precision: tuple[str, str]) -> Run:
+def build_model(
+    config: TrainConfig,
+    data: Data,
+    past: Past,
+    ranks: Ranks,
+    precision: tuple[str, str],
+    tuning: Tuning | None = None,
+) -> Run:
     """Makes model and optimizer, fills them, and prints on rank 0 what will run.
 
     precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
@@ -312,7 +306,8 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         is_compiled=is_compiled,
         compute_dtype=compute_dtype,
     )
-    ops = raw_model.configure(choose_ops(config, precision[0], ranks), compute_dtype, config.recompute)
+    tuned = tuning.setup if tuning is not None else None
+    ops = raw_model.configure(choices.ops(config, precision[0], ranks, tuned), compute_dtype, config.recompute)
     optimizer = optim.build(raw_model, config.optim)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
@@ -323,7 +318,7 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
     if past.checkpoint is not None:
         run.load(past.checkpoint)
     if ranks.is_first:
-        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size}
+        resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         directory.write_config(config, data.tokenizer.name, resolved)
     ranks.print0(
         summary(run)
@@ -331,29 +326,6 @@ def build_model(config: TrainConfig, data: Data, past: Past, ranks: Ranks, preci
         + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
     )
     return run
-
-
-def choose_ops(config: TrainConfig, precision: str, ranks: Ranks) -> Ops:
-    """The model's ops. On a GPU those on Triton are checked first, by one rank of each host.
-
-    Raises BadInput on every rank if --kernels asks for what cannot run here or is wrong here.
-    """
-    dtype, model = device.COMPUTE_DTYPES[precision], config.model
-    try:
-        ops = select(config.kernels, ranks.device, dtype, model.head_dim)
-        found = {}
-        if ranks.local_rank == 0 and ranks.device.type == "cuda":
-            asked = selfcheck.request(config, precision, ops, ranks.device)
-            found = selfcheck.failures(asked, warn)
-        failed = {op: why for each in ranks.gather(found) for op, why in each.items()}
-        return select(config.kernels, ranks.device, dtype, model.head_dim, failed=failed) if failed else ops
-    except ValueError as error:
-        raise BadInput(f"train: {error}") from error
-
-
-def warn(line: str) -> None:
-    """Prints on this rank's stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def summary(run: Run) -> str:

@@ -279,7 +279,7 @@ def _fill_triton(
                 num_warps=num_warps,
             )
 
-        with_config("cross_entropy", Vp, logits.device, start, in_place=True)
+        with_config("cross_entropy", Vp, logits.device, start)
         return logits
 
     _in_chunks(outputs, hidden, weight, targets.contiguous(), 8192, softmax)

@@ -74,15 +74,17 @@ def select(
     dtype: torch.dtype,
     head_dim: int,
     *,
+    dropout_p: float = 0.0,
     failed: Mapping[str, str] | None = None,
     tuned: Mapping[str, str] | None = None,
 ) -> Ops:
     """Chooses an implementation of every op, for inputs of this device, dtype and head width.
 
-    "auto" takes what was found fastest, else Triton where it can run, else PyTorch. failed: op -> why
-    its Triton kernels are not to be trusted here, from the self-check. tuned: op -> implementation,
-    from `gpt2 tune`; only "auto" heeds it. Raises ValueError if the backend is unknown. Raises
-    ValueError, with the reason, if it is "triton" and an op cannot run on Triton here.
+    "auto" takes what was found fastest, else Triton where it can run and is not slow by count, else
+    PyTorch. dropout_p: of attention, in training. failed: op -> why its Triton kernels are not to
+    be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
+    heeds it. Raises ValueError if the backend is unknown. Raises ValueError, with the reason, if it
+    is "triton" and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
@@ -95,13 +97,18 @@ def select(
                 f"kernels: the triton backend must be able to run every op, {op} cannot: {obstacle}; "
                 'use "auto" or "torch"'
             )
-        choices.append(_choose(op, backend, device, obstacle, (tuned or {}).get(op)))
+        slow = None
+        if op == "attention" and obstacle is None and not INTERPRETED:
+            slow = slow_attention(device, dtype, head_dim, dropout_p)
+        choices.append(_choose(op, backend, device, obstacle, slow, (tuned or {}).get(op)))
     return Ops(
         **{choice.op: implementation(choice.op, choice.implementation) for choice in choices}, choices=tuple(choices)
     )
 
 
-def _choose(op: str, backend: Backend, device: torch.device, obstacle: str | None, tuned: str | None) -> Choice:
+def _choose(
+    op: str, backend: Backend, device: torch.device, obstacle: str | None, slow: str | None, tuned: str | None
+) -> Choice:
     if backend == "torch":
         return Choice(op, "torch", "asked for")
     if backend == "auto" and tuned is not None and (tuned != "triton" or obstacle is None):
@@ -110,6 +117,8 @@ def _choose(op: str, backend: Backend, device: torch.device, obstacle: str | Non
         return Choice(op, "torch", obstacle)
     if INTERPRETED and backend == "auto":
         return Choice(op, "torch", "Triton's interpreter is for tests, ask for triton to run it")
+    if slow is not None and backend == "auto":
+        return Choice(op, "torch", f"SDPA, {slow}")
     return Choice(op, "triton", "interpreter" if INTERPRETED else architecture(device))
 
 
@@ -143,6 +152,19 @@ def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim:
         return f"head_dim {head_dim} < 16"
     if op == "attention" and head_dim > 256:
         return f"head_dim {head_dim} > 256"
+    return None
+
+
+def slow_attention(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
+    """Reason that PyTorch's attention should be faster than ours, by a count of work, or None."""
+    if dropout_p > 0.0:
+        return "random bits cost our kernels five times the instructions"
+    if dtype == torch.float32:
+        return "our kernels are slow in float32"
+    if head_dim > 64 and (padded := 1 << (head_dim - 1).bit_length()) != head_dim:
+        return f"our kernels pad head_dim {head_dim} to {padded}"
+    if head_dim >= 128 and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0):
+        return f"our tiles are small at head_dim {head_dim} on {architecture(device)}"
     return None
 
 

@@ -2,14 +2,12 @@
 
 No entry was chosen by timing. Each is the first of a list, from the largest tile down, that
 compiles without spilled registers and within the architecture's shared memory (`python -m
-kernels.aot` shows both). GPT2_AUTOTUNE=1 times each entry and its neighbours on the GPU in use,
-takes the fastest, and prints it as an entry for this table.
+kernels.aot` shows both). `gpt2 tune` times an entry's neighbours on the GPU in use; what it found
+faster is set with `use`.
 """
 
-import itertools
-import os
-import sys
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -30,7 +28,6 @@ FIELDS = {
     "cross_entropy": ("BLOCK_V", "num_warps"),
     "column_sum": ("BLOCK_P", "BLOCK_C", "num_warps"),
 }
-
 # Options that select another way to compute the same, with the values to try: kernel/kind -> option
 # -> values. 0 is off, as is an option that is not given. No entry of TABLE has one, since none is
 # known to be faster. A tuner times {**lookup(...), option: value}; a GPU may lack registers for it.
@@ -44,6 +41,7 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_bwd_dkdv/16bit": {"EXP2_POLYNOMIAL": (0, 1), "PAIR_BLOCKS": (0, 1)},
     "attention_bwd/16bit": {"ONE_LAUNCH": (0, 1)},
 }
+TILE_NEEDS = {"attention_bwd/16bit": "ONE_LAUNCH"}  # an option without which a tile has no effect
 
 # kernel/kind -> architecture -> size -> entry. A size that is not listed takes the entry of the
 # next larger size, or of the largest. An architecture that is not listed takes "default", whose
@@ -168,7 +166,8 @@ TABLE: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {
     "column_sum": {"default": {1: (32, 32, 4)}},
 }
 
-_tuned: dict[tuple[str, str, int], dict[str, int]] = {}
+_tuned: dict[str, dict[str, int]] = {}  # what `use` was given
+_used: dict[str, dict[str, int]] = {}  # configurations that were looked up since then, by the same keys
 
 
 def architecture(device: torch.device) -> str:
@@ -184,43 +183,64 @@ def architecture(device: torch.device) -> str:
 
 def lookup(name: str, arch: str, size: int) -> dict[str, int]:
     """Table entry as keyword arguments of a launch. name: "kernel" or "kernel/kind"."""
-    by_arch = TABLE[name]
-    by_size = by_arch.get(arch, by_arch["default"])
-    entry = by_size[min((s for s in by_size if s >= size), default=max(by_size))]
+    entry = _by_size(name, arch)[_entry_size(name, arch, size)]
     return dict(zip(FIELDS[name.partition("/")[0]], entry, strict=True))
 
 
-def with_config(name: str, size: int, device: torch.device, start: Callable, *, in_place: bool = False) -> None:
-    """Calls start(**config) with the configuration of kernel `name` for this device and size.
+def _by_size(name: str, arch: str) -> dict[int, tuple[int, ...]]:
+    return TABLE[name].get(arch, TABLE[name]["default"])
 
-    GPT2_AUTOTUNE=1 first times the table's entry and its neighbours, once per name and size. It
-    does not time a kernel that works in place, because timing would run it on its own output.
+
+def _entry_size(name: str, arch: str, size: int) -> int:
+    by_size = _by_size(name, arch)
+    return min((s for s in by_size if s >= size), default=max(by_size))
+
+
+def use(tuned: Mapping[str, Mapping[str, int]]) -> None:
+    """From now on launches with these configurations, and else with the table's.
+
+    tuned: "kernel/kind size" -> keyword arguments of a launch; size: that of the entry it replaces.
     """
+    _tuned.clear()
+    _tuned.update({key: dict(config) for key, config in tuned.items()})
+    _used.clear()
+    _configuration.cache_clear()
+
+
+def used() -> dict[str, dict[str, int]]:
+    """The configurations launched since the last `use`, by the keys that `use` takes."""
+    return dict(_used)
+
+
+def fields(key: str, config: Mapping[str, int]) -> list[str]:
+    """Fields in which a configuration may differ from others: its options first, then its numbers."""
+    return list(dict.fromkeys([*VARIANTS.get(key.split()[0], {}), *config]))
+
+
+def neighbours(key: str, config: Mapping[str, int], field: str) -> list[dict[str, int]]:
+    """Configurations that differ from this one in one field: a number doubled or halved, stages one
+    more or fewer, an option at its other values.
+    """
+    name = key.split()[0]
+    if field in VARIANTS.get(name, {}):
+        value, values = config.get(field, 0), VARIANTS[name][field]
+    elif name in TILE_NEEDS and not config.get(TILE_NEEDS[name]):
+        return []
+    else:
+        value = config[field]
+        values = (value + 1, value - 1) if field == "num_stages" else (value * 2, value // 2)
+        values = tuple(other for other in values if other >= 1 and (field != "num_warps" or other <= 32))
+    return [{**config, field: other} for other in values if other != value]
+
+
+def with_config(name: str, size: int, device: torch.device, start: Callable) -> None:
+    """Calls start(**config) with the configuration of kernel `name` for this device and size."""
+    start(**_configuration(name, size, device))
+
+
+@functools.cache  # a launch costs microseconds, and so would this
+def _configuration(name: str, size: int, device: torch.device) -> dict[str, int]:
     arch = architecture(device)
-    config = lookup(name, arch, size)
-    if os.environ.get("GPT2_AUTOTUNE") == "1" and device.type == "cuda" and not in_place:
-        config = _tune(name, arch, size, config, start, triton.testing.do_bench)
-    start(**config)
-
-
-def _tune(name: str, arch: str, size: int, shipped: dict, start: Callable, time_ms: Callable) -> dict:
-    """Fastest of the table's entry and its neighbours: each number halved, kept or doubled."""
-    key = (name, arch, size)
-    if key not in _tuned:
-        times = {}
-        for factors in itertools.product((1, 2, 0.5), repeat=len(shipped)):  # the shipped entry first
-            values = tuple(int(value * factor) for value, factor in zip(shipped.values(), factors, strict=True))
-            candidate = dict(zip(shipped, values, strict=True))
-            if min(values) < 1 or not 1 <= candidate["num_warps"] <= 32:
-                continue
-            try:
-                times[values] = time_ms(lambda candidate=candidate: start(**candidate))
-            except Exception as error:  # too large or does not compile; the types vary
-                if not times:
-                    raise  # the shipped entry itself failed
-                print(f"{name} {arch} {size}: {values} left out, {type(error).__name__}", file=sys.stderr)
-        best = min(times, key=times.get)
-        best_ms, shipped_ms = times[best], times[tuple(shipped.values())]
-        print(f"{name} {arch} {size}: {best}  # {best_ms:.4f} ms, was {shipped_ms:.4f}", file=sys.stderr, flush=True)
-        _tuned[key] = dict(zip(shipped, best, strict=True))
-    return _tuned[key]
+    key = f"{name} {_entry_size(name, arch, size)}"
+    _used[key] = _tuned.get(key) or lookup(name, arch, size)
+    return _used[key]

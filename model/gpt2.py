@@ -236,7 +236,8 @@ class GPT2(nn.Module):
         """
         ops = backend
         if not isinstance(backend, Ops):
-            ops = select(backend, self.wte.weight.device, compute_dtype, self.config.head_dim)
+            device, dropout_p = self.wte.weight.device, self.config.dropout
+            ops = select(backend, device, compute_dtype, self.config.head_dim, dropout_p=dropout_p)
         for module in self.modules():
             if isinstance(module, GPT2 | LayerNorm | Attention | MLP):
                 module.ops = ops

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.tiles
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MANY = 4099 if DEVICE.type == "cuda" else 37  # rows; the interpreter takes 10 ms for each
 
@@ -90,3 +92,15 @@ def assert_bitwise(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Asserts that every tensor has the same dtype, shape and bits."""
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.fixture
+def set_tiles(monkeypatch):
+    """Function that replaces kernels.tiles.lookup for this test, also where its answers are cached."""
+
+    def replace(lookup: Callable) -> None:
+        monkeypatch.setattr(kernels.tiles, "lookup", lookup)
+        kernels.tiles.use({})
+
+    yield replace
+    kernels.tiles.use({})

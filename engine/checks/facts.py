@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -14,22 +15,30 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]  # where the packages lie
-NAMED = ("model name", "flags")  # lines of /proc/cpuinfo that tell what compiled code a CPU can run
+NVIDIA_VERSION = "/proc/driver/nvidia/version"
 
 
 def machine(device: torch.device) -> dict[str, str]:
     """Names of the device and its driver, and the versions of what compiles for it."""
-    facts = {name: _version(name) for name in ("torch", "triton")}
+    facts = {"device": device_name(device), "driver": _driver(device)}
+    facts |= {name: _version(name) for name in ("torch", "triton")}
+    if device.type == "cpu":  # what compiled code it can run
+        facts["instructions"] = hashlib.sha256(_cpuinfo("flags").encode()).hexdigest()[:8]
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and its number of cores."""
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return facts | {"device": f"{gpu.name} sm_{gpu.major}{gpu.minor}", "driver": _driver()}
-    return facts | {"device": _cpu(), "driver": platform.platform()}
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpuinfo('model name') or platform.machine()}, {cores} core{'s' * (cores != 1)}"
 
 
-def code(*packages: str) -> str:
-    """Digest of every source file of these packages."""
+def code(*patterns: str) -> str:
+    """Digest of every source file that matches one of these patterns, such as "kernels/*.py"."""
     total = hashlib.sha256()
-    for path in sorted(path for package in packages for path in (ROOT / package).rglob("*.py")):
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         total.update(path.read_bytes())
     return total.hexdigest()
 
@@ -70,16 +79,16 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _driver() -> str:
+def _driver(device: torch.device) -> str:
     with suppress(OSError):
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    return str(torch.version.hip or torch.version.cuda)
+        if device.type == "cuda" and (found := re.search(r"\d+\.\d+(\.\d+)*", Path(NVIDIA_VERSION).read_text())):
+            return found[0]
+    return "none" if device.type == "cpu" else str(torch.version.hip or torch.version.cuda)
 
 
-def _cpu() -> str:
-    lines = {}
+def _cpuinfo(name: str) -> str:
+    """A line's value in /proc/cpuinfo, of the first core; empty where there is none."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            lines.setdefault(name.strip(), value.strip())
-    return " ".join(lines.get(name, "") for name in NAMED) or platform.processor() or platform.machine()
+        if found := re.search(rf"^{name}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return ""

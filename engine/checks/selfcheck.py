@@ -23,6 +23,7 @@ import torch
 from engine.checks import facts
 from engine.config import TrainConfig
 from engine.device import COMPUTE_DTYPES, apply_precision
+from kernels import tiles
 from kernels.accuracy import failure
 from kernels.cases import Sizes
 from kernels.dispatch import Ops
@@ -37,8 +38,11 @@ class Unavailable(Exception):
     """The check could not be made, for a reason that is not the kernels'."""
 
 
-def request(config: TrainConfig, precision: str, ops: Ops, device: torch.device) -> dict:
-    """What a run must check, as JSON types: those of its ops that are on Triton, at its widths and dtypes."""
+def request(config: TrainConfig, precision: str, ops: Ops, device: torch.device, tuned: dict | None = None) -> dict:
+    """What a run must check, as JSON types: those of its ops that are on Triton, at its widths and dtypes.
+
+    tuned: tiles that `gpt2 tune` found, as kernels.tiles.use takes them.
+    """
     # Two blocks of 128 rows without a mask and part of a third. Triton compiles other code for multiples of 16.
     T = 304 if config.sequence_length % 16 == 0 else 301
     # FSDP gathers parameters in the compute dtype.
@@ -47,6 +51,7 @@ def request(config: TrainConfig, precision: str, ops: Ops, device: torch.device)
         "ops": [choice.op for choice in ops.choices if choice.implementation == "triton"],
         "sizes": dataclasses.astuple(Sizes.of(config.model, B=2, T=T)),
         "precision": precision,
+        "tiles": tuned or {},
         "parameters": str(parameters).removeprefix("torch."),
         "device": str(device),
     }
@@ -116,6 +121,7 @@ def main(asked: dict) -> None:
     torch.ones(1, device=device).item()
     dtype, parameters = apply_precision(asked["precision"]), getattr(torch, asked["parameters"])
     sizes = Sizes(*asked["sizes"])
+    tiles.use(asked["tiles"])
     for op in asked["ops"]:
         print(json.dumps({"op": op, "failure": UNFINISHED}), flush=True)
         # The head's kernel sees logits only, so it needs no wide hidden states.
@@ -137,10 +143,10 @@ def recall(asked: dict) -> dict[str, str] | None:
     return None
 
 
-def recall_for(config: TrainConfig, precision: str, ops: Ops) -> dict[str, str] | None:
+def recall_for(config: TrainConfig, precision: str, ops: Ops, tuned: dict | None = None) -> dict[str, str] | None:
     """What is remembered for a run of this config on this machine's first GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return recall(request(config, precision, ops, device))
+    return recall(request(config, precision, ops, device, tuned))
 
 
 def remember(asked: dict, failed: dict[str, str]) -> None:
@@ -155,7 +161,7 @@ def remember(asked: dict, failed: dict[str, str]) -> None:
 
 def _facts(asked: dict) -> dict:
     rest = {name: value for name, value in asked.items() if name != "device"} | {"sizes": list(asked["sizes"])}
-    return rest | facts.machine(torch.device(asked["device"])) | {"code": facts.code("kernels")}
+    return rest | facts.machine(torch.device(asked["device"])) | {"code": facts.code("kernels/*.py")}
 
 
 def _path(asked: dict) -> Path:

@@ -1,6 +1,7 @@
 """Resuming: finds a checkpoint, refuses one of another run, fills model and optimizer from it."""
 
 import hashlib
+import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,21 @@ def facts(train: TrainConfig, run_identity: dict) -> dict:
         "code": code.hexdigest()[:12],
         "torch": torch.__version__,
     }
+
+
+def precision_of(train: TrainConfig, device: torch.device) -> str | None:
+    """Precision that the run to go on from had, on such a device, or None.
+
+    A run whose precision is "auto" keeps it, although a tuning or the choice by timing may be another by now.
+    """
+    run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
+    if train.resume == "never" or not any(run.glob("checkpoints/step_*")):
+        return None
+    try:
+        resolved = json.loads((run / config.CONFIG_FILE).read_text())["resolved"]
+        return resolved["precision"] if resolved["device"] == device.type else None
+    except (OSError, ValueError, TypeError, KeyError):  # of an older version, or damaged: it is written again
+        return None
 
 
 def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -101,7 +101,7 @@ def counted(config, B, T, precision, recompute, micro_batches) -> Calls:
     """Forward and backward passes of our model with Triton's ops, on tensors without content."""
     calls = Calls(config, B, T)
 
-    def start(name, width, device, launch, in_place):
+    def start(name, width, device, launch):
         calls.softmax_rows += 1
 
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():

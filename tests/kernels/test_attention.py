@@ -13,6 +13,7 @@ from tolerances import (
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
     randn,
+    set_tiles,  # noqa: F401  (a fixture)
     values_and_gradients,
     widened,
 )
@@ -106,10 +107,11 @@ def test_a_given_scale_matches_reference(op, scale, is_causal):
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("tile", [(16, 64), (64, 16), (32, 128), (128, 32), (16, 16)], ids=str)
 @pytest.mark.parametrize("op", [attention_triton], ids=["triton"])
-def test_any_tile_gives_the_same(op, tile, is_causal, monkeypatch):
+def test_any_tile_gives_the_same(op, tile, is_causal, set_tiles):  # noqa: F811
     config = dict(zip(FIELDS["attention_fwd"], (*tile, 4, 2), strict=True))
-    monkeypatch.setattr(kernels.tiles, "lookup", lambda name, arch, size: config)
+    set_tiles(lambda name, arch, size: config)
     compare(op, *inputs((1, 77, 1, 16)), is_causal=is_causal)
+    assert config in kernels.tiles.used().values()
 
 
 STRIDED = [

@@ -11,11 +11,11 @@ from tolerances import (
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
     randn,
+    set_tiles,  # noqa: F401  (a fixture)
     values_and_gradients,
 )
 from torch.utils.checkpoint import checkpoint
 
-import kernels.tiles
 from kernels.attention import attention_torch, attention_triton
 from kernels.tiles import FIELDS
 
@@ -77,14 +77,14 @@ def test_forward_and_backward_drop_the_same_weights(op, dtype, is_causal):
 
 @CAUSAL
 @pytest.mark.parametrize("op", [attention_triton], ids=["triton"])
-def test_no_two_kernels_need_the_same_tile(op, is_causal, monkeypatch):
+def test_no_two_kernels_need_the_same_tile(op, is_causal, set_tiles):  # noqa: F811
     tiles = {"attention_fwd": (64, 32), "attention_bwd_dq": (32, 64), "attention_bwd_dkdv": (16, 32)}
 
     def lookup(name, arch, size):
         kernel = name.partition("/")[0]
         return dict(zip(FIELDS[kernel], (*tiles[kernel], 4, 2), strict=True))
 
-    monkeypatch.setattr(kernels.tiles, "lookup", lookup)
+    set_tiles(lookup)
     compare(op, (1, 65, 2, 80), torch.float32, is_causal)
 
 

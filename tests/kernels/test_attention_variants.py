@@ -9,6 +9,7 @@ from tolerances import (
     DEVICE,
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
+    set_tiles,  # noqa: F401  (a fixture)
     values_and_gradients,
 )
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SETTINGS = [{"PAIR_BLOCKS": 1}, {"ONE_LAUNCH": 1}, {"EXP2_POLYNOMIAL": 1, "maxnreg": 128}]
 
 
-def choose(monkeypatch, settings: dict[str, int], owned=16, step=16) -> None:
+def choose(set_tiles, settings: dict[str, int], owned=16, step=16) -> None:  # noqa: F811
     """Gives every attention kernel one tile, and those variants of `settings` that it has."""
 
     def lookup(name, arch, size):
@@ -32,26 +33,32 @@ def choose(monkeypatch, settings: dict[str, int], owned=16, step=16) -> None:
         tile = dict(zip(FIELDS[kernel], (*blocks, 4, 2), strict=True))
         return tile | {constant: value for constant, value in settings.items() if constant in VARIANTS.get(name, {})}
 
-    monkeypatch.setattr(kernels.tiles, "lookup", lookup)
+    set_tiles(lookup)
+
+
+def launched_with(settings: dict[str, int]) -> bool:
+    return any(settings.items() <= config.items() for config in kernels.tiles.used().values())
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("T", [33, 49], ids=["an odd number of blocks", "an even number of blocks"])
-def test_a_variant_matches_reference(T, settings, monkeypatch):
-    choose(monkeypatch, settings)
+def test_a_variant_matches_reference(T, settings, set_tiles):  # noqa: F811
+    choose(set_tiles, settings)
     compare(attention_triton, *inputs((1, T, 2, 19), torch.float16))
+    assert launched_with(settings)
 
 
 @pytest.mark.parametrize(("is_causal", "dropout_p"), [(True, 0.3), (False, 0.0)], ids=["causal, dropout", "full"])
 @pytest.mark.parametrize("settings", SETTINGS[:2], ids=str)
-def test_who_computes_a_block_changes_no_bit(settings, is_causal, dropout_p, monkeypatch):
+def test_who_computes_a_block_changes_no_bit(settings, is_causal, dropout_p, set_tiles):  # noqa: F811
     qkv, dout = inputs((1, 33, 1, 16), torch.float16)
     results = []
     for chosen in ({}, settings):
-        choose(monkeypatch, chosen)
+        choose(set_tiles, chosen)
         torch.manual_seed(0)  # of the dropout mask
         run = lambda x: attention_triton(x, is_causal=is_causal, dropout_p=dropout_p)  # noqa: E731
         results.append(values_and_gradients(run, [qkv], [dout]))
+        assert launched_with(chosen)
     assert_bitwise(*results)
 
 

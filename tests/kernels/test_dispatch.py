@@ -8,6 +8,7 @@ import torch
 import kernels.tiles
 from kernels import alternatives, cases, dispatch
 from kernels.dispatch import MODULES, Choice, Ops, has_c_compiler, select
+from model import gpt2
 
 OPS = ("attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear_cross_entropy")
 
@@ -183,6 +184,42 @@ def test_an_op_that_failed_its_check_runs_on_pytorch_with_the_reason(on_a_gpu):
         select("triton", "cuda", torch.bfloat16, 64, failed={"attention": why})
 
 
+SLOW = [
+    pytest.param(torch.bfloat16, 64, 0.1, (9, 0), "random bits cost our kernels five times", id="dropout"),
+    pytest.param(torch.float32, 64, 0.0, (8, 0), "slow in float32", id="float32"),
+    pytest.param(torch.bfloat16, 80, 0.0, (8, 0), "pad head_dim 80 to 128", id="80 wide"),
+    pytest.param(torch.bfloat16, 96, 0.0, (8, 0), "pad head_dim 96 to 128", id="96 wide"),
+    pytest.param(torch.bfloat16, 128, 0.0, (9, 0), "at head_dim 128 on sm_90", id="128 wide on sm_90"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "dropout_p", "capability", "reason"), SLOW)
+def test_auto_takes_pytorch_s_attention_where_ours_is_slow_by_count(
+    on_a_gpu, monkeypatch, dtype, head_dim, dropout_p, capability, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    ops = select("auto", "cuda", dtype, head_dim, dropout_p=dropout_p)
+    assert (ops.attention, ops.bias_gelu) == ("attention on torch", "bias_gelu on triton")
+    assert ops.choices[0].reason.startswith("SDPA, ")
+    assert reason in ops.choices[0].reason
+    assert select("triton", "cuda", dtype, head_dim, dropout_p=dropout_p).attention == "attention on triton"
+    tuned = {"attention": "triton"}
+    assert select("auto", "cuda", dtype, head_dim, dropout_p=dropout_p, tuned=tuned).attention == "attention on triton"
+
+
+def test_auto_takes_our_attention_at_the_widths_where_it_is_not_padded(on_a_gpu, monkeypatch):
+    for head_dim, capability in ((16, (9, 0)), (64, (9, 0)), (128, (8, 0))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, got=capability: got)
+        assert select("auto", "cuda", torch.bfloat16, head_dim).attention == "attention on triton"
+
+
+def test_the_model_tells_dispatch_its_dropout(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpt2, "select", lambda *args, **options: seen.append(options["dropout_p"]) or select(*args))
+    gpt2.GPT2(gpt2.GPT2Config(1, 1, 16, 8, 50, dropout=0.25))
+    assert seen == [0.25]
+
+
 def test_every_alternative_gives_its_op_s_result():
     torch.manual_seed(0)
     sizes = cases.Sizes(B=2, T=5, H=2, D=16, V=61, Vp=64)
@@ -192,3 +229,9 @@ def test_every_alternative_gives_its_op_s_result():
         expected = dispatch.implementation(op, "reference")(*inputs, **options)
         for name in set(names) - {"cudnn", "efficient"}:  # which a CPU has not
             torch.testing.assert_close(dispatch.implementation(op, name)(*inputs, **options), expected)
+
+
+def test_a_pinned_backend_makes_no_break_in_a_compiled_graph():
+    qkv = torch.randn(2, 5, 3, 2, 16)
+    compiled = torch.compile(alternatives.attention_flash, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(qkv), alternatives.attention_math(qkv))

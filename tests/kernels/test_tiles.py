@@ -1,4 +1,4 @@
-"""Tiles: which entry of the table a launch gets, and what GPT2_AUTOTUNE=1 changes."""
+"""Tiles: which entry of the table a launch gets, and what a tuning changes."""
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ def three(monkeypatch) -> None:
     monkeypatch.setitem(
         TABLE, "three", {"sm_90": {64: (128, 8), 128: (64, 4), 256: (32, 2)}, "default": {256: (16, 1)}}
     )
-    monkeypatch.setattr(tiles, "_tuned", {})
 
 
 @pytest.mark.parametrize(
@@ -63,68 +62,64 @@ def test_architecture_is_the_devices_own(monkeypatch):
     assert tiles.architecture(CPU) == "default"
 
 
-# ---- Tuning: start(**config) stands for a launch, and a table of made-up times for the GPU ------------------------
+# ---- Configurations of a tuning -----------------------------------------------------------------------------------
 
 
-def tune(times: dict[tuple, float], shipped=(128, 8)) -> tuple[dict, list]:
-    """Chosen configuration, and every (BLOCK, num_warps) that was timed; those not in `times` take 9 ms."""
-    tried = []
-
-    def start(BLOCK: int, num_warps: int) -> None:
-        tried.append((BLOCK, num_warps))
-
-    def time_ms(run) -> float:
-        run()
-        if times.get(tried[-1]) is None and tried[-1] in times:
-            raise RuntimeError("out of resource: shared memory")
-        return times.get(tried[-1], 9.0)
-
-    shipped = dict(zip(("BLOCK", "num_warps"), shipped, strict=True))
-    return tiles._tune("three", "sm_90", 64, shipped, start, time_ms), tried
-
-
-def test_tuning_takes_the_fastest_neighbour_and_prints_the_tables_line(three, capsys):
-    best, tried = tune({(128, 8): 2.0, (256, 4): 1.5})
-    assert best == {"BLOCK": 256, "num_warps": 4}
-    assert tried[0] == (128, 8)  # the shipped one
-    assert sorted(tried) == sorted((b, w) for b in (64, 128, 256) for w in (4, 8, 16))
-    assert "three sm_90 64: (256, 4)  # 1.5000 ms, was 2.0000" in capsys.readouterr().err
-
-
-def test_tuning_happens_once_for_a_kernel_and_size(three):
-    assert tune({(128, 8): 2.0, (256, 4): 1.5})[0] == tune({})[0]
-    assert tune({})[1] == []
-
-
-def test_a_neighbour_that_cannot_run_is_left_out_and_the_shipped_one_must(three, capsys):
-    best, _ = tune({(128, 8): 2.0, (256, 8): None})
-    assert best == {"BLOCK": 128, "num_warps": 8}
-    assert "(256, 8) left out, RuntimeError" in capsys.readouterr().err
-    tiles._tuned.clear()
-    with pytest.raises(RuntimeError, match="out of resource"):
-        tune({(128, 8): None})
-
-
-def test_tuning_never_leaves_what_can_be_launched(three):
-    _, tried = tune({}, shipped=(1, 32))
-    assert all(block >= 1 and 1 <= warps <= 32 for block, warps in tried)
-
-
-def test_without_the_variable_nothing_is_timed(three, monkeypatch):
-    monkeypatch.delenv("GPT2_AUTOTUNE", raising=False)
+@pytest.fixture
+def on_sm_90(three, monkeypatch):
+    """A fake sm_90 GPU, and no configurations in use before or after the test."""
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(tiles, "_tune", lambda *args: pytest.fail("tuned"))
-    started = []
-    tiles.with_config("three", 64, torch.device("cuda"), lambda **config: started.append(config))
-    assert started == [{"BLOCK": 128, "num_warps": 8}]
+    tiles.use({})
+    yield
+    tiles.use({})
 
 
-def test_with_the_variable_all_but_in_place_kernels_are_tuned(three, monkeypatch):
-    monkeypatch.setenv("GPT2_AUTOTUNE", "1")
-    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(tiles, "_tune", lambda *args: {"BLOCK": 1, "num_warps": 1})
+def launched(size: int) -> dict:
     started = []
-    for in_place in (False, True):
-        tiles.with_config("three", 64, torch.device("cuda"), lambda **c: started.append(c), in_place=in_place)
-    tiles.with_config("three", 64, CPU, lambda **c: started.append(c))
-    assert [config["BLOCK"] for config in started] == [1, 128, 128]
+    tiles.with_config("three", size, torch.device("cuda"), lambda **config: started.append(config))
+    return started[0]
+
+
+def test_a_launch_takes_the_configuration_in_use_for_its_entry_and_else_the_table_s(on_sm_90):
+    assert launched(100) == {"BLOCK": 64, "num_warps": 4}
+    tiles.use({"three 128": {"BLOCK": 16, "num_warps": 1}})
+    assert launched(100) == launched(128) == {"BLOCK": 16, "num_warps": 1}
+    assert launched(64) == {"BLOCK": 128, "num_warps": 8}
+    tiles.use({})
+    assert launched(100) == {"BLOCK": 64, "num_warps": 4}
+
+
+def test_what_was_launched_is_known_by_the_keys_that_use_takes(on_sm_90):
+    launched(100)
+    assert tiles.used() == {"three 128": {"BLOCK": 64, "num_warps": 4}}
+    tiles.use(tiles.used())
+    assert tiles.used() == {}
+
+
+def test_a_configuration_is_looked_up_once_for_a_name_size_and_device(on_sm_90, monkeypatch):
+    launched(100)
+    monkeypatch.setattr(tiles, "architecture", lambda device: pytest.fail("looked up again"))
+    assert launched(100) == {"BLOCK": 64, "num_warps": 4}
+
+
+def test_neighbours_differ_in_one_field_and_can_be_launched(three, monkeypatch):
+    config = {"BLOCK": 1, "num_warps": 32, "num_stages": 2}
+    assert tiles.neighbours("three/16bit 64", config, "BLOCK") == [{**config, "BLOCK": 2}]
+    assert tiles.neighbours("three/16bit 64", config, "num_warps") == [{**config, "num_warps": 16}]
+    assert [near["num_stages"] for near in tiles.neighbours("three 64", config, "num_stages")] == [3, 1]
+
+
+def test_a_variant_of_a_kernel_is_a_field_with_values_of_its_own(three, monkeypatch):
+    monkeypatch.setitem(tiles.VARIANTS, "three", {"POLYNOMIAL": (0, 1, 2)})
+    shipped = lookup("three", "sm_90", 64)
+    assert shipped == {"BLOCK": 128, "num_warps": 8}
+    assert tiles.fields("three 64", shipped) == ["POLYNOMIAL", "BLOCK", "num_warps"]
+    assert [near["POLYNOMIAL"] for near in tiles.neighbours("three 64", shipped, "POLYNOMIAL")] == [1, 2]
+
+
+def test_a_tile_that_an_option_needs_is_tried_with_it_only():
+    shipped = lookup("attention_bwd/16bit", "sm_90", 64)
+    assert tiles.neighbours("attention_bwd/16bit 64", shipped, "BLOCK_ROWS") == []
+    (one_launch,) = tiles.neighbours("attention_bwd/16bit 64", shipped, "ONE_LAUNCH")
+    assert one_launch == {**shipped, "ONE_LAUNCH": 1}
+    assert len(tiles.neighbours("attention_bwd/16bit 64", one_launch, "BLOCK_ROWS")) == 2

@@ -7,13 +7,14 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from tolerances import randn, values_and_gradients, widened
 from torch import Tensor
 
-from kernels import attention, cross_entropy, gelu, layer_norm
+from kernels import attention, cross_entropy, gelu, layer_norm, tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
@@ -54,6 +55,22 @@ def attention_case(
         qkv = around[:, 2 : 2 + T, :, :H, :D].copy_(qkv)
     ops = (attention.attention_triton, attention.attention_torch, attention.attention_reference)
     return compare([functools.partial(op, is_causal=is_causal) for op in ops], [qkv], [dout], "out dqkv")
+
+
+def variant_case(T: int, D: int, **options: int) -> Comparison:
+    """Attention whose kernels have these of kernels.tiles.VARIANTS on, those of them that each has."""
+    table = tiles.lookup
+
+    def lookup(name: str, arch: str, size: int) -> dict[str, int]:
+        known = tiles.VARIANTS.get(name, {})
+        return table(name, arch, size) | {option: value for option, value in options.items() if option in known}
+
+    with mock.patch.object(tiles, "lookup", lookup):
+        tiles.use({})
+        try:
+            return attention_case(1, T, 2, D, BF16)
+        finally:
+            tiles.use({})
 
 
 def tf32_case(T: int, D: int) -> Comparison:
@@ -194,6 +211,13 @@ def _named() -> dict[str, Callable[[], Comparison]]:
         for N, V, Vp in ((6, 11, 11), (6, 128, 128), (5, 1000, 1024), (4, 8192, 8192), (4, 50257, 50304)):
             add(f"cross_entropy {N}x{V} {kind}", cross_entropy_case, N, V, Vp, dtype)
         add(f"cross_entropy 2x50257 {kind} no grad", cross_entropy_case, 2, 50257, 50304, dtype, grad=False)
+    for name, options in {
+        "polynomial": {"EXP2_POLYNOMIAL": 1},
+        "polynomial, maxnreg": {"EXP2_POLYNOMIAL": 1, "maxnreg": 128},
+        "paired": {"PAIR_BLOCKS": 1},
+        "one launch": {"ONE_LAUNCH": 1},
+    }.items():
+        add(f"attention T=300 D=64 bf16 {name}", variant_case, 300, 64, **options)
     for D in (64, 80, 128):
         add(f"attention T=100 D={D} tf32", tf32_case, 100, D)
     return cases

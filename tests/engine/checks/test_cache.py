@@ -144,7 +144,7 @@ def test_the_key_is_of_machine_versions_and_code(monkeypatch):
     about = facts.machine(torch.device("cpu"))
     assert about["torch"] == torch.__version__.partition("+")[0] or about["torch"] == torch.__version__
     assert len(about["device"]) > 3
-    assert facts.code("kernels") != facts.code("kernels", "model")
+    assert facts.code("kernels/*.py") != facts.code("kernels/*.py", "model/*.py")
     assert facts.key({"a": 1, "b": 2}) == facts.key({"b": 2, "a": 1}) != facts.key({"a": 1, "b": 3})
 
 

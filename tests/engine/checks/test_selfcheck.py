@@ -8,10 +8,11 @@ import torch
 from conftest import SMALL
 
 import kernels.tiles
-from engine import config, start
+from engine import config
 from engine.checks import facts, selfcheck
 from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.tuning import choices
 from kernels import dispatch
 from kernels.dispatch import MODULES
 
@@ -48,7 +49,7 @@ def play(monkeypatch):
 
 def asked(**changed) -> dict:
     sizes = [1, 5, 1, 16, 61, 64]
-    rest = {"precision": "fp32", "parameters": "float32", "device": "cpu"}
+    rest = {"precision": "fp32", "tiles": {}, "parameters": "float32", "device": "cpu"}
     return {"ops": ["gelu", "attention"], "sizes": sizes, **rest} | changed
 
 
@@ -109,7 +110,7 @@ CHANGES = {
     "ops": lambda patch: {"ops": ["gelu"]},
     "code": lambda patch: patch(facts, "code", lambda *packages: "other") or {},
     "versions": lambda patch: patch(facts, "_version", lambda package: "99.0") or {},
-    "GPU": lambda patch: patch(facts, "_cpu", lambda: "other") or {},
+    "GPU": lambda patch: patch(facts, "device_name", lambda device: "other") or {},
 }
 
 
@@ -157,15 +158,15 @@ def gpu(monkeypatch) -> Ranks:
     monkeypatch.setattr(dispatch, "has_c_compiler", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     for module in (dispatch, kernels.tiles):
         monkeypatch.setattr(module, "INTERPRETED", False)
     return Ranks(0, 0, 1, torch.device("cuda", 0))
 
 
 def choose(gpu: Ranks, kernels: str):
-    return start.choose_ops(config.parse([*SMALL, "--kernels", kernels], "test"), "bf16", gpu)
+    return choices.ops(config.parse([*SMALL, "--kernels", kernels], "test"), "bf16", gpu, None)
 
 
 def test_auto_falls_back_for_the_op_that_fails_and_says_by_how_much(gpu, play):
@@ -191,7 +192,7 @@ def test_only_ops_on_triton_are_checked(gpu, monkeypatch):
     monkeypatch.setattr(selfcheck, "check", lambda asked: pytest.fail("checked"))
     assert {c.implementation for c in choose(gpu, "torch").choices} == {"torch"}
     monkeypatch.setattr(selfcheck, "request", lambda *_: pytest.fail("asked"))
-    start.choose_ops(TINY, "fp32", Ranks(0, 0, 1, CPU))
+    choices.ops(TINY, "fp32", Ranks(0, 0, 1, CPU), None)
 
 
 def test_what_is_asked_for_follows_the_run():
@@ -215,7 +216,7 @@ def test_doctor_says_what_is_remembered(gpu, play, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     assert "self-check            not made yet, gpt2 train makes it" in capsys.readouterr().out
     play(attention=WRONG)
-    start.choose_ops(config.PRESETS["gpt2"], "bf16", gpu)
+    choices.ops(config.PRESETS["gpt2"], "bf16", gpu, None)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "self-check            failed: attention" in out
