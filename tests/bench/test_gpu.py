@@ -164,7 +164,7 @@ def test_some_sections_and_then_the_rest(tmp_path, monkeypatch, capsys):
     assert "holds none; leave --resume away" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         gpu.main([*dry, "--only", "ceilings,lost"])
-    assert "must name some of ceilings,accuracy,step," in capsys.readouterr().err
+    assert "must name some of self-check,ceilings,accuracy,step," in capsys.readouterr().err
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from engine import device, start
+from engine import device
 from engine.config import PRESETS, batch_shape
 from engine.distributed import Ranks
+from engine.tuning import choices
 from model.gpt2 import GPT2, GPT2Config
 from model.presets import activation_bytes, num_parameters, parameter_shapes
 
@@ -123,7 +124,7 @@ class TwoGPUs(Ranks):
 def chosen(monkeypatch, out, other: int = 64, free_gib: float = 78.5, **changes) -> int:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib * GIB, 80 * GIB))
     config = dataclasses.replace(PRESETS["gpt2"], out=str(out), **changes)
-    return start.largest_micro_batch(config, "bf16", TwoGPUs(0, 0, 2, torch.device("cuda", 0), other=other))
+    return choices.largest_micro_batch(config, "bf16", TwoGPUs(0, 0, 2, torch.device("cuda", 0), other=other))
 
 
 def test_all_ranks_take_the_least_that_fits_on_any(monkeypatch, tmp_path):
@@ -145,4 +146,4 @@ def test_a_run_that_goes_on_keeps_its_number_where_that_fits(monkeypatch, tmp_pa
 
 def test_a_cpu_takes_at_most_16(tmp_path):
     config = dataclasses.replace(PRESETS["gpt2"], out=str(tmp_path))
-    assert start.largest_micro_batch(config, "fp32", Ranks(0, 0, 1, torch.device("cpu"))) == 16
+    assert choices.largest_micro_batch(config, "fp32", Ranks(0, 0, 1, torch.device("cpu"))) == 16

@@ -7,12 +7,12 @@ from tolerances import (
     DEVICE,
     DTYPES,
     poisoned_memory,  # noqa: F401  (a fixture)
+    set_tiles,  # noqa: F401  (a fixture)
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.cross_entropy
-from kernels import tiles
 from kernels.cross_entropy import (
     linear_cross_entropy_reference,
     linear_cross_entropy_torch,
@@ -76,7 +76,7 @@ def test_triton_takes_at_most_8192_rows_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("num_warps", [1, 4, 16])
 @pytest.mark.parametrize("Vp", [2, 128, 257, 50304])
-def test_every_thread_has_columns_of_its_own(Vp, num_warps, monkeypatch):
+def test_every_thread_has_columns_of_its_own(Vp, num_warps, monkeypatch, set_tiles):  # noqa: F811
     """Else warps that hold copies of a column race: one stores dz where another still reads the logit."""
     blocks = []
 
@@ -85,7 +85,7 @@ def test_every_thread_has_columns_of_its_own(Vp, num_warps, monkeypatch):
             return lambda *arguments, BLOCK_V, num_warps, **options: blocks.append((BLOCK_V, num_warps))
 
     monkeypatch.setattr(kernels.cross_entropy, "_cross_entropy_kernel", Kernel())
-    monkeypatch.setitem(tiles.TABLE, "cross_entropy", {"default": {1: (8192, num_warps)}})
+    set_tiles(lambda name, arch, size: {"BLOCK_V": 8192, "num_warps": num_warps})
     linear_cross_entropy_triton(*inputs(2, 1, 2, Vp), vocab_size=2)
     assert blocks == [(min(8192, max(64 * num_warps, 1 << (Vp - 1).bit_length())), num_warps)]
 

@@ -5,6 +5,7 @@ case whose name contains the text. `python tests/ptx/emulate.py sm_90` reads req
 answers each with a line: a process of the tests' own interprets kernels, so it cannot compile them.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -107,8 +108,13 @@ def _cases() -> dict[str, Callable]:
     return CASES | {"training": training_case}
 
 
-def main(target: str, text: str | None = None) -> None:
-    """Answers the requests on standard input, or prints the errors of the cases that contain `text`."""
+def main() -> None:
+    """Prints the errors of the cases asked for; without any, answers the requests on standard input."""
+    parser = argparse.ArgumentParser(prog="python tests/ptx/emulate.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("target", choices=("sm_80", "sm_90"))
+    parser.add_argument("text", nargs="?", help='part of the names of cases, such as "D=64 bf16"')
+    asked = parser.parse_args()
+    target, text = asked.target, asked.text
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import emulator
     import torch
@@ -131,4 +137,4 @@ def main(target: str, text: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

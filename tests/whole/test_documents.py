@@ -28,7 +28,17 @@ INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PROGRAMS = {"gpt2", "python", "torchrun", "make", "pip", "sbatch", "kubectl"}
 # Prefixes of paths that a run or a benchmark makes.
-MADE = ("OUT/", "DIR/", "runs/", "data/", "checkpoints/", "tensorboard/", "fineweb-edu/", "bench/results/")
+MADE = (
+    "OUT/",
+    "DIR/",
+    "runs/",
+    "data/",
+    "checkpoints/",
+    "tensorboard/",
+    "compile_cache/",
+    "fineweb-edu/",
+    "bench/results/",
+)
 TRAINING = {
     "--" + name.replace("_", "-")
     for name in (
