@@ -134,7 +134,7 @@ class Run:
             yield
             return
         ranks, update = self.ranks, self.update
-        kept = CompileCache(self.config.out, self.compiled_from(), ranks.local_rank, warn)
+        kept = CompileCache(self.config.out, self.compiled_from(), ranks.rank, warn)
         was_kept, began = kept.load(), time.perf_counter()
         is_right, text = compiler.check(update.model, self.raw_model, batch, ranks)
         if is_right:
@@ -319,6 +319,7 @@ def build_model(
         run.load(past.checkpoint)
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
+        resolved["tuned"] = tuning.key if tuning is not None else None
         directory.write_config(config, data.tokenizer.name, resolved)
     ranks.print0(
         summary(run)

@@ -27,6 +27,7 @@ from engine.errors import (
     Lost,
     missing_package,
 )
+from engine.health.heartbeat import limited
 from engine.health.stopping import Stop, under_torchrun
 from engine.run import directory, metrics
 from engine.step import OUT_OF_TIME, Numbers
@@ -37,7 +38,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
 
     Returns the reason if it stopped early.
     """
-    run = start.build(config, ranks)
+    with limited(ranks, config.timeout_minutes):
+        run = start.build(config, ranks)
     if run is None:
         return None
     data, record, guard, clock = run.data, run.record, run.update.guard, run.update.clock

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attention import attention_torch
+
 
 def attention_sdpa(
     qkv: Tensor,
@@ -22,7 +24,12 @@ def attention_sdpa(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's attention by one of these backends. qkv: (B, T, 3, H, D); out: (B, T, H, D)."""
+    """PyTorch's attention by one of these backends. qkv: (B, T, 3, H, D); out: (B, T, H, D).
+
+    One position, as a prompt may have, is left to PyTorch's choice: cuDNN refuses it.
+    """
+    if qkv.shape[1] == 1:
+        return attention_torch(qkv, is_causal=is_causal, dropout_p=dropout_p, scale=scale)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     with sdpa_kernel(list(backends)):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, scale=scale)

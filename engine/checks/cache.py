@@ -73,8 +73,9 @@ class CompileCache:
             for old in self.folder.glob(f"rank{self.rank}_*.bin"):
                 if old != self.path:
                     old.unlink(missing_ok=True)
-        except OSError as error:
-            self.warn(f"train: compiled code is not kept in {self.folder}: {error.strerror}; a restart compiles again")
+        except Exception as error:  # PyTorch pickles, which may raise anything; the run goes on without
+            why = getattr(error, "strerror", None) or repr(error)
+            self.warn(f"train: compiled code is not kept in {self.folder}: {why}; a restart compiles again")
 
     def _ignore(self, why: str) -> bool:
         self.warn(f"train: compiled code in {self.path} is ignored, {why}; it is compiled again")

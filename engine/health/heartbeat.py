@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.config import TrainConfig
@@ -29,6 +30,7 @@ HEARTBEAT = "heartbeat"
 EVERY = 1.0  # seconds between reports of a rank
 LISTEN = 5.0  # seconds between readings of all ranks' reports
 SILENT = 60.0  # seconds without a new report after which a rank counts as lost
+SPARE = 5.0  # seconds after the timeout of a collective, which may say more
 STALE = 5.0  # seconds without a report after which a rank counts as late
 
 
@@ -82,6 +84,32 @@ class Silence:
             is_new = self._last.get(rank) != place
             self._last[rank] = place
             self.seconds[rank] = 0.0 if is_new else self.seconds[rank] + passed
+
+
+@contextlib.contextmanager
+def limited(ranks: Ranks, timeout_minutes: float) -> Iterator[None]:
+    """Ends this process with exit code 4 if what is inside takes longer, as when another rank is lost.
+
+    For what comes before the heartbeat. One process has no limit.
+    """
+
+    def leave() -> None:
+        print(
+            f"train: the ranks must be ready within the {timeout_minutes:g} min of --timeout-minutes, rank "
+            f"{ranks.rank} still waits: a process or host is gone, or the network; the same command starts again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST)
+
+    timer = threading.Timer(60 * timeout_minutes + SPARE, leave)
+    timer.daemon = True
+    if ranks.world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Heartbeat:
@@ -166,17 +194,23 @@ class Heartbeat:
         others = [rank for rank in range(self.ranks.world_size) if rank != self.ranks.rank]
         next_reading = 0.0
         while not self._ended.is_set():
-            with contextlib.suppress(RuntimeError, ValueError):  # the store's host is gone: all ranks fall silent
+            try:
                 self._store.set(f"place/{self.ranks.rank}", json.dumps([self.step, self.phase, time.time()]))
                 if time.monotonic() >= next_reading:
                     next_reading = time.monotonic() + min(LISTEN, self.silent / 4)
-                    self._heard = {rank: place for rank in others if (place := self._read(rank)) is not None}
+                    self._heard = self._read(others)
+            except (RuntimeError, ValueError):  # if the store's host is gone, all ranks fall silent
+                with contextlib.suppress(RuntimeError, ValueError):  # it may be this connection alone
+                    self._store = self.ranks.connect_store()
             self._ended.wait(min(EVERY, self.timeout / 4))
 
-    def _read(self, rank: int) -> Place | None:
-        """The newest report of a rank, if there is one."""
-        key = f"place/{rank}"
-        return tuple(json.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _read(self, ranks: Iterable[int]) -> dict[int, Place]:
+        """The newest report of each of these ranks that has sent one. Two requests if all have."""
+        keys = {rank: f"place/{rank}" for rank in ranks}
+        if not self._store.check([*keys.values()]):
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        reports = self._store.multi_get([*keys.values()]) if keys else []
+        return {rank: tuple(json.loads(report)) for rank, report in zip(keys, reports, strict=True)}
 
     def _places(self) -> dict[int, Place]:
         """The ranks' reports that the store returns within STALE seconds."""
@@ -184,9 +218,8 @@ class Heartbeat:
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError, ValueError):
-                for rank in range(self.ranks.world_size if self._store is not None else 0):
-                    if (place := self._read(rank)) is not None:
-                        places[rank] = place
+                if self._store is not None:
+                    places.update(self._read(range(self.ranks.world_size)))
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()

@@ -1,7 +1,6 @@
 """Resuming: finds a checkpoint, refuses one of another run, fills model and optimizer from it."""
 
 import hashlib
-import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.optim import allocate_state
 from engine.run import checkpoint as checkpoints
+from engine.run import directory
 from engine.run.checkpoint import Checkpoint
 from model.gpt2 import GPT2
 
@@ -54,19 +54,15 @@ def facts(train: TrainConfig, run_identity: dict) -> dict:
     }
 
 
-def precision_of(train: TrainConfig, device: torch.device) -> str | None:
-    """Precision that the run to go on from had, on such a device, or None.
+def resolved_before(train: TrainConfig) -> dict | None:
+    """What the run to go on from resolved "auto" to, {} if that is not known; None if the run is new.
 
-    A run whose precision is "auto" keeps it, although a tuning or the choice by timing may be another by now.
+    Such a run keeps it, although a tuning or a choice by timing or memory may be another by now.
     """
     run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
     if train.resume == "never" or not any(run.glob("checkpoints/step_*")):
         return None
-    try:
-        resolved = json.loads((run / config.CONFIG_FILE).read_text())["resolved"]
-        return resolved["precision"] if resolved["device"] == device.type else None
-    except (OSError, ValueError, TypeError, KeyError):  # of an older version, or damaged: it is written again
-        return None
+    return directory.resolved(run)
 
 
 def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from engine.checks import selfcheck
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput, warn
-from engine.run import directory, resume
+from engine.run import resume
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
 from kernels import tiles
@@ -21,15 +21,19 @@ def precision_and_tuning(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | No
     """The tuning to heed, or None, and (precision, why): rank 0's, on every rank.
 
     The precision is the one that a flag asks for, else that of the run to go on from, else the
-    tuning's, else chosen here. A tuning in another precision is ignored. Prints which was read.
+    tuning's, else chosen here. A tuning in another precision is ignored, and so is one that the run
+    to go on from began without, unless a flag names it. Prints which was read.
     """
     with ranks.fail_together():
         precision = device.choose_precision(config.precision, ranks.device)
         tuning, note = record.find(config, ranks.device) if ranks.is_first else (None, "")
+    before = resume.resolved_before(config) if ranks.is_first else None
+    if tuning is not None and before is not None and config.tuned == "auto" and before.get("tuned") != tuning.key:
+        tuning, note = None, "tuned: ignored, this run began without it or with another; --tuned FILE takes it"
     if ranks.is_first and config.precision == "auto":
-        if (before := resume.precision_of(config, ranks.device)) is not None:
+        if before is not None and before.get("device") == ranks.device.type and "precision" in before:
             with suppress(BadInput):  # this GPU may be an older one
-                precision = device.choose_precision(before, ranks.device)[0], "as this run began"
+                precision = device.choose_precision(before["precision"], ranks.device)[0], "as this run began"
         elif tuning is not None:
             precision = tuning.setup.precision, "tuned"
     if tuning is not None and tuning.setup.precision != precision[0]:
@@ -45,14 +49,14 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     """Most sequences per forward pass without --micro-batch-size, the same on every rank.
 
     On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
-    that its sums keep their order. On a CPU 16.
+    that its sums keep their order. On a CPU, and uncompiled, which the estimate is not for, 16.
     """
-    if ranks.device.type != "cuda":
+    if ranks.device.type != "cuda" or not device.wants_compile(config.compile, ranks.device)[0]:
         return 16
     shards = distributed.shards(config.parallel, config.shard_size, ranks)
     free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
     fits = min(ranks.gather(device.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
-    earlier = directory.resolved(config.out) if config.resume == "auto" else {}
+    earlier = resume.resolved_before(config) or {}
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
 
 
@@ -72,8 +76,11 @@ def ops(config: TrainConfig, precision: str, ranks: Ranks, tuned: Setup | None) 
     Raises BadInput on every rank if --kernels asks for what cannot run here or is wrong here.
     """
     model, found = config.model, {}
+    tuned_ops = dict(tuned.ops) if tuned is not None else {}
+    if config.deterministic and tuned_ops.get("attention") == "cudnn":  # PyTorch refuses it in that mode
+        del tuned_ops["attention"]
     inputs = (config.kernels, ranks.device, device.COMPUTE_DTYPES[precision], model.head_dim)
-    options = {"dropout_p": model.dropout, "tuned": tuned.ops if tuned is not None else None}
+    options = {"dropout_p": model.dropout, "tuned": tuned_ops}
     try:
         chosen = select(*inputs, **options)
         if ranks.local_rank == 0 and ranks.device.type == "cuda":

@@ -61,6 +61,11 @@ class Tuning:
     shipped_tokens_per_s: float
     tokens_per_s: float
 
+    @property
+    def key(self) -> str:
+        """Digest of the setup."""
+        return facts.key(dataclasses.asdict(self.setup))
+
     def __str__(self) -> str:
         ratio = self.tokens_per_s / self.shipped_tokens_per_s
         return f"{self.preset} on {self.machine['device']}, {self.date}, {ratio:.2f}x: {self.setup}"

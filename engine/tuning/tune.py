@@ -52,7 +52,11 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, _ = devices.choose_precision(asked.precision, device)
     sequences = asked.tokens_per_step // asked.sequence_length
-    batch = batch_shape(asked, 1)[0]
+    most = 16  # as choices.largest_micro_batch has it
+    if device.type == "cuda":
+        dtype, free_bytes = devices.COMPUTE_DTYPES[precision], torch.cuda.mem_get_info(device)[0]
+        most = devices.largest_micro_batch(asked, dtype, free_bytes)
+    batch = batch_shape(asked, 1, most)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)
     if device.type == "cpu":

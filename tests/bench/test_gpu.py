@@ -62,15 +62,21 @@ def play(monkeypatch):
     return set_answers
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+def dry_run(tmp_path_factory, *flags: str) -> tuple[subprocess.CompletedProcess, Path]:
     """On a machine without what only a command line, a picture or a suite needs, as the ones with GPUs are."""
     out, bare = tmp_path_factory.mktemp("dry"), tmp_path_factory.mktemp("bare")
     for name in ("tyro", "matplotlib", "tensorboard", "pytest_benchmark"):
         (bare / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
-    command = [sys.executable, "-m", "bench.gpu", "--out", str(out), "--dry-run"]
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(out), "--dry-run", *flags]
     environment = os.environ | {"PYTHONPATH": str(bare)}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment), out
+
+
+@pytest.fixture(scope="module")
+def of_ops(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """A dry run without training steps, which take most of the time."""
+    sections = [section for section in gpu.SECTIONS if section not in ("step", "sizes")]
+    return dry_run(tmp_path_factory, "--only", ",".join(sections))
 
 
 def part(section: str, name: str) -> gpu.Part:
@@ -87,24 +93,38 @@ def new_run(out: Path, seconds: float = 300.0, **facts) -> gpu.Run:
 # ---- The dry run ----------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_checks_every_case(dry_run):
-    done, out = dry_run
+def cases_of(rows: list[Row], section: str) -> set[tuple[str, str]]:
+    return {(row.case, row.peer) for row in rows if row.section == section}
+
+
+def each(cases: dict) -> set[tuple[str, str]]:
+    return {(case, peer) for case, peers in cases.items() for peer in peers}
+
+
+@pytest.mark.slow
+def test_dry_run_checks_every_case(tmp_path_factory):
+    done, out = dry_run(tmp_path_factory)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Record.load(out).rows
-    for section, cases in (("ops", OPS), ("step", STEPS)):
-        assert {(r.case, r.peer) for r in rows if r.section == section} == {
-            (c, p) for c, peers in cases.items() for p in peers
-        }
+    assert (cases_of(rows, "ops"), cases_of(rows, "step")) == (each(OPS), each(STEPS))
+    assert not re.search("^## (Failed|Left out|Goals)", (out / "gpu.md").read_text(), re.MULTILINE)
+
+
+def test_dry_run_checks_every_op(of_ops):
+    done, out = of_ops
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = Record.load(out).rows
+    assert cases_of(rows, "ops") == each(OPS)
     assert {row.peer for row in rows if row.section == "ceilings"} == {"matmul", "copy"}
     for op in OPS:
         assert find(rows, "accuracy", f"{op} fp32", "triton")
     table = (out / "gpu.md").read_text()
     assert done.stdout.rstrip().endswith(table.rstrip())
-    assert not re.search("^## (Failed|Left out|Goals)", table, re.MULTILINE)
+    assert not re.search("^## (Failed|Goals)", table, re.MULTILINE)
 
 
-def test_dry_run_shows_and_keeps_no_figures(dry_run):
-    _, out = dry_run
+def test_dry_run_shows_and_keeps_no_figures(of_ops):
+    _, out = of_ops
     state = json.loads((out / "gpu.json").read_text())
     assert not [line for line in (out / "gpu.md").read_text().splitlines() if line[:1] == "|" and FIGURE.search(line)]
     assert (state["dry_run"], state["goals"]) == (True, [])

@@ -122,6 +122,7 @@ class TwoGPUs(Ranks):
 
 
 def chosen(monkeypatch, out, other: int = 64, free_gib: float = 78.5, **changes) -> int:
+    monkeypatch.setattr(device, "wants_compile", lambda asked, gpu: (asked is not False, ""))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib * GIB, 80 * GIB))
     config = dataclasses.replace(PRESETS["gpt2"], out=str(out), **changes)
     return choices.largest_micro_batch(config, "bf16", TwoGPUs(0, 0, 2, torch.device("cuda", 0), other=other))
@@ -131,6 +132,7 @@ def test_all_ranks_take_the_least_that_fits_on_any(monkeypatch, tmp_path):
     assert chosen(monkeypatch, tmp_path) == 64
     assert chosen(monkeypatch, tmp_path, other=8) == 8
     assert chosen(monkeypatch, tmp_path, free_gib=23) == 32
+    assert chosen(monkeypatch, tmp_path, compile=False) == 16  # the estimate is of a compiled step
 
 
 def test_a_run_that_goes_on_keeps_its_number_where_that_fits(monkeypatch, tmp_path):

@@ -220,6 +220,13 @@ def test_the_model_tells_dispatch_its_dropout(monkeypatch):
     assert seen == [0.25]
 
 
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_a_single_position_is_left_to_pytorch_by_a_backend_that_may_refuse_it(name):
+    qkv = torch.randn(2, 1, 3, 2, 16)
+    alternative = dispatch.implementation("attention", name)
+    torch.testing.assert_close(alternative(qkv), dispatch.implementation("attention", "torch")(qkv))
+
+
 def test_every_alternative_gives_its_op_s_result():
     torch.manual_seed(0)
     sizes = cases.Sizes(B=2, T=5, H=2, D=16, V=61, Vp=64)

@@ -1,5 +1,6 @@
 """Self-check before a run: what it finds decides the ops, is remembered, and survives whatever a kernel does."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from engine.checks import facts, selfcheck
 from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.tuning import choices
+from engine.tuning.record import Setup
 from kernels import dispatch
 from kernels.dispatch import MODULES
 
@@ -81,7 +83,10 @@ def test_a_kernel_that_kills_its_process_does_not_keep_the_others_from_being_che
 def test_a_kernel_that_hangs_is_a_failure(play, monkeypatch):
     monkeypatch.setattr(selfcheck, "LIMIT", 1.0)
     play(attention="hangs")
-    assert found() == {"attention": "does not run here: its process did not end within 1 s"}
+    late = "does not run here: its process did not end within 1 s"
+    assert found(ops=["attention", "gelu"]) == {"attention": late}
+    play(attention=WRONG, bias_gelu="hangs")
+    assert found(ops=["attention", "bias_gelu", "gelu"]) == {"attention": WRONG, "bias_gelu": late}
 
 
 def test_a_check_that_cannot_be_made_fails_no_kernel(monkeypatch):
@@ -186,6 +191,17 @@ def test_what_fails_on_another_host_is_used_on_none(gpu, play, monkeypatch):
     play()
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, {"gelu": WRONG}])
     assert {c.op for c in choose(gpu, "auto").choices if c.implementation == "torch"} == {"gelu"}
+
+
+def test_a_backend_that_pytorch_refuses_in_deterministic_mode_is_not_taken_from_a_tuning(gpu, play):
+    play()
+    tuned = Setup("bf16", 16, ops={"attention": "cudnn"})
+    config_ = config.parse([*SMALL], "test")
+    chosen = [
+        choices.ops(dataclasses.replace(config_, deterministic=is_asked), "bf16", gpu, tuned).choices[0]
+        for is_asked in (False, True)
+    ]
+    assert [choice.implementation for choice in chosen] == ["cudnn", "triton"]
 
 
 def test_only_ops_on_triton_are_checked(gpu, monkeypatch):

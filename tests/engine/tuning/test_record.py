@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,18 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(shards, tmp_path, tun
     assert "tuned: ignored, it is for bf16 and this run is in fp32" in output
     assert "precision: fp32, as this run began" in output
     assert "4 sequences x" in output or "8 sequences x" in output
+
+
+def test_a_tuning_made_between_two_launches_of_a_run_changes_nothing(shards, tmp_path, tuned, monkeypatch, capsys):
+    assert train(shards, tmp_path / "run", "--num-steps", "1", "--precision", "fp32") == 0
+    found = record.load(Path(tuned))
+    found = dataclasses.replace(found, setup=dataclasses.replace(found.setup, precision="fp32"))
+    monkeypatch.setattr(record, "find", lambda config, device: (found, f"tuned: {found}"))
+    assert train(shards, tmp_path / "run", "--num-steps", "2", "--precision", "fp32") == 0
+    assert "tuned: ignored, this run began without it or with another; --tuned FILE takes it" in capsys.readouterr().out
+    assert train(shards, tmp_path / "new", "--num-steps", "1", "--precision", "fp32") == 0
+    assert train(shards, tmp_path / "new", "--num-steps", "2", "--precision", "fp32") == 0  # began with it
+    assert "ignored" not in capsys.readouterr().out
 
 
 def test_the_old_variable_only_says_what_replaced_it(shards, tmp_path, monkeypatch, capsys):

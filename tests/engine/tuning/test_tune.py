@@ -206,6 +206,7 @@ def test_the_whole_command_on_a_gpu_that_is_a_fake(tmp_path, monkeypatch, capsys
     for owner, name, value in [
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        (torch.cuda, "mem_get_info", lambda device=None: (23 * 2**30, 80 * 2**30)),  # for 32 sequences
         (torch.cuda, "get_device_name", lambda device=None: "NVIDIA Made Up 80GB"),
         (torch, "set_float32_matmul_precision", lambda precision: None),
         (dispatch, "INTERPRETED", False),
@@ -226,6 +227,7 @@ def test_the_whole_command_on_a_gpu_that_is_a_fake(tmp_path, monkeypatch, capsys
     assert run("tune", "gpt2", "--out", str(tmp_path / "h100.json")) == 0
     output = capsys.readouterr().out
     assert output.startswith("gpt2 on NVIDIA Made Up 80GB: at most 3 minutes\n")
+    assert "\n  B = 32, bf16, compiled " in output  # as gpt2 train would choose
     assert "found: B = 64, bf16, compiled, attention cudnn, 1 tile" in output
     assert shipped == ["triton"] * 4
     found = record.load(tmp_path / "h100.json")
