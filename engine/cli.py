@@ -317,6 +317,8 @@ def doctor(args: list[str], prog: str) -> None:
         print(device.report(head_dim, asked.precision, lambda *_: None))
         return
     tuning, note = record.find(preset, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if tuning is not None and asked.precision not in ("auto", tuning.setup.precision):
+        tuning, note = None, f"ignored, it is for {tuning.setup.precision}"
     tiles, ops = (tuning.setup.tiles, tuning.setup.ops) if tuning is not None else ({}, {})
     recall = functools.partial(selfcheck.recall_for, preset, tuned=tiles)
     print(device.report(head_dim, asked.precision, recall, ops, note.removeprefix("tuned: ")))

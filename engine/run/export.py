@@ -52,8 +52,7 @@ def load_model(
     model = GPT2(GPT2Config(**identity["model"]))
     checkpoints.load_weights(checkpoint, model)
     if torch.cuda.is_available():
-        model.to("cuda")
-        model.configure("auto", torch.float32)
+        model.to("cuda")  # its ops stay PyTorch's, which need no self-check
     return model.eval(), tokenizers.load(identity["tokenizer"]), checkpoint
 
 

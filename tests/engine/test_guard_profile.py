@@ -54,6 +54,8 @@ def test_neither_the_step_nor_the_guard_reads_a_number(seen, rank):
         assert "" not in reads
         # The head checks its targets and fused AdamW reads its step count, both for tensors on a CPU only.
         assert reads.keys() == {"DistributedDataParallel.forward", "Optimizer.step#AdamW.step"}
+    for kind in ("Guard", "NoGuard"):  # two buckets on their way at once may be recorded in either order
+        profiles[kind] = profiles[kind] | {"sums": [sorted(sums) for sums in profiles[kind]["sums"]]}
     assert profiles["Guard"] == profiles["NoGuard"]  # reads and sums alike
 
 
