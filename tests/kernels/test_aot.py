@@ -19,8 +19,8 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
 TARGETS = ("sm_90",)  # other targets get a few cases; `python -m kernels.aot` compiles all of them for each
-FEW = ("sm_80", "sm_86", "sm_100", "sm_120")
-HEADS = [f"attention D={D} bf16" for D in (64, 96)]
+FEW = ("sm_80", "sm_100", "sm_120")
+HEADS = ["attention D=64 bf16"]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 AMD = ["attention D=64 bf16", "layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 CHILD = f"""

@@ -15,7 +15,6 @@ COMMON = [
     ("sm_90", "cross_entropy 4x50257 bf16"),
     ("sm_90", "cross_entropy 2x50257 bf16 no grad"),
     ("sm_90", "cross_entropy 6x128 bf16"),
-    ("sm_80", "attention T=100 D=64 bf16"),
     ("sm_80", "attention T=100 D=64 bf16 dropout"),
 ]
 KERNELS = {
