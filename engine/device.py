@@ -74,13 +74,13 @@ NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last
 # ---- Precision ----------------------------------------------------------------------------------------------------
 
 
-def choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """(precision, why) for a device. Raises BadInput if the device cannot do what was asked."""
+def choose_precision(asked: str, device: torch.device, who: str = "train") -> tuple[str, str]:
+    """(precision, why) for a device. Raises BadInput, from `who`, if it cannot do what was asked."""
     has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if asked == "tf32" and not has_tensor_cores:
-        raise BadInput(f"train: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got {device.type}; use fp32")
+        raise BadInput(f"{who}: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got {device.type}; use fp32")
     if asked == "bf16" and device.type == "cuda" and not has_tensor_cores:
-        raise BadInput("train: --precision bf16 needs an NVIDIA GPU from 2020 on (sm_80); use fp16 or fp32")
+        raise BadInput(f"{who}: --precision bf16 needs an NVIDIA GPU from 2020 on (sm_80); use fp16 or fp32")
     if asked != "auto":
         return asked, "asked for"
     if device.type == "cuda":
@@ -289,7 +289,7 @@ def report(
     file in words. Raises BadInput if this machine cannot do it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, why = choose_precision(asked_precision, device)
+    precision, why = choose_precision(asked_precision, device, "doctor")
     ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned)
     failed = recall(precision, ops)
     if failed:

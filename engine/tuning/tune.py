@@ -50,7 +50,7 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     """
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, _ = devices.choose_precision(asked.precision, device)
+    precision, _ = devices.choose_precision(asked.precision, device, "tune")
     sequences = asked.tokens_per_step // asked.sequence_length
     most = 16  # as choices.largest_micro_batch has it
     if device.type == "cuda":
@@ -294,5 +294,12 @@ def check(preset: str, micro_batch_size: int | None, precision: str, minutes: fl
         raise BadInput("tune: " + "\n  ".join(wrong))
     if not minutes > 0:
         raise BadInput(f"tune: --max-minutes must be above 0, got {minutes}")
-    batch_shape(asked, 1)
+    sequences = asked.tokens_per_step // asked.sequence_length
+    if micro_batch_size is not None and sequences % micro_batch_size:
+        divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]
+        near = [max(d for d in divisors if d < micro_batch_size), *[d for d in divisors if d > micro_batch_size][:1]]
+        raise BadInput(
+            f"tune: --micro-batch-size must divide the {sequences} sequences of a step of {preset}, got "
+            f"{micro_batch_size}; the nearest --micro-batch-size {' and '.join(map(str, near))}"
+        )
     return asked

@@ -177,6 +177,12 @@ def test_the_command_refuses_what_cannot_be(capsys):
         (["tiny", "--max-minutes", "0"], "tune: --max-minutes must be above 0, got 0.0"),
         (["tiny", "--micro-batch-size", "0"], "tune: --micro-batch-size must be at least 1, got 0"),
         (["tiny", "--micro-batch-size", "3"], "the nearest --micro-batch-size 2 and 4"),
+        (
+            ["tiny", "--micro-batch-size", "7"],
+            "tune: --micro-batch-size must divide the 16 sequences of a step of tiny",
+        ),
+        (["tiny", "--micro-batch-size", "99"], "got 99; the nearest --micro-batch-size 16\n"),
+        (["tiny", "--precision", "tf32"], "tune: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got cpu"),
     ]:
         assert run("tune", *args) == 2
         assert sentence in capsys.readouterr().err
@@ -184,7 +190,7 @@ def test_the_command_refuses_what_cannot_be(capsys):
 
 def test_the_whole_command_prints_80_columns_and_writes_a_file_that_train_finds(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tune.devices, "choose_precision", lambda asked, device: ("fp32", "fake"))
+    monkeypatch.setattr(tune.devices, "choose_precision", lambda asked, device, who: ("fp32", "fake"))
     machine = Machine(CPU, seconds=lambda setup: 0.8 if not setup.malloc_tuned else 1.0)
     monkeypatch.setattr(steps, "Worker", machine.start)
     monkeypatch.setattr(
