@@ -62,12 +62,15 @@ def errors(op: str, inputs: Sequence[Tensor], sizes: Sizes) -> dict[str, tuple[f
 
 def poisoned(run: Callable) -> list[Tensor]:
     """run() with fresh memory filled with NaN, so that an element that is not written shows."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         return run()
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def judged(

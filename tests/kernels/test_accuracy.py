@@ -74,3 +74,16 @@ def test_errors_are_held_to_twice_pytorch_s():
         else:
             with pytest.raises(ArithmeticError, match=r"y is off by .*, at most 4\.0e-05 is allowed"):
                 accuracy.judged(*arguments)
+
+
+def test_memory_is_filled_and_the_modes_are_as_before_afterwards():
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        assert accuracy.poisoned(lambda: torch.empty(3)).isnan().all()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
