@@ -70,7 +70,7 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
     async_save: bool = True  # write checkpoints in a thread while training goes on
     max_minutes: float | None = None  # minutes from launch before which to save and stop; None: no limit
-    grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
+    grace_seconds: float = 25.0  # seconds from a signal to the exit at the latest; none for a terminal's Ctrl-C
     timeout_minutes: float = 10.0  # minutes that ranks wait for each other; longer than a compile or a save
     max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
