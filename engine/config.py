@@ -7,6 +7,7 @@ fast.
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from model.presets import GPT2Config
 
 CONFIG_FILE = "config.json"
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
+LONGEST_WAIT = 1_000_000  # minutes or seconds, that every timer and every library can hold
 GPT_PROMPT = "Hello, I'm a language model,"
 
 
@@ -110,9 +112,12 @@ class TrainConfig:
         for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_minutes", "grace_seconds", "timeout_minutes", "skip_z_score"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                wrong.append(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+        for name in ("max_minutes", "skip_z_score"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                wrong.append(f"{_flag(name)} must be above 0 and finite, got {getattr(self, name)}; None: no limit")
+        for name in ("grace_seconds", "timeout_minutes"):
+            if not 0 < getattr(self, name) <= LONGEST_WAIT:
+                wrong.append(f"{_flag(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {getattr(self, name)}")
         if self.parallel != "ddp" and self.optim.name == "muon":
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
@@ -136,11 +141,14 @@ class TrainConfig:
                     f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
                 )
         for name in ("lr", "clip", "eps"):
-            if not getattr(self.optim, name) > 0:  # this form rejects NaN too
-                wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
+            if not 0 < getattr(self.optim, name) < math.inf:  # this form rejects NaN too
+                advice = "; 1e9 clips nothing" if name == "clip" else ""
+                wrong.append(
+                    f"{_flag('optim.' + name)} must be above 0 and finite, got {getattr(self.optim, name)}{advice}"
+                )
         for name in ("weight_decay", "warmup_tokens"):
-            if not getattr(self.optim, name) >= 0:
-                wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
+            if not 0 <= getattr(self.optim, name) < math.inf:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and finite, got {getattr(self.optim, name)}")
         if self.profile is not None:
             try:
                 parse_profile(self.profile)
