@@ -39,6 +39,24 @@ class OptimConfig:
     weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorm have none
     clip: float = 1.0  # maximum norm of the whole gradient
 
+    def problems(self) -> list[str]:
+        """Error messages for all fields with invalid values; empty if there are none."""
+        wrong = []
+        for name in ("muon_lr", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("lr", "clip", "eps"):
+            if not 0 < getattr(self, name) < math.inf:  # this form rejects NaN too
+                advice = "; 1e9 clips nothing" if name == "clip" else ""
+                wrong.append(f"{_flag('optim.' + name)} must be above 0 and finite, got {getattr(self, name)}{advice}")
+        for name in ("weight_decay", "warmup_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and finite, got {getattr(self, name)}")
+        return wrong
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -132,23 +150,7 @@ class TrainConfig:
             )
         if not -(2**63) <= self.seed < 2**63:
             wrong.append(f"--seed must fit into 64 bits, got {self.seed}")
-        for name in ("muon_lr", "min_lr_ratio"):
-            if not 0 <= getattr(self.optim, name) <= 1:
-                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self.optim, name)}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self.optim, name) < 1:
-                wrong.append(
-                    f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
-                )
-        for name in ("lr", "clip", "eps"):
-            if not 0 < getattr(self.optim, name) < math.inf:  # this form rejects NaN too
-                advice = "; 1e9 clips nothing" if name == "clip" else ""
-                wrong.append(
-                    f"{_flag('optim.' + name)} must be above 0 and finite, got {getattr(self.optim, name)}{advice}"
-                )
-        for name in ("weight_decay", "warmup_tokens"):
-            if not 0 <= getattr(self.optim, name) < math.inf:
-                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and finite, got {getattr(self.optim, name)}")
+        wrong += self.optim.problems()
         if self.profile is not None:
             try:
                 parse_profile(self.profile)

@@ -11,7 +11,9 @@ end-of-text id, and here that is ordinary text. Source: encoder.py in github.com
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,13 +130,14 @@ def import_weights(source: str, out: str) -> Path:
             f"{model.config.vocab_size} in {source}"
         )
     train = TrainConfig(out=str(out), model=model.config)
-    directories.open_out(train.out, train.resume)
     name = sizes[model.config.vocab_size]
-    directories.write_config(train, name, {"imported_from": source})
     identity = resume.identity(train, name, "none")
     state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
     state["trained_positions"] = train.model.n_positions
-    return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
+    with _filling("import", out):
+        directories.open_out(train.out, train.resume)
+        directories.write_config(train, name, {"imported_from": source})
+        return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
 
 
 def export(run: str, out: str, is_best: bool = False) -> None:
@@ -144,16 +147,33 @@ def export(run: str, out: str, is_best: bool = False) -> None:
     """
     _check_new("export", out)
     model, tokenizer, _ = load_model(run, is_best=is_best)
-    try:
+    with _filling("export", out):
         model.save_pretrained(out)
         save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
-    except ValueError as error:
-        raise BadInput(f"export: {error}") from error
 
 
 def _check_new(command: str, out: str) -> None:
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
+
+
+@contextmanager
+def _filling(command: str, out: str) -> Iterator[None]:
+    """Around writing into `out`, which was new or empty: a failure leaves nothing there, so nothing
+    blocks the next try.
+
+    Raises BadInput if writing fails.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError | ValueError):
+            raise BadInput(
+                f"{command}: --out must be a directory that can be written, got {out}: {error}; make room there or "
+                "choose another --out"
+            ) from error
+        raise
 
 
 # ---- Tokenizer files ----------------------------------------------------------------------------------------------

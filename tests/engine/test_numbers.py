@@ -17,7 +17,7 @@ from runs import newest, run, train
 from safetensors.torch import load_file, save_file
 
 from engine import cli, evaluation
-from engine.run import checkpoint
+from engine.run import checkpoint, export
 from model.gpt2 import GPT2, GPT2Config
 
 
@@ -125,8 +125,12 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_out_stays_free(weig
         assert run(*command, "--out", str(out)) == 2
         assert "NaN or infinity: 1 in h.1.mlp.c_fc.weight, 2 in ln_f.bias; " in capfd.readouterr().err
         assert not out.exists()
-    assert run("train", *flags, "--model.n-embd", "32", "--init-from", str(weights), "--out", str(out)) == 2
-    assert not out.exists()  # weights of another shape neither
+    for other in (
+        ["--model.n-positions", "16", "--init-from", str(weights)],
+        ["--init-from", str(tmp_path / "nowhere")],
+    ):
+        assert run("train", *flags, *other, "--out", str(out)) == 2
+        assert not out.exists()
     GPT2(GPT2Config(2, 2, 64, 32, 257)).save_pretrained(weights)
     for command in commands:
         assert run(*command, "--out", str(out)) == 0
@@ -151,6 +155,26 @@ def test_a_checkpoint_whose_weights_were_made_infinite_is_refused_by_name(traine
             "must hold finite parameters, got NaN or infinity: 64 in h.0.attn.c_proj.bias; use an older one\n"
         )
         assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_that_blocks_the_next_try(
+    command, trained, tmp_path, monkeypatch, capfd
+):
+    GPT2(GPT2Config(1, 1, 8, 8, 257)).save_pretrained(tmp_path / "weights")
+    args = [command, *(["--run", str(trained)] if command == "export" else [str(tmp_path / "weights")])]
+
+    def fill(*_, **__):
+        assert any((tmp_path / "out").iterdir())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", fill)
+        patched.setattr(export, "save_tokenizer", fill)
+        assert run(*args, "--out", str(tmp_path / "out")) == 2
+    assert re.match(rf"{command}: --out must be .* No space left on device; ", capfd.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert run(*args, "--out", str(tmp_path / "out")) == 0
 
 
 def test_a_model_that_is_not_finite_cannot_be_written(tmp_path):
