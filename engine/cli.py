@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, missing_package, nearest
+from engine.errors import BAD_INPUT, DAMAGED, DIVERGED, DONE, INTERRUPTED, BadInput, Diverged, missing_package, nearest
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
@@ -33,7 +33,7 @@ class Sample:
     """Continues a prompt with a trained model. Prints each token as it is sampled."""
 
     run: str  # run directory
-    prompt: str  # text to continue, at most n_positions tokens
+    prompt: str  # text to continue, at most as many tokens as positions were trained
     max_new_tokens: int = 200  # most tokens to add; an end-of-text token stops earlier
     temperature: float = 0.8  # divides the logits; 0: the most likely token each time; 1: the model's distribution
     top_k: int | None = 50  # sample from the k most likely tokens; None: from all
@@ -154,24 +154,23 @@ def tune(args: list[str], prog: str) -> None:
 def sample(args: list[str], prog: str) -> None:
     """Continues a prompt. Prints each token as it is sampled."""
     asked = _parse(Sample, args, prog)
-    import codecs
-
     import torch
 
+    from engine import evaluation
     from engine.run import export
-    from model.generate import stream
+    from model.generate import NotFinite, stream
 
     if asked.num_samples < 1:
         raise BadInput(f"sample: --num-samples must be at least 1, got {asked.num_samples}")
-    model, tokenizer, _ = export.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
+    model, tokenizer, checkpoint = export.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
     ids = tokenizer.encode(asked.prompt).tolist()
     if not 1 <= len(ids) <= model.config.n_positions:
         raise BadInput(
             f"sample: --prompt must be 1 to {model.config.n_positions} {tokenizer.unit}s long, got {len(ids)}"
+            f"{export.untrained_note(checkpoint)}"
         )
     prompt = torch.tensor([ids], device=model.wte.weight.device)
     for number in range(asked.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span several tokens
         try:
             drawn = stream(
                 model,
@@ -187,18 +186,19 @@ def sample(args: list[str], prog: str) -> None:
         if asked.num_samples > 1:
             print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
         print(asked.prompt, end="", flush=True)
-        for token in drawn:
-            if token.item() == tokenizer.end_of_text:
-                break
-            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+        try:
+            for piece in evaluation.pieces(drawn, tokenizer):
+                print(piece, end="", flush=True)
+        except NotFinite as error:
+            print()
+            raise Diverged(f"sample: {error}, at step {checkpoint.step} of {asked.run}; try --best") from error
+        print()
 
 
 def evaluate(args: list[str], prog: str) -> None:
     """Prints the validation loss of a run."""
     asked = _parse(Evaluate, args, prog)
     import dataclasses
-    import math
 
     from engine import config, distributed, evaluation
     from engine.run import export
@@ -210,13 +210,18 @@ def evaluate(args: list[str], prog: str) -> None:
     )
     model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
     export.check_tokenizer(train_config.data, tokenizer.name)
-    stream, context = TokenStream.open(train_config.data, "val", tokenizer.vocab_size), train_config.sequence_length
+    stream = TokenStream.open(train_config.data, "val", tokenizer.vocab_size)
+    context = min(train_config.sequence_length, model.config.n_positions)
     windows = evaluation.windows(stream, context, train_config.eval_tokens)
     ranks = distributed.Ranks(0, 0, 1, model.wte.weight.device)
     loss = evaluation.mean_loss(model, stream, windows, context, ranks)
+    if not loss < float("inf"):
+        raise Diverged(
+            f"eval: the loss must be finite, got {loss} at step {checkpoint.step} of {asked.run}; try --best"
+        )
     print(
         f"{asked.run} at step {checkpoint.step:,}: loss {loss:.4f} nats per {tokenizer.unit}, perplexity "
-        f"{math.exp(loss):.2f}, on {len(windows) * context:,} validation {tokenizer.unit}s of "
+        f"{evaluation.perplexity(loss):.2f}, on {len(windows) * context:,} validation {tokenizer.unit}s of "
         f"{train_config.data}"
     )
 
@@ -361,7 +366,7 @@ gpt2 COMMAND --help lists a command's flags. A first run:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 130 interrupted."""
+    """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 3 not finite, 130 interrupted."""
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -370,9 +375,9 @@ def main(args: list[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
         return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
-    except BadInput as error:
+    except (BadInput, Diverged) as error:
         print(error, file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT if isinstance(error, BadInput) else DIVERGED
     except ModuleNotFoundError as error:
         if (message := missing_package(error, f"gpt2 {args[0]}")) is None:
             raise

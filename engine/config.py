@@ -7,6 +7,7 @@ fast.
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from model.presets import GPT2Config
 
 CONFIG_FILE = "config.json"
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
+LONGEST_WAIT = 1_000_000  # minutes or seconds, that every timer and every library can hold
 GPT_PROMPT = "Hello, I'm a language model,"
 
 
@@ -36,6 +38,24 @@ class OptimConfig:
     eps: float = 1e-8  # added to the square root of AdamW's running mean of the squared gradient
     weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorm have none
     clip: float = 1.0  # maximum norm of the whole gradient
+
+    def problems(self) -> list[str]:
+        """Error messages for all fields with invalid values; empty if there are none."""
+        wrong = []
+        for name in ("muon_lr", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("lr", "clip", "eps"):
+            if not 0 < getattr(self, name) < math.inf:  # this form rejects NaN too
+                advice = "; 1e9 clips nothing" if name == "clip" else ""
+                wrong.append(f"{_flag('optim.' + name)} must be above 0 and finite, got {getattr(self, name)}{advice}")
+        for name in ("weight_decay", "warmup_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and finite, got {getattr(self, name)}")
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -111,9 +131,12 @@ class TrainConfig:
         for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_minutes", "grace_seconds", "timeout_minutes", "save_every_minutes", "skip_z_score"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                wrong.append(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+        for name in ("max_minutes", "save_every_minutes", "skip_z_score"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                wrong.append(f"{_flag(name)} must be above 0 and finite, got {getattr(self, name)}; None: no limit")
+        for name in ("grace_seconds", "timeout_minutes"):
+            if not 0 < getattr(self, name) <= LONGEST_WAIT:
+                wrong.append(f"{_flag(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {getattr(self, name)}")
         if self.parallel != "ddp" and self.optim.name == "muon":
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
@@ -128,20 +151,7 @@ class TrainConfig:
             )
         if not -(2**63) <= self.seed < 2**63:
             wrong.append(f"--seed must fit into 64 bits, got {self.seed}")
-        for name in ("muon_lr", "min_lr_ratio"):
-            if not 0 <= getattr(self.optim, name) <= 1:
-                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self.optim, name)}")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self.optim, name) < 1:
-                wrong.append(
-                    f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self.optim, name)}"
-                )
-        for name in ("lr", "clip", "eps"):
-            if not getattr(self.optim, name) > 0:  # this form rejects NaN too
-                wrong.append(f"{_flag('optim.' + name)} must be above 0, got {getattr(self.optim, name)}")
-        for name in ("weight_decay", "warmup_tokens"):
-            if not getattr(self.optim, name) >= 0:
-                wrong.append(f"{_flag('optim.' + name)} must be at least 0, got {getattr(self.optim, name)}")
+        wrong += self.optim.problems()
         if self.profile is not None:
             try:
                 parse_profile(self.profile)

@@ -5,10 +5,13 @@ depend on batch size, number of ranks or step. Each rank evaluates whole batches
 adds the batches' sums in the same order. So the loss has the same bits on any number of ranks.
 """
 
+import codecs
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
@@ -62,14 +65,35 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context
     return ranks.sum(sums).sum().item() / len(windows)
 
 
-def sample(raw_model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, seed: int, ranks: Ranks) -> str:
+def perplexity(loss: float) -> float:
+    """e^loss; infinity where a float cannot hold it, from a loss of 710 up."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def sample(
+    raw_model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, context: int, seed: int, ranks: Ranks
+) -> str:
     """Continues a prompt with the current weights. All ranks call it; rank 0 has the text.
 
-    Returns prompt and continuation. The same seed makes the same random draws at every step.
+    context: most positions read. Returns prompt and continuation. The same seed makes the same
+    random draws at every step. Raises NotFinite, on the ranks that sample, if a logit is not finite.
     """
     if not ranks.is_first and not is_sharded(raw_model):  # a sharded model runs on all ranks or on none
         return ""
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)
     with outside_training(raw_model):
-        tokens = generate(raw_model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=seed)
+        tokens = generate(raw_model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=seed, context=context)
     return tokenizer.decode(tokens[0])
+
+
+def pieces(drawn: Iterable[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text of each drawn token, up to an end-of-text token. A character may span several tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in drawn:
+        if token.item() == tokenizer.end_of_text:
+            break
+        yield decoder.decode(tokenizer.decode_bytes([token.item()]))
+    yield decoder.decode(b"", final=True)

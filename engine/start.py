@@ -1,7 +1,7 @@
 """Everything before the first step: `build` makes a Run of a config, in time order.
 
     choices        what gpt2 tune found for this machine, and the precision
-    read_data      tokenizer, shards, batches: is the input good?
+    read_data      tokenizer, shards, batches, weights of --init-from: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
     open_record    metrics, plots, saver, heartbeat, trace
@@ -9,6 +9,7 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -42,9 +43,14 @@ from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
 from engine.tuning import choices, record
 from engine.tuning.record import Tuning
+from model.generate import NotFinite
 from model.gpt2 import GPT2
 
 WAY_OUT = "--no-compile trains without it from the start; please report this with the versions that gpt2 doctor prints"
+
+LOWER = (
+    "nothing of it is saved: run again with a lower --optim.lr, and with --resume-changed too if a checkpoint was saved"
+)
 
 
 @dataclass
@@ -83,6 +89,7 @@ class Run:
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
     replica_group: dist.ProcessGroup | None
+    trained_positions: int  # positions that any update of these weights ever used
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
     painter: Painter = field(init=False)
@@ -98,6 +105,7 @@ class Run:
         return {
             "step": step,
             "tokens": self.record.tokens(step),
+            "trained_positions": self.trained_positions,
             "val_loss": val_loss,
             "identity": self.past.identity,
             "config": configs.to_dict(self.config),
@@ -164,25 +172,28 @@ class Run:
             **facts.machine(self.ranks.device),
         }
 
-    def validation_loss(self) -> float:
-        """Mean loss over the validation windows, in nats per token. All ranks call it."""
-        data, context = self.data, self.config.sequence_length
-        return evaluation.mean_loss(self.raw_model, data.val_stream, data.val_windows, context, self.ranks)
+    def evaluate(self, step: int) -> float:
+        """Validation loss in nats per token, recorded with a sample and the plots. All ranks call it.
 
-    def sample(self) -> str:
-        """The config's prompt continued by the model as it is now.
-
-        All ranks call it; rank 0 has the text.
+        Raises Diverged, on every rank, if the loss or a logit of the sample is not finite.
         """
-        config = self.config
-        return evaluation.sample(
-            self.raw_model,
-            self.data.tokenizer,
-            config.prompt,
-            config.sample_tokens,
-            seed=config.seed,
-            ranks=self.ranks,
-        )
+        config, data, model, record = self.config, self.data, self.raw_model, self.record
+        context, text, problem = config.sequence_length, "", None
+        loss = evaluation.mean_loss(model, data.val_stream, data.val_windows, context, self.ranks)
+        record.log(step, val_loss=loss)
+        if not math.isfinite(loss):
+            raise Diverged(f"train: the validation loss must be finite, got {loss} at step {step}; {LOWER}")
+        options = {"context": context, "seed": config.seed, "ranks": self.ranks}
+        try:
+            text = evaluation.sample(model, data.tokenizer, config.prompt, config.sample_tokens, **options)
+        except NotFinite as error:
+            problem = str(error)
+        if (problem := self.ranks.broadcast_object(problem)) is not None:  # rank 0 may be the only one that samples
+            raise Diverged(f"train: at step {step}: {problem}; {LOWER}")
+        record.sample(step, text)
+        if self.ranks.is_first:
+            self.painter.draw(record.rows())
+        return loss
 
     def check_replicas(self) -> str | None:
         """An error message, the same on every rank, if replicas' weights differ; else None."""
@@ -215,12 +226,13 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     most = choices.largest_micro_batch(config, precision[0], ranks)
     with ranks.fail_together():
         data = read_data(config, ranks, most)
+        initial = export.initial_weights(config) if ranks.is_first and resume.is_new(config) else None
     past = find_past(config, data, ranks)
     if past.step == config.num_steps:
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
     choices.use(tuning, ranks.device)
-    run = build_model(config, data, past, ranks, precision, tuning)
+    run = build_model(config, data, past, ranks, precision, tuning, initial)
     open_record(run)
     return run
 
@@ -270,6 +282,26 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
     return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"])
 
 
+def first_weights(config: TrainConfig, past: Past, ranks: Ranks, initial: tuple[GPT2, int] | None) -> tuple[GPT2, int]:
+    """The raw model, drawn or from --init-from, and how many of its positions are trained once this run has begun.
+
+    initial: of export.initial_weights, on rank 0. Raises BadInput if the disk of --out is too small.
+    """
+    torch.manual_seed(config.seed)
+    raw_model, positions = GPT2(config.model), 0
+    with ranks.fail_together():
+        if ranks.is_first:
+            directory.check_disk(config)
+            if past.checkpoint is not None:
+                positions = export.trained_positions(past.checkpoint)
+            elif config.init_from is not None:
+                source, positions = initial or export.initial_weights(config)
+                raw_model.load_state_dict(source.state_dict())
+    if config.init_from is not None and past.checkpoint is None:
+        ranks.broadcast([p.detach() for p in raw_model.parameters()])
+    return raw_model, max(config.sequence_length, ranks.broadcast_object(positions))
+
+
 def build_model(
     config: TrainConfig,
     data: Data,
@@ -277,22 +309,14 @@ def build_model(
     ranks: Ranks,
     precision: tuple[str, str],
     tuning: Tuning | None = None,
+    initial: tuple[GPT2, int] | None = None,
 ) -> Run:
     """Makes model and optimizer, fills them, and prints on rank 0 what will run.
 
     precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
     """
     resume.check_shared_out(config.out, config.parallel, ranks)
-    torch.manual_seed(config.seed)
-    raw_model = GPT2(config.model)
-    with ranks.fail_together():
-        if ranks.is_first:
-            directory.check_disk(config)
-            if config.init_from is not None and past.checkpoint is None:
-                export.load_weights(config.init_from, raw_model)
-    if config.init_from is not None:
-        ranks.broadcast([p.detach() for p in raw_model.parameters()])
-
+    raw_model, positions = first_weights(config, past, ranks, initial)
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
     if config.cuda_graphs:
@@ -314,7 +338,8 @@ def build_model(
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
-    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, replicas.group(model, ranks))
+    group = replicas.group(model, ranks)
+    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, group, positions)
     if past.checkpoint is not None:
         run.load(past.checkpoint)
     if ranks.is_first:

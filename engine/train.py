@@ -57,11 +57,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                 raise Diverged(f"train: at step {step}: {drift}; nothing of it is saved: the same command goes on")
             if is_last or (due(step, config.eval_every) and stopping is None):
                 with run.doing("evaluation", step):
-                    evaluated = step, run.validation_loss()
-                    record.log(step, val_loss=evaluated[1])
-                    record.sample(step, run.sample())
-                    if ranks.is_first:
-                        run.painter.draw(record.rows())
+                    evaluated = step, run.evaluate(step)
             if saves:
                 with run.doing("checkpoint", step):
                     record.sync(row_is_complete=is_last)

@@ -14,6 +14,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -246,6 +247,11 @@ class GPT2(nn.Module):
         self.compute_dtype = compute_dtype
         return ops
 
+    def crop(self, n_positions: int) -> None:
+        """Keeps the first n_positions positions. Call it before an optimizer is made."""
+        self.config = replace(self.config, n_positions=n_positions)
+        self.wpe = nn.Embedding.from_pretrained(self.wpe.weight.detach()[:n_positions].clone(), freeze=False)
+
     def num_parameters(self) -> int:
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
@@ -287,6 +293,7 @@ class GPT2(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        context: int | None = None,
     ) -> Tensor:
         """Returns tokens (B, T) followed by max_new_tokens drawn tokens: (B, T + max_new_tokens).
 
@@ -294,7 +301,8 @@ class GPT2(nn.Module):
         """
         from model.generate import generate
 
-        return generate(self, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "context": context}
+        return generate(self, tokens, max_new_tokens, **options)
 
     @classmethod
     def from_pretrained(cls, dir_or_name: str | Path) -> "GPT2":

@@ -62,6 +62,12 @@ def released_views(model: nn.Module) -> dict[str, Tensor]:
     return views
 
 
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """Names tensors with NaN or infinite numbers, and how many: "1 in ln_f.bias"; "" if there are none."""
+    odd = {name: ~tensor.isfinite() for name, tensor in tensors.items() if not tensor.isfinite().all()}
+    return ", ".join(f"{int(mask.sum())} in {name}" for name, mask in odd.items())
+
+
 def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) -> Model:
     """Loads a GPT2, on the CPU in float32, from a directory or else from a repository on the Hub.
 
@@ -70,7 +76,7 @@ def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) ->
     A repository is gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name. The dropout in config.json
     is ignored: it says how the weights were trained, not what they compute. PyTorch's random state
     is neither read nor changed. Raises ValueError, naming everything that is wrong, if the files
-    are not those of a GPT-2.
+    are not those of a GPT-2, or hold numbers that are not finite.
     """
     folder = _locate(str(dir_or_name))
     config = _read_config(folder, dropout)
@@ -80,6 +86,11 @@ def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) ->
     if HEAD in stored:
         stored.setdefault("wte.weight", stored[HEAD])  # tools that drop one of two equal tensors may keep the head
     _check(folder, {name: view.shape for name, view in released_views(model).items()}, stored)
+    if odd := not_finite(stored):
+        raise ValueError(
+            f"weights: {folder} must hold finite numbers, got NaN or infinity: {odd}; "
+            "download it again, or export an earlier checkpoint"
+        )
     if HEAD in stored and not torch.equal(stored[HEAD].float(), stored["wte.weight"].float()):
         raise ValueError(
             f"weights: in {folder}, {HEAD} must equal wte.weight, got other values; "
@@ -96,9 +107,12 @@ def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) ->
 def save(model: nn.Module, directory: str | Path) -> None:
     """Writes config.json and model.safetensors, in float32. Each file is replaced atomically.
 
-    `transformers` loads the directory as a GPT2LMHeadModel. Raises ValueError if writing fails.
+    `transformers` loads the directory as a GPT2LMHeadModel. Raises ValueError if a weight is not
+    finite, or if writing fails.
     """
     config, folder = model.config, Path(directory)
+    if odd := not_finite(released_views(model)):
+        raise ValueError(f"weights: a model must have finite weights to be saved, got NaN or infinity: {odd}")
     fields = {
         "architectures": ["GPT2LMHeadModel"],
         **{field: values[0] for field, values in MEANS_GPT2.items()},

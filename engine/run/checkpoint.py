@@ -37,6 +37,7 @@ from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
 from engine.run.verify import MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
 from engine.tokens.shards import sha256
+from model.pretrained import not_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
@@ -147,9 +148,8 @@ def _fail_together(group: dist.ProcessGroup | None):
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(local(tensor)).all():
-            raise Diverged(f"checkpoint: every number must be finite, got others in {name}; nothing was saved")
+    if odd := not_finite({name: local(tensor) for name, tensor in tensors.items()}):
+        raise Diverged(f"checkpoint: every number must be finite, got others: {odd}; nothing was saved")
 
 
 def _start_writing(root: Path, writing: Path) -> None:
@@ -349,7 +349,7 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
     """Copies the saved tensors whose names begin with prefix into targets, by name.
 
     what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names or
-    shapes differ.
+    shapes differ, or if a number is not finite.
     """
     path = checkpoint.path
     if is_sharded := (path / SHARDED).is_dir():
@@ -375,11 +375,12 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PyTorch warns if there is no process group
             dcp.load(dict(targets), storage_reader=reader, no_dist=is_alone)
-        return
-    for name, target in targets.items():
+    for name, target in [] if is_sharded else targets.items():
         saved = file.get_tensor(name.removeprefix(prefix))
         if isinstance(target, DTensor):  # each process reads the whole tensor and keeps its shard
             saved = distribute_tensor(
                 saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
             )
         target.copy_(saved)
+    if odd := not_finite({name.removeprefix(prefix): local(target) for name, target in targets.items()}):
+        raise BadInput(f"checkpoint: {path} must hold finite {what}, got NaN or infinity: {odd}; use an older one")

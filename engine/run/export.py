@@ -11,7 +11,9 @@ end-of-text id, and here that is ordinary text. Source: encoder.py in github.com
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,11 +35,31 @@ from model.gpt2 import GPT2, GPT2Config
 def load_model(
     run: str | Path, warn: Callable[[str], None] = print, is_best: bool = False
 ) -> tuple[GPT2, Tokenizer, Checkpoint]:
-    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint.
+    """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, cropped to the positions
+    that were trained.
 
     is_best: of the one with the lowest validation loss instead. The model is float32 and in eval
     mode. Raises BadInput if there is no such checkpoint.
     """
+    model, tokenizer, checkpoint = _load_whole(run, warn, is_best)
+    model.crop(trained_positions(checkpoint))
+    return model.eval(), tokenizer, checkpoint
+
+
+def trained_positions(checkpoint: Checkpoint) -> int:
+    """How many of the model's positions any update used; the others are as they were drawn."""
+    identity = checkpoint.state["identity"]  # older checkpoints do not say more than the last run's context
+    return min(checkpoint.state.get("trained_positions", identity["sequence_length"]), identity["model"]["n_positions"])
+
+
+def untrained_note(checkpoint: Checkpoint) -> str:
+    """Text such as ": of the model's 64 positions 16 were trained", or "" if all were."""
+    trained, present = trained_positions(checkpoint), checkpoint.state["identity"]["model"]["n_positions"]
+    return f": of the model's {present} positions {trained} were trained" if trained < present else ""
+
+
+def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> tuple[GPT2, Tokenizer, Checkpoint]:
+    """(model, tokenizer, checkpoint) as in load_model, with all positions."""
     config.load(run)  # raises its own error message if the directory is not a run
     lowest = checkpoints.best(run) if is_best else None
     checkpoint = checkpoints.newest(run, warn) if lowest is None else checkpoints.read(lowest)
@@ -53,30 +75,31 @@ def load_model(
     checkpoints.load_weights(checkpoint, model)
     if torch.cuda.is_available():
         model.to("cuda")  # its ops stay PyTorch's, which need no self-check
-    return model.eval(), tokenizers.load(identity["tokenizer"]), checkpoint
+    return model, tokenizers.load(identity["tokenizer"]), checkpoint
 
 
-def load_weights(source: str, model: GPT2) -> None:
-    """Fills the model from a run directory, a directory in the Hugging Face layout, or a GPT-2
-    name.
+def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
+    """(model, trained positions) of --init-from: a run directory, a directory in the Hugging Face
+    layout, or a GPT-2 name. None without the flag.
 
     Raises BadInput if the source cannot be read or is a model of another shape.
     """
+    if (source := train.init_from) is None:
+        return None
     if (Path(source) / "checkpoints").is_dir():
-        loaded, _, _ = load_model(source)
+        loaded, _, checkpoint = _load_whole(source, print, is_best=False)
+        positions = trained_positions(checkpoint)
     else:
         try:
             loaded = GPT2.from_pretrained(source)
         except ValueError as error:
-            raise BadInput(str(error)) from error
-    ours, theirs = model.config, loaded.config
+            raise BadInput(f"train: --init-from: {error}") from error
+        positions = loaded.config.n_positions
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise BadInput(
-                f"train: --init-from must have this model's {name} {getattr(ours, name)}, got "
-                f"{getattr(theirs, name)} in {source}"
-            )
-    model.load_state_dict(loaded.state_dict())
+        ours, theirs = getattr(train.model, name), getattr(loaded.config, name)
+        if ours != theirs:
+            raise BadInput(f"train: --init-from must have this model's {name} {ours}, got {theirs} in {source}")
+    return loaded, positions
 
 
 def check_tokenizer(data_directory: str, expected: str) -> None:
@@ -107,12 +130,14 @@ def import_weights(source: str, out: str) -> Path:
             f"{model.config.vocab_size} in {source}"
         )
     train = TrainConfig(out=str(out), model=model.config)
-    directories.open_out(train.out, train.resume)
     name = sizes[model.config.vocab_size]
-    directories.write_config(train, name, {"imported_from": source})
     identity = resume.identity(train, name, "none")
     state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
-    return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
+    state["trained_positions"] = train.model.n_positions
+    with _filling("import", out):
+        directories.open_out(train.out, train.resume)
+        directories.write_config(train, name, {"imported_from": source})
+        return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
 
 
 def export(run: str, out: str, is_best: bool = False) -> None:
@@ -122,16 +147,33 @@ def export(run: str, out: str, is_best: bool = False) -> None:
     """
     _check_new("export", out)
     model, tokenizer, _ = load_model(run, is_best=is_best)
-    try:
+    with _filling("export", out):
         model.save_pretrained(out)
         save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
-    except OSError as error:
-        raise BadInput(f"export: --out must be a directory that can be written, got {out}: {error.strerror}") from error
 
 
 def _check_new(command: str, out: str) -> None:
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
+
+
+@contextmanager
+def _filling(command: str, out: str) -> Iterator[None]:
+    """Around writing into `out`, which was new or empty: a failure leaves nothing there, so nothing
+    blocks the next try.
+
+    Raises BadInput if writing fails.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError | ValueError):
+            raise BadInput(
+                f"{command}: --out must be a directory that can be written, got {out}: {error}; make room there or "
+                "choose another --out"
+            ) from error
+        raise
 
 
 # ---- Tokenizer files ----------------------------------------------------------------------------------------------

@@ -133,7 +133,8 @@ class Metrics:
 
     def _write_row(self) -> None:
         row, self._row = self._row, None
-        self._file.write(json.dumps(row) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         self._sinks.write(row)
 

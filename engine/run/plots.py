@@ -103,7 +103,9 @@ def _smooth(values: list[float], weight: float) -> list[float]:
 
 def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     train, val = (
-        [(row["tokens"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]  # NaN: diverged
+        [
+            (row["tokens"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])
+        ]  # NaN: diverged
         for name in ("loss", "val_loss")
     )
     uniform = math.log(config.model.vocab_size)

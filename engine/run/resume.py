@@ -60,9 +60,13 @@ def resolved_before(train: TrainConfig) -> dict | None:
     Such a run keeps it, although a tuning or a choice by timing or memory may be another by now.
     """
     run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
-    if train.resume == "never" or not any(run.glob("checkpoints/step_*")):
-        return None
-    return directory.resolved(run)
+    return None if is_new(train) else directory.resolved(run)
+
+
+def is_new(train: TrainConfig) -> bool:
+    """Whether there is no checkpoint to go on from."""
+    run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
+    return train.resume == "never" or not any(run.glob("checkpoints/step_*"))
 
 
 def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import gc
 import itertools
+import math
 import os
 import statistics
 import textwrap
@@ -292,8 +293,8 @@ def check(preset: str, micro_batch_size: int | None, precision: str, minutes: fl
     asked = dataclasses.replace(PRESETS[preset], micro_batch_size=micro_batch_size, precision=precision)
     if wrong := asked.problems():
         raise BadInput("tune: " + "\n  ".join(wrong))
-    if not minutes > 0:
-        raise BadInput(f"tune: --max-minutes must be above 0, got {minutes}")
+    if not 0 < minutes < math.inf:
+        raise BadInput(f"tune: --max-minutes must be above 0 and finite, got {minutes}")
     sequences = asked.tokens_per_step // asked.sequence_length
     if micro_batch_size is not None and sequences % micro_batch_size:
         divisors = [size for size in range(1, sequences + 1) if sequences % size == 0]

@@ -92,7 +92,10 @@ BAD_REQUESTS = [
     pytest.param(torch.tensor([[0, 257]]), {}, "tokens must be 0 to 256, got 0 to 257", id="padding id"),
     pytest.param(torch.tensor([[-1, 5]]), {}, "tokens must be 0 to 256, got -1 to 5", id="negative id"),
     pytest.param(
-        some_tokens(1, 4), {"temperature": -0.1}, "temperature must be at least 0, got -0.1", id="temperature"
+        some_tokens(1, 4),
+        {"temperature": -0.1},
+        "temperature must be at least 0 and finite, got -0.1",
+        id="temperature",
     ),
     pytest.param(some_tokens(1, 4), {"temperature": math.nan}, "temperature must be .*, got nan", id="NaN temperature"),
     pytest.param(some_tokens(1, 4), {"top_k": 0}, "top_k must be at least 1, got 0", id="top_k"),

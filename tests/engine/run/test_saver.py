@@ -262,7 +262,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, async
     with torch.no_grad():
         run.model.h[1].mlp.c_fc.weight[3, 5] = value
     monkeypatch.setattr(run, "update", lambda: None)
-    with pytest.raises(Diverged, match=r"got others in model\.h\.1\.mlp\.c_fc\.weight; nothing was saved"):
+    with pytest.raises(Diverged, match=r"got others: 1 in model\.h\.1\.mlp\.c_fc\.weight; nothing was saved"):
         saves(run, 2)  # the second save raises the error of the first; close raises no other
     assert steps(tmp_path) == [1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
