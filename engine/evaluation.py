@@ -6,6 +6,7 @@ adds the batches' sums in the same order. So the loss has the same bits on any n
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
-from model.generate import generate
+from model import generate
 from model.gpt2 import GPT2
 
 BATCH_TOKENS = 8192  # tokens per forward pass
@@ -36,10 +37,17 @@ def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context: int, ranks: Ranks) -> float:
+def mean_loss(
+    raw_model: GPT2,
+    stream: TokenStream,
+    windows: np.ndarray,
+    context: int,
+    ranks: Ranks,
+    progress: Callable[[], None] = lambda: None,
+) -> float:
     """Mean loss over the windows, in nats per token, without dropout. All ranks call it.
 
-    Restores the model's training mode.
+    progress: called after each batch. Restores the model's training mode.
     """
     size = max(1, BATCH_TOKENS // context)  # sequences per batch
     batches = np.split(windows, range(size, len(windows), size))
@@ -57,19 +65,32 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context
                 loss = raw_model(batch[:, :-1], batch[:, 1:])
                 if index < len(batches):
                     sums[index] = loss.double() * len(batch)
+                progress()
     finally:
         raw_model.train(was_training)
     return ranks.sum(sums).sum().item() / len(windows)
 
 
-def sample(raw_model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, seed: int, ranks: Ranks) -> str:
+def sample(
+    raw_model: GPT2,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    seed: int,
+    ranks: Ranks,
+    progress: Callable[[], None] = lambda: None,
+) -> str:
     """Continues a prompt with the current weights. All ranks call it; rank 0 has the text.
 
-    Returns prompt and continuation. The same seed makes the same random draws at every step.
+    progress: called after each token. Returns prompt and continuation. The same
+    seed makes the same random draws at every step.
     """
     if not ranks.is_first and not is_sharded(raw_model):  # a sharded model runs on all ranks or on none
         return ""
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)
     with outside_training(raw_model):
-        tokens = generate(raw_model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=seed)
+        for token in generate.stream(raw_model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=seed):
+            tokens = torch.cat([tokens, token], dim=1)
+            progress()
     return tokenizer.decode(tokens[0])

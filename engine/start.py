@@ -82,12 +82,12 @@ class Run:
     is_compiled: bool
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
+    heartbeat: Heartbeat
     replica_group: dist.ProcessGroup | None
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
     painter: Painter = field(init=False)
     saver: Saver = field(init=False)
-    heartbeat: Heartbeat = field(init=False)
     trace: Trace = field(init=False)
 
     def state(self, step: int, val_loss: float | None) -> dict:
@@ -133,6 +133,7 @@ class Run:
         if step > self.past.step or not self.is_compiled:
             yield
             return
+        self.heartbeat.at(step, "compiling")
         ranks, update = self.ranks, self.update
         kept = CompileCache(self.config.out, self.compiled_from(), ranks.rank, warn)
         was_kept, began = kept.load(), time.perf_counter()
@@ -167,7 +168,9 @@ class Run:
     def validation_loss(self) -> float:
         """Mean loss over the validation windows, in nats per token. All ranks call it."""
         data, context = self.data, self.config.sequence_length
-        return evaluation.mean_loss(self.raw_model, data.val_stream, data.val_windows, context, self.ranks)
+        return evaluation.mean_loss(
+            self.raw_model, data.val_stream, data.val_windows, context, self.ranks, self.heartbeat.progress
+        )
 
     def sample(self) -> str:
         """The config's prompt continued by the model as it is now.
@@ -182,6 +185,7 @@ class Run:
             config.sample_tokens,
             seed=config.seed,
             ranks=self.ranks,
+            progress=self.heartbeat.progress,
         )
 
     def check_replicas(self) -> str | None:
@@ -191,20 +195,19 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Closes every part at the end, also after an exception; then waits for all ranks."""
-        with self.heartbeat:  # closed last: it turns an exception into an error message
-            # Nested, not an ExitStack: what fails while closing must see the exception before it.
-            with (
-                closing(self.data.batches),
-                closing(self.record),
-                closing(self.painter),
-                self.saver,
-                closing(self.trace),
-            ):
-                yield
-            self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
+        # Nested, not an ExitStack: what fails while closing must see the exception before it.
+        with (
+            closing(self.data.batches),
+            closing(self.record),
+            closing(self.painter),
+            self.saver,
+            closing(self.trace),
+        ):
+            yield
+        self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
 
-def build(config: TrainConfig, ranks: Ranks) -> Run | None:
+def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat) -> Run | None:
     """The run, ready for its first step, or None if it is complete. All ranks call it.
 
     Raises BadInput if config, data, checkpoint or machine cannot be used.
@@ -215,12 +218,15 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     most = choices.largest_micro_batch(config, precision[0], ranks)
     with ranks.fail_together():
         data = read_data(config, ranks, most)
+    heartbeat.at(0, "checkpoint")  # whose files are read whole
     past = find_past(config, data, ranks)
     if past.step == config.num_steps:
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
+    heartbeat.open(past.step)
+    heartbeat.at(past.step, "starting")
     choices.use(tuning, ranks.device)
-    run = build_model(config, data, past, ranks, precision, tuning)
+    run = build_model(config, data, past, heartbeat, precision, tuning)
     open_record(run)
     return run
 
@@ -274,7 +280,7 @@ def build_model(
     config: TrainConfig,
     data: Data,
     past: Past,
-    ranks: Ranks,
+    heartbeat: Heartbeat,
     precision: tuple[str, str],
     tuning: Tuning | None = None,
 ) -> Run:
@@ -282,6 +288,7 @@ def build_model(
 
     precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
     """
+    ranks = heartbeat.ranks
     resume.check_shared_out(config.out, config.parallel, ranks)
     torch.manual_seed(config.seed)
     raw_model = GPT2(config.model)
@@ -314,8 +321,10 @@ def build_model(
     if ranks.world_size > 1 and config.parallel == "ddp":
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
-    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, replicas.group(model, ranks))
+    group = replicas.group(model, ranks)
+    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, heartbeat, group)
     if past.checkpoint is not None:
+        heartbeat.at(past.step, "checkpoint")
         run.load(past.checkpoint)
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
@@ -342,10 +351,11 @@ def summary(run: Run) -> str:
 
 
 def open_record(run: Run) -> None:
-    """Opens the run's metrics, plots, saver, trace and heartbeat."""
+    """Opens the run's metrics, plots, saver and trace. The heartbeat begins."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.trace = Trace(config.profile, config.out, ranks)
-    run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)
+    run.update.progress = run.heartbeat.progress
+    run.heartbeat.begin(data.micro_batch_size)

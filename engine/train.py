@@ -5,31 +5,34 @@ made, then makes one more update. A last pass evaluates and saves the final weig
 before the loop is in engine/start.py, one update is engine/step.py. Nothing imports this file.
 """
 
-import os
 import sys
+import traceback
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: import as from the repository root
+
+import torch.distributed as dist
 
 from engine import device, distributed, optim, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
     BAD_INPUT,
-    DIVERGED,
     DONE,
     INTERRUPTED,
-    LOST,
     STOPPED,
     BadInput,
     Diverged,
     Lost,
+    PeerFailed,
+    exit_code,
     missing_package,
 )
-from engine.health.heartbeat import limited
+from engine.health.heartbeat import Heartbeat
 from engine.health.stopping import Stop, under_torchrun
 from engine.run import directory, metrics
+from engine.start import Run
 from engine.step import OUT_OF_TIME, Numbers
 
 
@@ -38,11 +41,15 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
 
     Returns the reason if it stopped early.
     """
-    with limited(ranks, config.timeout_minutes):
-        run = start.build(config, ranks)
-    if run is None:
-        return None
-    data, record, guard, clock = run.data, run.record, run.update.guard, run.update.clock
+    with Heartbeat(config, ranks) as heartbeat:  # outermost: it turns an exception into an error message
+        stop.on_leave = lambda reason: heartbeat.ends_with("stopped", reason)
+        run = start.build(config, ranks, heartbeat)
+        return None if run is None else loop(config, run, stop)
+
+
+def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
+    """Makes the run's steps. Returns the reason if it stopped early."""
+    ranks, data, record, guard, clock = run.ranks, run.data, run.record, run.update.guard, run.update.clock
     stopping = None  # why the run stops early, once every rank knows
     with run.opened():
         for step in range(run.past.step, config.num_steps + 1):  # one pass more than updates, for the final weights
@@ -106,19 +113,21 @@ def main(args: list[str]) -> int:
             distributed.process_group(config.timeout_minutes) as ranks,
         ):
             stopped_by = train(config, ranks, stop)
-    except (BadInput, Diverged, Lost) as error:
-        print(error, file=sys.stderr, flush=True)
-        if isinstance(error, Lost):
-            os._exit(LOST)  # a process group with a lost member may never be taken down
-        return BAD_INPUT if isinstance(error, BadInput) else DIVERGED
-    except ModuleNotFoundError as error:
-        if (message := missing_package(error, "gpt2 train")) is None:
-            raise
-        print(message, file=sys.stderr, flush=True)
-        return BAD_INPUT
+    except (BadInput, Diverged, Lost, PeerFailed) as error:
+        if not isinstance(error, PeerFailed):
+            print(error, file=sys.stderr, flush=True)
+        return distributed.leave(exit_code(error))
     except KeyboardInterrupt:  # before or after the loop, which takes it as a request to stop
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        return distributed.leave(INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (message := missing_package(error, "gpt2 train")) is not None:
+            print(message, file=sys.stderr, flush=True)
+            return distributed.leave(BAD_INPUT)
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        return distributed.leave(exit_code(error))
     if stopped_by is None or (stopped_by == OUT_OF_TIME and under_torchrun()):
         return DONE  # with any other code torchrun --max-restarts would start again, past the limit
     return STOPPED

@@ -1,11 +1,13 @@
 """Heartbeat file, hang watchdog and lost peers, on real files, processes and errors."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from engine.distributed import Ranks
 from engine.errors import LOST, BadInput, Diverged, Lost
 from engine.health import heartbeat as module
 from engine.health.failures import is_lost_peer
-from engine.health.heartbeat import HEARTBEAT, Heartbeat, account, write_heartbeat
+from engine.health.heartbeat import HEARTBEAT, Heartbeat, Silence, account, write_heartbeat
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -27,9 +29,11 @@ def heartbeat_of(
     out: Path, rank: int = 0, world_size: int = 1, start: int = 3, timeout_minutes: float = 10.0
 ) -> Heartbeat:
     flags = ["--out", str(out), "--num-steps", "50", "--timeout-minutes", str(timeout_minutes)]
-    return Heartbeat(
-        config.parse([*SMALL, *flags], "test"), Ranks(rank, rank, world_size, torch.device("cpu")), start, 4
-    )
+    ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
+    heartbeat = Heartbeat(config.parse([*SMALL, *flags], "test"), ranks)
+    heartbeat.open(start)
+    heartbeat.begin(4)
+    return heartbeat
 
 
 def beat(out: Path) -> dict:
@@ -48,12 +52,23 @@ def wait_for(true, seconds: float = 10.0) -> None:
 
 def test_a_heartbeat_is_one_line_of_json_and_leaves_no_other_file(tmp_path):
     write_heartbeat(tmp_path, step=3, state="running", reason="é\n")
-    assert (tmp_path / HEARTBEAT).read_text() == '{"step": 3, "state": "running", "reason": "\\u00e9\\n"}\n'
+    text = (tmp_path / HEARTBEAT).read_text()
+    assert text.rstrip() == '{"step": 3, "state": "running", "reason": "\\u00e9\\n"}'
+    assert (text.count("\n"), text[-1], len(text)) == (1, "\n", module.WIDTH)
     assert os.listdir(tmp_path) == [HEARTBEAT]
 
 
+@pytest.mark.parametrize("character", ["x", "é", "\U0001f600", "\udcff"], ids=ascii)
+def test_a_long_reason_is_cut_to_what_fits(tmp_path, character):
+    for length in (100, 150, 200, 2000, 300_000):
+        write_heartbeat(tmp_path, step=1, reason=character * length)
+        assert (tmp_path / HEARTBEAT).stat().st_size == module.WIDTH
+        kept = len(beat(tmp_path)["reason"])
+        assert kept == length or 12 * kept > module.WIDTH - 700
+
+
 def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
-    sizes = (1, 300_000, 20, 100_000)
+    sizes = (1, 1500, 20, 700)
     write_heartbeat(tmp_path, reason="")
     is_over, seen = threading.Event(), []
 
@@ -63,7 +78,7 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for size in sizes * 100:
+    for size in sizes * 500:
         write_heartbeat(tmp_path, reason="x" * size)
     wait_for(lambda: len(seen) > 50 or not reader.is_alive())
     is_over.set()
@@ -71,6 +86,62 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
     assert len(seen) > 50  # else the reader met half a heartbeat and ended
     assert set(seen) <= {0, *sizes}
     assert len(set(seen)) > 1
+
+
+def test_a_full_disk_costs_no_heartbeat(tmp_path, monkeypatch):
+    write_heartbeat(tmp_path, state="running", reason="")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)  # no new file has room
+    monkeypatch.setattr(Path, "write_text", full)
+    write_heartbeat(tmp_path, state="failed", reason="a full disk")
+    assert beat(tmp_path) == {"state": "failed", "reason": "a full disk"}
+    assert os.listdir(tmp_path) == [HEARTBEAT]
+
+
+def test_a_heartbeat_of_another_size_is_replaced(tmp_path):
+    (tmp_path / HEARTBEAT).write_text('{"state": "running"}\n' + "x" * 5000)
+    write_heartbeat(tmp_path, state="done", reason="")
+    assert beat(tmp_path) == {"state": "done", "reason": ""}
+
+
+def test_a_run_that_is_complete_or_refused_leaves_the_heartbeat_of_the_run_there(tmp_path):
+    write_heartbeat(tmp_path, state="stopped", reason="a signal")
+    before = (tmp_path / HEARTBEAT).read_bytes()
+    flags = config.parse([*SMALL, "--out", str(tmp_path)], "test")
+    one = Ranks(0, 0, 1, torch.device("cpu"))
+    with Heartbeat(flags, one):
+        pass  # complete
+    for is_open in (False, True):
+        with pytest.raises(BadInput), Heartbeat(flags, one) as heartbeat:
+            if is_open:
+                heartbeat.open(3)
+            raise BadInput("weights of another model")
+        assert (tmp_path / HEARTBEAT).read_bytes() == before
+
+
+@pytest.mark.parametrize(("there", "error"), [("stopped", MemoryError()), ("running", BadInput("no room"))])
+def test_a_start_that_fails_and_one_after_a_kill_leave_a_failed_heartbeat(tmp_path, there, error):
+    write_heartbeat(tmp_path, state=there, reason="")
+    flags = config.parse([*SMALL, "--out", str(tmp_path)], "test")
+    with pytest.raises(BadInput), Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu"))) as heartbeat:
+        heartbeat.open(3)
+        raise error
+    assert (beat(tmp_path)["state"], beat(tmp_path)["step"]) == ("failed", 3)
+    if isinstance(error, MemoryError):
+        assert "the model must fit into the memory of" in beat(tmp_path)["reason"]
+        assert "try a smaller preset" in beat(tmp_path)["reason"]
+
+
+def test_leaving_at_once_writes_the_last_heartbeat_although_the_threads_still_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    with heartbeat_of(tmp_path) as heartbeat:
+        heartbeat.ends_with("stopped", "a second signal")  # as Stop does before os._exit
+        time.sleep(0.05)
+        last = beat(tmp_path)
+        assert (last["state"], last["reason"]) == ("stopped", "a second signal")
 
 
 @pytest.mark.parametrize("ends", [("done", ""), ("stopped", "a signal"), ("stopped", "--max-minutes")])
@@ -100,6 +171,8 @@ def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkey
         (Diverged("20 in a row"), "20 in a row"),
         (BadInput("no room"), "no room"),
         (KeyboardInterrupt(), "KeyboardInterrupt()"),
+        (SystemExit(7), "7"),
+        (RecursionError("too deep"), "too deep"),
         (ValueError("shape [1, 2]"), "shape [1, 2]"),
     ],
     ids=lambda value: type(value).__name__,
@@ -212,7 +285,8 @@ from engine.health.heartbeat import Heartbeat
 def stuck_in_my_own_function():
     time.sleep(60)
 flags = config.parse(sys.argv[1:], "test")
-heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
+heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")))
+heartbeat.open(0)
 heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two ranks, without a store to ask the other
 with heartbeat:
     heartbeat.at(17, "evaluation")
@@ -255,6 +329,74 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
         wait_for(lambda: left)
         assert 0.3 < left[0] < 1
         heartbeat.ends = ("done", "")
+
+
+def watched(heartbeat: Heartbeat, seconds: float, others: Callable[[float], dict]) -> float | None:
+    """Runs the watching thread's loop on a made-up clock. Returns when it finds a hang, or None in `seconds`."""
+    now, left = 0.0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now)
+        patch.setattr(heartbeat, "_leave", lambda waited: left.append(now))
+
+        def wait(timeout: float) -> bool:
+            nonlocal now
+            now += timeout
+            heartbeat._heard = others(now)
+            return bool(left) or now >= seconds
+
+        patch.setattr(heartbeat._ended, "wait", wait)
+        heartbeat._silence, heartbeat._stillness = Silence(2.0), Silence(2.0)
+        heartbeat._run()
+    return left[0] if left else None
+
+
+def pair(out: Path, phase: str = "update", timeout_minutes: float = 10.0) -> Heartbeat:
+    """Heartbeat of rank 0 of two, without threads."""
+    heartbeat = heartbeat_of(out, timeout_minutes=timeout_minutes)
+    heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))
+    heartbeat.at(3, phase)
+    return heartbeat
+
+
+def test_a_rank_that_waits_for_one_that_works_is_no_hang(tmp_path):
+    """Rank 1 evaluates for 40 minutes and reports progress every 9."""
+    assert watched(pair(tmp_path), 2400, lambda now: {1: (3, "evaluation", now // 540, now)}) is None
+    assert watched(pair(tmp_path), 2400, lambda now: {1: (3, "evaluation", 5, now)}) == pytest.approx(602, abs=3)
+
+
+def test_progress_within_a_phase_is_no_hang(tmp_path):
+    heartbeat = pair(tmp_path)
+
+    def others(now: float) -> dict:
+        if now % 60 == 0 and now < 1800:
+            heartbeat.progress()  # a micro-batch a minute
+        return {1: (3, "update", 0, now)}
+
+    assert watched(heartbeat, 3600, others) == pytest.approx(1740 + 602, abs=3)
+
+
+@pytest.mark.parametrize("phase", ["compiling", "checkpoint"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_compile_or_a_save_on_any_rank_has_an_hour(tmp_path, phase, is_own):
+    mine, other = (phase, "update") if is_own else ("update", phase)
+    assert watched(pair(tmp_path, mine), 7200, lambda now: {1: (3, other, 0, now)}) == pytest.approx(3602, abs=3)
+
+
+def test_a_suspended_machine_and_a_clock_that_is_set_are_no_hang(tmp_path, monkeypatch):
+    heartbeat, slept = pair(tmp_path), 0.0
+    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 3600 * slept)  # the wall clock jumps by an hour each second
+    began, clock = time.monotonic(), time.monotonic
+
+    def suspended() -> float:  # time.monotonic() after a suspension of an hour between any two ticks
+        nonlocal slept
+        slept += 1
+        return clock() + 3600 * slept
+
+    silence = Silence(2.0)
+    for _ in range(20):
+        silence.update({1: ("the same",)}, suspended())
+    assert silence.seconds[1] == 38  # twenty ticks of at most two seconds each, and the first begins
+    assert heartbeat.since < 1e10 < suspended() + 1e10 - began
 
 
 # ---- What errors mean ---------------------------------------------------------------------------------------------

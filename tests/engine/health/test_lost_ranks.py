@@ -37,7 +37,9 @@ for name in sys.argv[2].split():
         if pids[name, rank] == 0:
             os.dup2(os.open(f"{out}/stderr{rank}", os.O_CREAT | os.O_WRONLY), 2)
             flags = config.parse([*sys.argv[3:], "--out", out], "test")
-            with distributed.process_group() as ranks, heartbeat.Heartbeat(flags, ranks, 17, 4) as watched:
+            with distributed.process_group() as ranks, heartbeat.Heartbeat(flags, ranks) as watched:
+                watched.open(17)
+                watched.begin(4)
                 watched.at(17, "update")
                 print(os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"], file=sys.stderr, flush=True)
                 time.sleep(0.5)
@@ -95,23 +97,3 @@ def test_only_time_without_a_new_report_of_a_rank_that_has_reported_is_silence()
     assert silences((0, {1: old}), (1, {1: old}), (3, {1: new})) == {1: 0.0}
     assert silences((0, {1: old, 2: old}), (1, {1: new, 2: old})) == {1: 0.0, 2: 1.0}
     assert silences((0, {1: old}), (600, {1: old})) == {1: 2.0}  # this process was suspended, as rank 1 may have been
-
-
-WAITING = """
-import time
-from engine.distributed import Ranks
-from engine.health import heartbeat
-heartbeat.SPARE = 0.0
-with heartbeat.limited(Ranks(0, 0, 1, None), 0.0):
-    time.sleep(0.2)
-print("alone", flush=True)
-with heartbeat.limited(Ranks(1, 0, 2, None), 0.5 / 60):
-    time.sleep(5.0)
-"""
-
-
-def test_ranks_that_are_not_ready_in_time_end_with_code_4_before_there_is_a_heartbeat():
-    done = subprocess.run([sys.executable, "-c", WAITING], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == LOST
-    assert "train: the ranks must be ready within the 0.00833333 min of --timeout-minutes" in done.stderr
-    assert "alone" in done.stdout  # one process has no limit
