@@ -317,6 +317,8 @@ class Heartbeat:
             flush=True,
         )
         self.ends_with("failed", "hang")
+        if self._store is not None:
+            verdict.wait_for_accounts(self._store, self.ranks)
         os._exit(LOST)
 
     def _obey(self, found: Verdict) -> None:

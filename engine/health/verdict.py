@@ -23,6 +23,7 @@ LOOK = 0.05  # seconds between looks at the store
 HEAD_START = 0.5  # seconds that rank 0 has to say first what all ranks say alike
 CAUSE = 2.0  # seconds in which a peer that is gone may have said why
 READERS = 10.0  # seconds in which the others must have read a verdict
+ACCOUNTS = 5.0  # seconds in which all ranks must have said where they hang
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def settle(ranks: Ranks, own: Verdict | None) -> Verdict | None:
         others = [f"{KEY}/read/{rank}" for rank in range(ranks.world_size) if rank != ranks.rank]
         _wait(lambda: store.check(others), READERS)
     return None
+
+
+def wait_for_accounts(store: dist.Store, ranks: Ranks) -> None:
+    """Waits until every rank has come here: torchrun kills the others once one has exited."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        store.set(f"account/{ranks.rank}", "")
+        _wait(lambda: store.check([f"account/{rank}" for rank in range(ranks.world_size)]), ACCOUNTS)
 
 
 def _wait(look: Callable, seconds: float):

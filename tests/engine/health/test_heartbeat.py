@@ -107,28 +107,29 @@ def test_a_heartbeat_of_another_size_is_replaced(tmp_path):
     assert beat(tmp_path) == {"state": "done", "reason": ""}
 
 
-def test_a_run_that_is_complete_or_refused_leaves_the_heartbeat_of_the_run_there(tmp_path):
+def fail(out: Path, error: Exception, is_open: bool) -> None:
+    """A run that fails before its loop, once --out is its own or before."""
+    flags = config.parse([*SMALL, "--out", str(out)], "test")
+    with Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu"))) as heartbeat:
+        if is_open:
+            heartbeat.open(3)
+        raise error
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_refused_input_leaves_the_heartbeat_of_the_run_there(tmp_path, is_open):
     write_heartbeat(tmp_path, state="stopped", reason="a signal")
     before = (tmp_path / HEARTBEAT).read_bytes()
-    flags = config.parse([*SMALL, "--out", str(tmp_path)], "test")
-    one = Ranks(0, 0, 1, torch.device("cpu"))
-    with Heartbeat(flags, one):
-        pass  # complete
-    for is_open in (False, True):
-        with pytest.raises(BadInput), Heartbeat(flags, one) as heartbeat:
-            if is_open:
-                heartbeat.open(3)
-            raise BadInput("weights of another model")
-        assert (tmp_path / HEARTBEAT).read_bytes() == before
+    with pytest.raises(BadInput):
+        fail(tmp_path, BadInput("weights of another model"), is_open)
+    assert (tmp_path / HEARTBEAT).read_bytes() == before
 
 
 @pytest.mark.parametrize(("there", "error"), [("stopped", MemoryError()), ("running", BadInput("no room"))])
 def test_a_start_that_fails_and_one_after_a_kill_leave_a_failed_heartbeat(tmp_path, there, error):
     write_heartbeat(tmp_path, state=there, reason="")
-    flags = config.parse([*SMALL, "--out", str(tmp_path)], "test")
-    with pytest.raises(BadInput), Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu"))) as heartbeat:
-        heartbeat.open(3)
-        raise error
+    with pytest.raises(BadInput):
+        fail(tmp_path, error, is_open=True)
     assert (beat(tmp_path)["state"], beat(tmp_path)["step"]) == ("failed", 3)
     if isinstance(error, MemoryError):
         assert "the model must fit into the memory of" in beat(tmp_path)["reason"]
@@ -331,16 +332,21 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
         heartbeat.ends = ("done", "")
 
 
-def watched(heartbeat: Heartbeat, seconds: float, others: Callable[[float], dict]) -> float | None:
-    """Runs the watching thread's loop on a made-up clock. Returns when it finds a hang, or None in `seconds`."""
+def watched(heartbeat: Heartbeat, seconds: float, others: Callable[[float], dict], asleep: float = 0.0) -> float | None:
+    """Runs the watching thread's loop on a made-up clock. Returns when it finds a hang or a loss, None if it does not.
+
+    others: reports of the other ranks at a time. asleep: seconds of suspension after each tick.
+    """
     now, left = 0.0, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now)
-        patch.setattr(heartbeat, "_leave", lambda waited: left.append(now))
+        patch.setattr(time, "time", lambda: 1e9 + 3600 * now)  # a clock that is set forward all the time
+        for ending in ("_leave", "_lose"):
+            patch.setattr(heartbeat, ending, lambda _: left.append(now))
 
         def wait(timeout: float) -> bool:
             nonlocal now
-            now += timeout
+            now += timeout + asleep
             heartbeat._heard = others(now)
             return bool(left) or now >= seconds
 
@@ -382,21 +388,11 @@ def test_a_compile_or_a_save_on_any_rank_has_an_hour(tmp_path, phase, is_own):
     assert watched(pair(tmp_path, mine), 7200, lambda now: {1: (3, other, 0, now)}) == pytest.approx(3602, abs=3)
 
 
-def test_a_suspended_machine_and_a_clock_that_is_set_are_no_hang(tmp_path, monkeypatch):
-    heartbeat, slept = pair(tmp_path), 0.0
-    monkeypatch.setattr(module.time, "time", lambda: 1e9 + 3600 * slept)  # the wall clock jumps by an hour each second
-    began, clock = time.monotonic(), time.monotonic
-
-    def suspended() -> float:  # time.monotonic() after a suspension of an hour between any two ticks
-        nonlocal slept
-        slept += 1
-        return clock() + 3600 * slept
-
-    silence = Silence(2.0)
-    for _ in range(20):
-        silence.update({1: ("the same",)}, suspended())
-    assert silence.seconds[1] == 38  # twenty ticks of at most two seconds each, and the first begins
-    assert heartbeat.since < 1e10 < suspended() + 1e10 - began
+def test_a_suspended_machine_and_a_clock_that_is_set_are_no_hang_and_no_loss(tmp_path):
+    silent = {1: (3, "update", 0, 0)}  # the other rank was suspended too
+    assert watched(pair(tmp_path), 25 * 3601, lambda now: silent, asleep=3600) is None
+    assert watched(pair(tmp_path), 1000, lambda now: silent) == pytest.approx(61, abs=2)  # but here it is lost
+    assert watched(pair(tmp_path), 250 * 3601, lambda now: {1: (3, "update", 0, now)}, asleep=3600) is None
 
 
 # ---- What errors mean ---------------------------------------------------------------------------------------------
