@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
 
-from engine.errors import LOST
+from engine import distributed
+from engine.distributed import Ranks
+from engine.errors import BAD_INPUT, LOST
 from engine.health.heartbeat import HEARTBEAT, Silence
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -97,3 +100,23 @@ def test_only_time_without_a_new_report_of_a_rank_that_has_reported_is_silence()
     assert silences((0, {1: old}), (1, {1: old}), (3, {1: new})) == {1: 0.0}
     assert silences((0, {1: old, 2: old}), (1, {1: new, 2: old})) == {1: 0.0, 2: 1.0}
     assert silences((0, {1: old}), (600, {1: old})) == {1: 2.0}  # this process was suspended, as rank 1 may have been
+
+
+def test_only_time_in_which_this_process_runs_counts_while_the_ranks_join(monkeypatch):
+    now, jump, left = 0.0, 3600.0, []
+    ranks, has_joined, is_late = Ranks(1, 1, 2, None), threading.Event(), threading.Event()
+
+    def wait(seconds: float) -> bool:
+        nonlocal now
+        now += seconds + jump
+        return bool(left) or now > 100 * (1 + jump)  # a hundred ticks
+
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now)
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    monkeypatch.setattr(has_joined, "wait", wait)
+    distributed._watch(ranks, 600.0, has_joined, is_late)  # a suspension of an hour at each tick
+    assert (left, is_late.is_set()) == ([], False)
+    now, jump = 0.0, 0.0
+    distributed._watch(ranks, 60.0, has_joined, is_late)
+    assert (left, is_late.is_set()) == ([BAD_INPUT], True)
+    assert now == pytest.approx(66, abs=1)
