@@ -4,7 +4,7 @@
     read_data      tokenizer, shards, batches: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
-    open_record    metrics, plots, saver, heartbeat, trace
+    open_record    metrics, plots, saver, trace
 
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
@@ -220,10 +220,11 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat) -> Run | None
         data = read_data(config, ranks, most)
     heartbeat.at(0, "checkpoint")  # whose files are read whole
     past = find_past(config, data, ranks)
+    heartbeat.open(past.step)
     if past.step == config.num_steps:
+        heartbeat.ends = ("done", "")
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
-    heartbeat.open(past.step)
     heartbeat.at(past.step, "starting")
     choices.use(tuning, ranks.device)
     run = build_model(config, data, past, heartbeat, precision, tuning)

@@ -28,6 +28,7 @@ from engine.errors import (
     PeerFailed,
     exit_code,
     missing_package,
+    warn,
 )
 from engine.health.heartbeat import Heartbeat
 from engine.health.stopping import Stop, under_torchrun
@@ -115,14 +116,14 @@ def main(args: list[str]) -> int:
             stopped_by = train(config, ranks, stop)
     except (BadInput, Diverged, Lost, PeerFailed) as error:
         if not isinstance(error, PeerFailed):
-            print(error, file=sys.stderr, flush=True)
+            warn(str(error))
         return distributed.leave(exit_code(error))
     except KeyboardInterrupt:  # before or after the loop, which takes it as a request to stop
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return distributed.leave(INTERRUPTED)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (message := missing_package(error, "gpt2 train")) is not None:
-            print(message, file=sys.stderr, flush=True)
+            warn(message)
             return distributed.leave(BAD_INPUT)
         if not dist.is_initialized():
             raise

@@ -19,7 +19,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from engine.config import TrainConfig
 from engine.distributed import Ranks
-from engine.errors import LOST, BadInput, PeerFailed, exit_code
+from engine.errors import LOST, BadInput, PeerFailed, exit_code, warn
 from engine.health import failures, verdict
 from engine.health.verdict import Verdict
 
@@ -149,17 +148,20 @@ class Heartbeat:
         self._ended.set()
         self._thread.join()
         if error is None:
-            self.ends_with(*self.ends)
+            if self._has_begun or self._was_running:
+                self.ends_with(*self.ends)
             return
         is_lost, raised, own = failures.is_lost_peer(error), error, None
         if not is_lost:
             raised = self._explain(error)
             own = Verdict(self.ranks.rank, exit_code(raised), str(raised) or repr(raised))
-            if self._has_begun or self._was_running or not isinstance(error, BadInput):  # refused input changes nothing
+            is_refused = isinstance(error, BadInput) or self.ends[0] == "done"  # or a complete run, whose report failed
+            if self._has_begun or self._was_running or not is_refused:
                 self.ends_with("failed", own.sentence)
         other = verdict.settle(self.ranks, own)
         if other is not None and (is_lost or own.code != 1):  # a bug keeps its traceback
             raised = PeerFailed(other.rank, other.code, other.sentence)
+            self._refer_to(other)
         elif is_lost:
             raised = self._explain(error)
         if is_lost:
@@ -168,15 +170,16 @@ class Heartbeat:
             raise raised from error
 
     def open(self, step: int) -> None:
-        """Allows this process to write OUT/heartbeat: --out is its own, and there are steps to train from `step`.
+        """Allows this process to write OUT/heartbeat, since --out is its own.
 
-        Nothing is written before the loop begins, unless the run fails.
+        Before the loop begins it writes only that the start failed, not that input was refused. A
+        file left at "running" by a process that was killed is corrected in any case.
         """
         self.step = step
         if self.ranks.is_first:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 there = json.loads((Path(self.config.out) / HEARTBEAT).read_text())
-                self._was_running = there["state"] == "running"  # by a process that was killed
+                self._was_running = there["state"] == "running"
             self._is_open = True
 
     def begin(self, micro_batch_size: int) -> None:
@@ -290,12 +293,10 @@ class Heartbeat:
     def _lose(self, lost: list[int]) -> None:
         """Ends this process because other ranks are gone, for which its main thread may wait for ever."""
         who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, sorted(lost)))}"
-        print(
+        warn(
             f"train: every rank must report each {EVERY:g} s, got no report of {who} for {self.silent:g} s at rank "
             f"{self.ranks.rank} at step {self.step} ({self.phase}): a process or host is gone, or the network; the "
-            "same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "same command goes on from the last checkpoint"
         )
         self.ends_with("failed", f"no report of {who}")
         os._exit(LOST)
@@ -309,17 +310,20 @@ class Heartbeat:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             where = f"its stacks could not be written to {stacks}: {error.strerror}"
-        print(
+        warn(
             f"train: a step must make progress within the {self.config.timeout_minutes:g} min of --timeout-minutes, "
             f"got none for {waited:.0f} s: {self.account()}; {where}; the same command goes on from the last "
-            "checkpoint",
-            file=sys.stderr,
-            flush=True,
+            "checkpoint"
         )
         self.ends_with("failed", "hang")
         if self._store is not None:
             verdict.wait_for_accounts(self._store, self.ranks)
         os._exit(LOST)
+
+    def _refer_to(self, found: Verdict) -> None:
+        """Says on rank 0, whose host may have another log, which rank says why the run ends."""
+        if self.ranks.is_first:
+            warn(f"train: ends because rank {found.rank} failed, which says why")
 
     def _obey(self, found: Verdict) -> None:
         """Ends this process as another rank's verdict says: its main thread may wait for that rank for ever."""
@@ -329,6 +333,7 @@ class Heartbeat:
         if self._ended.is_set():  # the main thread has failed too, or has found out itself
             return
         self.ends_with("failed", f"rank {found.rank}: {found.sentence}")
+        self._refer_to(found)
         with contextlib.suppress(RuntimeError, ValueError):
             verdict.acknowledge(self._store, self.ranks)
         os._exit(found.code)

@@ -68,6 +68,9 @@ def test_a_model_that_does_not_fit_is_a_sentence_and_a_failed_heartbeat_and_a_co
     written = heartbeat.stat().st_mtime_ns
     assert train(tmp_path / "run", shards) == 0
     assert heartbeat.stat().st_mtime_ns == written
+    heartbeat.write_text(heartbeat.read_text().replace("done", "running"))  # killed after the last save
+    assert train(tmp_path / "run", shards) == 0
+    assert json.loads(heartbeat.read_text())["state"] == "done"
 
 
 def test_waiting_for_the_device_counts_as_time_of_the_update(shards, tmp_path, monkeypatch):
