@@ -110,10 +110,16 @@ def test_a_bug_keeps_its_traceback_on_the_rank_where_it_happened(tmp_path, left)
 
 def test_a_save_in_progress_has_its_chance_when_another_rank_fails(tmp_path, left, monkeypatch):
     saved, saved_before = [], []
-    leave = module.os._exit
+    leave, store = module.os._exit, Ranks.connect_store(None)
     monkeypatch.setattr(module.os, "_exit", lambda code: (saved_before.append(len(saved)), leave(code)))
-    saver = threading.Thread(target=lambda: (time.sleep(0.5), saved.append(True)), name="saver")
-    saver.start()
+
+    def save() -> None:
+        while verdict.read(store) is None:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the rest of a save that had begun when the other rank failed
+        saved.append(True)
+
+    threading.Thread(target=save, name="saver").start()
     start(tmp_path, None, BadInput("a bad token"))
     assert saved_before == [1]
     assert left == {"reports of rank 0": 2}
