@@ -28,6 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.errors import BAD_INPUT, BadInput
 from model.gpt2 import GPT2
 
+# Of one collective. Never reached: the heartbeat ends a run without progress, and knows who works and who is gone.
+TIMEOUT = timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -141,45 +144,67 @@ class Ranks:
 def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     """Joins torchrun's process group, and leaves it at the end. One process joins none.
 
-    timeout_minutes: of one collective, during which a rank may be preparing data, compiling or
-    saving. Raises BadInput if the processes cannot reach each other.
+    timeout_minutes: of joining. After an exception a group of several stays: see leave. Raises
+    BadInput if the processes cannot reach each other.
     """
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
-        timeout = timedelta(minutes=timeout_minutes)
-        watchdog = threading.Timer(timeout.total_seconds() + 5, _leave, [ranks])  # gloo tries five times as long
-        watchdog.daemon = True
-        watchdog.start()
+        has_joined, is_late = threading.Event(), threading.Event()
+        watched = ranks, 60 * timeout_minutes, has_joined, is_late
+        threading.Thread(target=_watch, args=watched, daemon=True).start()
         # torchrun sets 1, with which NCCL's own thread aborts the process when a peer is lost: SIGABRT in
         # place of a sentence and exit code 4. The heartbeat ends the waiting instead.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            ranks = replace(ranks, meeting=_meet(store, ranks, timeout))
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
+            ranks = replace(ranks, meeting=_meet(store, ranks, is_late))
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(ranks.meeting, store),
                 rank=rank,
                 world_size=world_size,
-                timeout=timeout,
+                timeout=TIMEOUT,
                 device_id=ranks.device if ranks.device.type == "cuda" else None,
             )
             dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first collective, which connects the processes
         except (RuntimeError, ValueError, TimeoutError) as error:
             raise BadInput(_unreachable(ranks, error)) from error
         finally:
-            watchdog.cancel()
+            has_joined.set()
     try:
         yield ranks
-    finally:
-        if dist.is_initialized():
+    except BaseException:
+        if ranks.world_size == 1 and dist.is_initialized():
             dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
+def leave(code: int) -> int:
+    """Ends the process here if it is in a group, since taking that down might wait for members that are gone."""
+    if dist.is_initialized():
+        os._exit(code)
+    return code
+
+
+def _watch(ranks: Ranks, seconds: float, has_joined: threading.Event, is_late: threading.Event) -> None:
+    """Ends this process when its main thread is stuck in joining. Time in which it was suspended does not count."""
+    waited, now = 0.0, time.monotonic()
+    while not has_joined.wait(1.0):
+        before, now = now, time.monotonic()
+        waited += min(now - before, 2.0)
+        if waited > seconds:
+            is_late.set()
+        if waited > seconds + 5:
+            print(_unreachable(ranks, TimeoutError("no answer in time")), file=sys.stderr, flush=True)
+            os._exit(BAD_INPUT)
+
+
+def _meet(store: dist.Store, ranks: Ranks, is_late: threading.Event) -> str:
     """Agrees on a prefix for store keys that only this attempt uses. The same on every rank.
 
     torchrun keeps one store across its restarts (github.com/pytorch/pytorch/issues/135712), so an
@@ -188,13 +213,13 @@ def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
     newest name with a random token, and continues once rank 0 has listed that token. Raises
     TimeoutError naming the missing ranks.
     """
-    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    token = uuid.uuid4().hex
     others = range(1, ranks.world_size)
     if ranks.is_first:
         name = f"meeting_{token}"
         store.set("meeting", name)
     seen: dict[str, str] = {}
-    while time.monotonic() < deadline:
+    while not is_late.is_set():
         if ranks.is_first:
             seen |= {str(r): store.get(f"{name}/{r}").decode() for r in others if store.check([f"{name}/{r}"])}
             if len(seen) == len(others):
@@ -208,14 +233,8 @@ def _meet(store: dist.Store, ranks: Ranks, timeout: timedelta) -> str:
         time.sleep(0.02)
     else:
         missing = f"rank {', '.join(str(r) for r in others if str(r) not in seen)}" if ranks.is_first else "rank 0"
-        raise TimeoutError(f"no answer from {missing} within {timeout.total_seconds():.0f} s")
+        raise TimeoutError(f"no answer from {missing} in time")
     return name
-
-
-def _leave(ranks: Ranks) -> None:
-    """Ends this process when its main thread is stuck in joining the process group."""
-    print(_unreachable(ranks, TimeoutError("no answer in time")), file=sys.stderr, flush=True)
-    os._exit(BAD_INPUT)
 
 
 def _unreachable(ranks: Ranks, error: Exception) -> str:

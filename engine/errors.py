@@ -22,6 +22,24 @@ class Lost(Exception):
     """Loss of another process of the run: it died, hangs or cannot be reached. Exit code 4."""
 
 
+class PeerFailed(Exception):
+    """Error of another rank, which alone prints it. It ends this rank with the same exit code."""
+
+    def __init__(self, rank: int, code: int, sentence: str):
+        super().__init__(f"rank {rank}: {sentence}")
+        self.code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code of a command that ends with this error."""
+    codes = {BadInput: BAD_INPUT, Diverged: DIVERGED, Lost: LOST, KeyboardInterrupt: INTERRUPTED}
+    if isinstance(error, PeerFailed | SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, ModuleNotFoundError) and missing_package(error, "") is not None:
+        return BAD_INPUT
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
 # Packages that the code imports, as in setup.py.
 PACKAGES = ("torch", "numpy", "tiktoken", "tyro", "rich", "safetensors", "matplotlib")
 

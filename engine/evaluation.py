@@ -7,7 +7,7 @@ adds the batches' sums in the same order. So the loss has the same bits on any n
 
 import codecs
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
-from model.generate import generate
+from model import generate
 from model.gpt2 import GPT2
 
 BATCH_TOKENS = 8192  # tokens per forward pass
@@ -39,14 +39,24 @@ def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context: int, ranks: Ranks) -> float:
+def mean_loss(
+    raw_model: GPT2,
+    stream: TokenStream,
+    windows: np.ndarray,
+    context: int,
+    ranks: Ranks,
+    progress: Callable[[], None] = lambda: None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Mean loss over the windows, in nats per token, without dropout. All ranks call it.
 
+    progress: called after each batch. is_interrupted: whether this rank is asked to stop; if any
+    is, the rest is left out and the mean is None on every rank. A sharded model evaluates all.
     Restores the model's training mode.
     """
     size = max(1, BATCH_TOKENS // context)  # sequences per batch
     batches = np.split(windows, range(size, len(windows), size))
-    sums = torch.zeros(len(batches), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(batches) + 1, dtype=torch.float64, device=ranks.device)  # the last: ranks interrupted
     end = len(batches)
     if is_sharded(raw_model):  # each forward needs all ranks: spare ranks repeat the last batch and drop its loss
         end = math.ceil(end / ranks.world_size) * ranks.world_size
@@ -55,14 +65,19 @@ def mean_loss(raw_model: GPT2, stream: TokenStream, windows: np.ndarray, context
     try:
         with outside_training(raw_model):
             for index in range(ranks.rank, end, ranks.world_size):
+                if not is_sharded(raw_model) and is_interrupted():
+                    sums[-1] = 1.0
+                    break
                 indices = batches[min(index, len(batches) - 1)]
                 batch = stream.windows(indices, context).to(ranks.device)  # (B, T + 1)
                 loss = raw_model(batch[:, :-1], batch[:, 1:])
                 if index < len(batches):
                     sums[index] = loss.double() * len(batch)
+                progress()
     finally:
         raw_model.train(was_training)
-    return ranks.sum(sums).sum().item() / len(windows)
+    *losses, interrupted = ranks.sum(sums).tolist()
+    return None if interrupted else sum(losses) / len(windows)
 
 
 def perplexity(loss: float) -> float:
@@ -74,18 +89,27 @@ def perplexity(loss: float) -> float:
 
 
 def sample(
-    raw_model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, context: int, seed: int, ranks: Ranks
+    raw_model: GPT2,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    context: int,
+    seed: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> str:
-    """Continues a prompt with the current weights. All ranks call it; rank 0 has the text.
+    """Prompt and its continuation by the current weights.
 
-    context: most positions read. Returns prompt and continuation. The same seed makes the same
-    random draws at every step. Raises NotFinite, on the ranks that sample, if a logit is not finite.
+    context: most positions read. progress: called after each token. The same seed makes the same
+    random draws at every step. A sharded model needs the call on all ranks. Raises NotFinite if a
+    logit is not finite.
     """
-    if not ranks.is_first and not is_sharded(raw_model):  # a sharded model runs on all ranks or on none
-        return ""
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)
     with outside_training(raw_model):
-        tokens = generate(raw_model, tokens, max_new_tokens, temperature=0.8, top_k=50, seed=seed, context=context)
+        options = {"temperature": 0.8, "top_k": 50, "seed": seed, "context": context}
+        for token in generate.stream(raw_model, tokens, max_new_tokens, **options):
+            tokens = torch.cat([tokens, token], dim=1)
+            progress()
     return tokenizer.decode(tokens[0])
 
 

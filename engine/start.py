@@ -4,7 +4,7 @@
     read_data      tokenizer, shards, batches, weights of --init-from: is the input good?
     find_past      the checkpoint to go on from, if any
     build_model    weights, ops, compile, DDP or FSDP, optimizer; filled from the checkpoint
-    open_record    metrics, plots, saver, heartbeat, trace
+    open_record    metrics, plots, saver, trace
 
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
@@ -88,13 +88,13 @@ class Run:
     is_compiled: bool
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
+    heartbeat: Heartbeat
     replica_group: dist.ProcessGroup | None
     trained_positions: int  # positions that any update of these weights ever used
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
     painter: Painter = field(init=False)
     saver: Saver = field(init=False)
-    heartbeat: Heartbeat = field(init=False)
     trace: Trace = field(init=False)
 
     def state(self, step: int, val_loss: float | None) -> dict:
@@ -141,6 +141,7 @@ class Run:
         if step > self.past.step or not self.is_compiled:
             yield
             return
+        self.heartbeat.at(step, "compiling")
         ranks, update = self.ranks, self.update
         kept = CompileCache(self.config.out, self.compiled_from(), ranks.rank, warn)
         was_kept, began = kept.load(), time.perf_counter()
@@ -172,20 +173,25 @@ class Run:
             **facts.machine(self.ranks.device),
         }
 
-    def evaluate(self, step: int) -> float:
+    def evaluate(self, step: int) -> float | None:
         """Validation loss in nats per token, recorded with a sample and the plots. All ranks call it.
 
-        Raises Diverged, on every rank, if the loss or a logit of the sample is not finite.
+        None, and nothing is recorded, if a request to stop came meanwhile. Raises Diverged, on every
+        rank, if the loss or a logit of the sample is not finite.
         """
         config, data, model, record = self.config, self.data, self.raw_model, self.record
-        context, text, problem = config.sequence_length, "", None
-        loss = evaluation.mean_loss(model, data.val_stream, data.val_windows, context, self.ranks)
+        context, progress, text, problem = config.sequence_length, self.heartbeat.progress, "", None
+        inputs = (model, data.val_stream, data.val_windows, context, self.ranks, progress)
+        loss = evaluation.mean_loss(*inputs, self.update.is_interrupted)
+        if loss is None:
+            return None
         record.log(step, val_loss=loss)
         if not math.isfinite(loss):
             raise Diverged(f"train: the validation loss must be finite, got {loss} at step {step}; {LOWER}")
-        options = {"context": context, "seed": config.seed, "ranks": self.ranks}
+        options = {"context": context, "seed": config.seed, "progress": progress}
         try:
-            text = evaluation.sample(model, data.tokenizer, config.prompt, config.sample_tokens, **options)
+            if self.ranks.is_first or distributed.is_sharded(model):  # which runs on all ranks or on none
+                text = evaluation.sample(model, data.tokenizer, config.prompt, config.sample_tokens, **options)
         except NotFinite as error:
             problem = str(error)
         if (problem := self.ranks.broadcast_object(problem)) is not None:  # rank 0 may be the only one that samples
@@ -202,20 +208,19 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Closes every part at the end, also after an exception; then waits for all ranks."""
-        with self.heartbeat:  # closed last: it turns an exception into an error message
-            # Nested, not an ExitStack: what fails while closing must see the exception before it.
-            with (
-                closing(self.data.batches),
-                closing(self.record),
-                closing(self.painter),
-                self.saver,
-                closing(self.trace),
-            ):
-                yield
-            self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
+        # Nested, not an ExitStack: what fails while closing must see the exception before it.
+        with (
+            closing(self.data.batches),
+            closing(self.record),
+            closing(self.painter),
+            self.saver,
+            closing(self.trace),
+        ):
+            yield
+        self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
 
-def build(config: TrainConfig, ranks: Ranks) -> Run | None:
+def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat) -> Run | None:
     """The run, ready for its first step, or None if it is complete. All ranks call it.
 
     Raises BadInput if config, data, checkpoint or machine cannot be used.
@@ -227,12 +232,16 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     with ranks.fail_together():
         data = read_data(config, ranks, most)
         initial = export.initial_weights(config) if ranks.is_first and resume.is_new(config) else None
+    heartbeat.at(0, "checkpoint")  # whose files are read whole
     past = find_past(config, data, ranks)
+    heartbeat.open(past.step)
     if past.step == config.num_steps:
+        heartbeat.ends = ("done", "")
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
+    heartbeat.at(past.step, "starting")
     choices.use(tuning, ranks.device)
-    run = build_model(config, data, past, ranks, precision, tuning, initial)
+    run = build_model(config, data, past, heartbeat, precision, tuning, initial)
     open_record(run)
     return run
 
@@ -306,7 +315,7 @@ def build_model(
     config: TrainConfig,
     data: Data,
     past: Past,
-    ranks: Ranks,
+    heartbeat: Heartbeat,
     precision: tuple[str, str],
     tuning: Tuning | None = None,
     initial: tuple[GPT2, int] | None = None,
@@ -315,6 +324,7 @@ def build_model(
 
     precision: (name, reason). Raises BadInput if weights, ops or --out cannot be used.
     """
+    ranks = heartbeat.ranks
     resume.check_shared_out(config.out, config.parallel, ranks)
     raw_model, positions = first_weights(config, past, ranks, initial)
     compute_dtype = device.apply_precision(precision[0])
@@ -339,8 +349,9 @@ def build_model(
         clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
     step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
     group = replicas.group(model, ranks)
-    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, group, positions)
+    run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, heartbeat, group, positions)
     if past.checkpoint is not None:
+        heartbeat.at(past.step, "checkpoint")
         run.load(past.checkpoint)
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
@@ -367,11 +378,12 @@ def summary(run: Run) -> str:
 
 
 def open_record(run: Run) -> None:
-    """Opens the run's metrics, plots, saver, trace and heartbeat."""
+    """Opens the run's metrics, plots, saver and trace. The heartbeat begins."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.saver.last_step = past.step or None
     run.trace = Trace(config.profile, config.out, ranks)
-    run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)
+    run.update.progress = run.heartbeat.progress
+    run.heartbeat.begin(data.micro_batch_size)

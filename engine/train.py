@@ -5,32 +5,36 @@ made, then makes one more update. A last pass evaluates and saves the final weig
 before the loop is in engine/start.py, one update is engine/step.py. Nothing imports this file.
 """
 
-import os
 import sys
+import traceback
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: import as from the repository root
+
+import torch.distributed as dist
 
 from engine import device, distributed, optim, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
     BAD_INPUT,
-    DIVERGED,
     DONE,
     INTERRUPTED,
-    LOST,
     STOPPED,
     BadInput,
     Diverged,
     Lost,
+    PeerFailed,
+    exit_code,
     missing_package,
+    warn,
 )
-from engine.health.heartbeat import limited
+from engine.health.heartbeat import Heartbeat
 from engine.health.stopping import Stop, under_torchrun
 from engine.run import directory, metrics
-from engine.step import OUT_OF_TIME, Numbers, news
+from engine.start import Run
+from engine.step import OUT_OF_TIME, SIGNAL, Numbers, news
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
@@ -38,18 +42,23 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
 
     Returns the reason if it stopped early.
     """
-    with limited(ranks, config.timeout_minutes):
-        run = start.build(config, ranks)
-    if run is None:
-        return None
-    data, record, guard, clock = run.data, run.record, run.update.guard, run.update.clock
+    with Heartbeat(config, ranks) as heartbeat:  # outermost: it turns an exception into an error message
+        stop.on_leave = lambda reason: heartbeat.ends_with("stopped", reason)
+        run = start.build(config, ranks, heartbeat)
+        return None if run is None else loop(config, run, stop)
+
+
+def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
+    """Makes the run's steps. Returns the reason if it stopped early."""
+    ranks, data, record, guard, clock = run.ranks, run.data, run.record, run.update.guard, run.update.clock
     run.update.is_interrupted, stop.last_saved = stop.is_requested, run.saver.last_saved
     step, stopping, save_due = run.past.step, None, False
     saved, evaluated = step, (-1, None)  # step of the newest save; step and validation loss of the last evaluation
     with run.opened():
         while True:  # one pass more than updates, for the final weights
             is_last = step == config.num_steps
-            saves = step > saved and (is_last or save_due or stopping is not None or due(step, config.save_every))
+            asks = save_due or stopping is not None or due(step, config.save_every)
+            saves = is_last or (step > saved and asks)
             run.trace.step(step)
 
             compares = config.check_replicas_every is not None and (saves or due(step, config.check_replicas_every))
@@ -63,8 +72,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                     record.sync(row_is_complete=is_last)
                     run.saver.save(run.state(step, evaluated[1] if evaluated[0] == step else None))
                 saved = step
+            if is_last and evaluated[1] is None:  # a signal came before it knew: the same command evaluates
+                stopping = SIGNAL
             if is_last or stopping is not None:
-                run.heartbeat.ends = ("done", "") if is_last else ("stopped", stopping)
+                run.heartbeat.ends = ("stopped", stopping) if stopping is not None else ("done", "")
                 break
 
             asked = (*stop.flags(run.saver.seconds), run.saver.is_due())
@@ -83,7 +94,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
             if made > step:
                 record.end_step(step)
             step = made
-    if not is_last:
+    if stopping is not None:
         what = "saved" if saved == step > 0 else "no update was made, nothing is saved"
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping}: {what}; the same command goes on")
         return stopping
@@ -112,19 +123,21 @@ def main(args: list[str]) -> int:
             distributed.process_group(config.timeout_minutes) as ranks,
         ):
             stopped_by = train(config, ranks, stop)
-    except (BadInput, Diverged, Lost) as error:
-        print(error, file=sys.stderr, flush=True)
-        if isinstance(error, Lost):
-            os._exit(LOST)  # a process group with a lost member may never be taken down
-        return BAD_INPUT if isinstance(error, BadInput) else DIVERGED
-    except ModuleNotFoundError as error:
-        if (message := missing_package(error, "gpt2 train")) is None:
-            raise
-        print(message, file=sys.stderr, flush=True)
-        return BAD_INPUT
+    except (BadInput, Diverged, Lost, PeerFailed) as error:
+        if not isinstance(error, PeerFailed):
+            warn(str(error))
+        return distributed.leave(exit_code(error))
     except KeyboardInterrupt:  # before or after the loop, which takes it as a request to stop
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        return distributed.leave(INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (message := missing_package(error, "gpt2 train")) is not None:
+            warn(message)
+            return distributed.leave(BAD_INPUT)
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        return distributed.leave(exit_code(error))
     if stopped_by is None or (stopped_by == OUT_OF_TIME and under_torchrun()):
         return DONE  # with any other code torchrun --max-restarts would start again, past the limit
     return STOPPED

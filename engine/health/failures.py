@@ -32,12 +32,12 @@ _LOST_PEER = re.compile(
 
 
 def explain(
-    error: BaseException, config: TrainConfig, micro_batch_size: int, ranks: Ranks, where: Callable[[], str]
+    error: BaseException, config: TrainConfig, micro_batch_size: int | None, ranks: Ranks, where: Callable[[], str]
 ) -> BadInput | Lost | None:
     """The error to raise in place of this one, or None if it is a bug of ours.
 
-    where: says which step each rank is at; called only for a lost peer, since it may wait for the
-    store.
+    micro_batch_size: None before the first step, when memory holds the model alone. where:
+    says which step each rank is at; called only for a lost peer, since it may wait for the store.
     """
     if out_of_memory(error):
         return BadInput(out_of_memory_sentence(error, config, micro_batch_size, ranks))
@@ -84,13 +84,27 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
-def out_of_memory_sentence(error: BaseException, config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
-    """What to change so that a step fits, the cheapest first; for an error that is out_of_memory."""
-    request = _request(error)
-    got = f"at --micro-batch-size {micro_batch_size}" + (f", asking for {request} more" if request else "")
-    return f"train: one step must fit into the memory of {describe(ranks.device)}, got out of memory {got}; " + _advice(
-        config, micro_batch_size, ranks
+def out_of_memory_sentence(
+    error: BaseException, config: TrainConfig, micro_batch_size: int | None, ranks: Ranks
+) -> str:
+    """What to change so that a step fits, the cheapest first; for an error that is out_of_memory.
+
+    micro_batch_size: None if the model itself did not fit.
+    """
+    request, device = _request(error), describe(ranks.device)
+    more = f", asking for {request} more" if request else ""
+    if micro_batch_size is None:
+        advice = _advice_for_model(config, ranks)
+        return f"train: the model must fit into the memory of {device}, got out of memory before step 1{more}; {advice}"
+    return (
+        f"train: one step must fit into the memory of {device}, got out of memory at --micro-batch-size "
+        f"{micro_batch_size}{more}; {_advice(config, micro_batch_size, ranks)}"
     )
+
+
+def _advice_for_model(config: TrainConfig, ranks: Ranks) -> str:
+    can_shard = config.parallel == "ddp" and ranks.device.type == "cuda"
+    return "try " + ("--parallel fsdp over more GPUs, then " if can_shard else "") + "a smaller preset"
 
 
 def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:

@@ -1,13 +1,16 @@
 """A Run closes its parts so that the user is told what failed first, and counts all of an update."""
 
 import errno
+import json
 import sys
 import time
 
 import pytest
+import torch
 from conftest import SMALL
 from runs import run
 
+from engine import optim
 from engine.errors import BAD_INPUT, BadInput
 from engine.run import checkpoint
 from engine.run.metrics import METRICS_FILE, Metrics, read_rows
@@ -47,6 +50,27 @@ def test_what_is_closed_after_a_failed_save_sees_its_exception(full_disk, shards
     monkeypatch.setattr(Metrics, "close", lambda self: (seen.append(sys.exc_info()[0]), close(self)))
     assert train(tmp_path / "run", shards) == BAD_INPUT
     assert seen == [BadInput]
+
+
+def test_a_model_that_does_not_fit_is_a_sentence_and_a_failed_heartbeat_and_a_complete_run_touches_none(
+    shards, tmp_path, capfd
+):
+    heartbeat = tmp_path / "run" / "heartbeat"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(optim, "build", lambda *_: torch.empty(10**15))
+        assert train(tmp_path / "run", shards) == BAD_INPUT
+    sentence = capfd.readouterr().err
+    assert "train: the model must fit into the memory of" in sentence
+    assert "Traceback" not in sentence
+    assert json.loads(heartbeat.read_text())["state"] == "failed"
+    assert train(tmp_path / "run", shards) == 0
+    assert json.loads(heartbeat.read_text())["state"] == "done"
+    written = heartbeat.stat().st_mtime_ns
+    assert train(tmp_path / "run", shards) == 0
+    assert heartbeat.stat().st_mtime_ns == written
+    heartbeat.write_text(heartbeat.read_text().replace("done", "running"))  # killed after the last save
+    assert train(tmp_path / "run", shards) == 0
+    assert json.loads(heartbeat.read_text())["state"] == "done"
 
 
 def test_waiting_for_the_device_counts_as_time_of_the_update(shards, tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ A fault happens on rank RANK at step STEP, in the first attempt only, so that a 
     nudge     one weight changes by one bit     hang      it sleeps for an hour
     kill      SIGKILL to itself                 term      SIGTERM to itself
     stop      SIGSTOP to itself                 slow      this and later steps take 50 ms more
+    token     its data holds a bad token        bug       it raises an exception of no meaning
+    eval      each batch of a validation from STEP on takes a second more
 """
 
 import os
@@ -46,6 +48,10 @@ def at(self, step):
             os.kill(os.getpid(), SIGNALS[name])
         elif name == "hang":
             time.sleep(3600)
+        elif name == "bug":
+            raise ZeroDivisionError("a bug of ours")
+        elif name == "token":
+            self.stream.vocab_size, self._ahead = 1, None  # so that the check of what is read fails
         elif name == "nudge":
             with torch.no_grad():
                 models[0].h[0].mlp.c_fc.weight.view(torch.int32)[3, 5] += 1
@@ -61,7 +67,9 @@ def init(self, *args, **options):
 
 
 def forward(self, tokens, targets=None):
-    """Makes the loss NaN at the step of that fault."""
+    """Makes the loss NaN at the step of that fault, and validation slow."""
+    if not self.training and now >= FAULTS.get("eval", 10**9):
+        time.sleep(1.0)
     out = _forward(self, tokens, targets)
     return out * float("nan") if self.training and now == FAULTS.get("nan") else out
 

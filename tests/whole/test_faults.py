@@ -266,7 +266,8 @@ def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15")
     assert done.returncode == 1
     assert "rank 0 at step 15 (update): rank 1 was at step 15 (data)" in done.stderr
-    assert re.search(r"exitcode *: 4 ", done.stderr)
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["4", "4"]
+    assert "rank 1 at step 15 (data): rank 0 was at step 15 (update)" in done.stderr
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
 
 
@@ -279,6 +280,61 @@ def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path
     assert "could not save within the 3 s of --grace-seconds" in done.stderr
     assert re.search(r"exitcode *: 143 ", done.stderr)
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
+
+
+def test_one_launch_two_ranks_a_bad_token_on_one_ends_both_with_its_code_and_one_sentence(shards, tmp_path):
+    done = run_two(tmp_path / "run", shards, *STEPS, faults="token:1:15")
+    assert done.returncode == 1
+    assert done.stderr.count("every token must be below the vocabulary size") == 1
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["2", "2"]
+    for word in ("--timeout-minutes", "NCCL_SOCKET_IFNAME", "Traceback (most recent call last)"):
+        assert word not in done.stderr.partition("torch/distributed/")[0]  # before torchrun's own report
+    beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
+    assert beat["state"] == "failed"
+    assert beat["reason"].startswith("rank 1: ")
+    assert "every token must be below" in beat["reason"]
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_keeps_its_traceback_there_and_ends_the_other_in_silence(shards, tmp_path):
+    done = run_two(tmp_path / "run", shards, *STEPS, faults="bug:1:15")
+    assert done.stderr.count("ZeroDivisionError: a bug of ours") == 1
+    assert "network" not in done.stderr
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["1", "1"]
+
+
+SHORT = ["--timeout-minutes", "0.05"]  # 3 s
+
+
+@pytest.mark.slow
+def test_a_suspension_of_all_ranks_longer_than_the_timeout_is_no_hang(shards, tmp_path):
+    out = tmp_path / "run"
+    launcher = subprocess.Popen(
+        command(out, shards, *STEPS, *SHORT, faults="slow:0:0,slow:1:0"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_row(out, 15, launcher)
+    pids = workers(launcher).values()
+    for number, seconds in ((signal.SIGSTOP, 12), (signal.SIGCONT, 0)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)
+    _, stderr = launcher.communicate(timeout=90)
+    assert launcher.returncode == 0, stderr
+    assert json.loads((out / "heartbeat").read_text())["state"] == "done"
+
+
+@pytest.mark.slow
+def test_a_validation_longer_than_the_timeout_is_no_hang(shards, tmp_path):
+    flags = ["--num-steps", "2", "--eval-every", "None", "--eval-tokens", "200000"]
+    began = time.monotonic()
+    done = run_two(tmp_path / "run", shards, *flags, *SHORT, faults="eval:1:0")  # rank 0 waits for rank 1
+    assert done.returncode == 0, done.stderr
+    row = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert time.monotonic() - began > 6, row
 
 
 # ---- Rows 13, 14, 15: ranks that differ, numbers not finite ----------------------------------------------------------

@@ -36,7 +36,7 @@ FOLDERS = {
     "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
     "checks": {"facts", "selfcheck", "compiler", "cache"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
-    "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
+    "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},
 }
 LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
 

@@ -1,20 +1,24 @@
-"""Out of memory: told from other errors, and its advice works."""
+"""Out of memory and lost peers: told from other errors; advice that works."""
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 
 from engine.config import PRESETS, batch_shape
 from engine.device import alloc_retries
 from engine.distributed import Ranks
 from engine.errors import BadInput
-from engine.health.failures import out_of_memory, out_of_memory_sentence
+from engine.health.failures import is_lost_peer, out_of_memory, out_of_memory_sentence
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ONE = Ranks(0, 0, 1, torch.device("cpu"))
 CUDA = Ranks(0, 0, 1, torch.device("cuda", 0))
 
@@ -148,3 +152,75 @@ def test_retries_are_the_allocator_s(monkeypatch):
     assert alloc_retries(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3})
     assert alloc_retries(torch.device("cuda", 0)) == 3
+
+
+# ---- Lost peers ----------------------------------------------------------------------------------------------------
+
+
+# Two processes. Rank 1, a fork, answers the first all-reduce and not the second.
+PAIR = """
+import datetime, json, os, sys, time
+import torch, torch.distributed as dist
+for kind in ("hangs", "is gone"):
+    child = os.fork()
+    rank, store = 0 if child else 1, dist.FileStore(sys.argv[1] + kind, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=1))
+    dist.all_reduce(torch.ones(3))
+    if rank:
+        time.sleep(3 if kind == "hangs" else 0)
+        os._exit(0)
+    try:
+        dist.all_reduce(torch.ones(3))
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]), flush=True)
+    dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def test_a_real_peer_that_hangs_or_is_gone_is_recognised(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PAIR, str(tmp_path / "pair")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [getattr(dist, name, RuntimeError)(message) for name, message in map(json.loads, done.stdout.splitlines())]
+    assert len(errors) == 2
+    assert all(map(is_lost_peer, errors)), errors
+    assert "Timed out waiting 1000ms" in str(errors[0])
+    assert "Connection" in str(errors[1])
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [10.0.0.2]:4711: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("Connection closed by peer [127.0.0.1]:1234"), True),
+        (RuntimeError("Timed out waiting 9000ms for recv operation to complete"), True),
+        (RuntimeError("Timed out waiting 9000ms for send operation to complete"), True),
+        (RuntimeError(GLOO), True),
+        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp"), True),
+        (dist.DistNetworkError("Broken pipe"), True),
+        (dist.DistStoreError("wait timeout after 5000ms"), True),
+        (
+            RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
+            False,
+        ),
+        (RuntimeError("compiling the kernel timed out"), False),
+        (RuntimeError("Timed out waiting for pending UserRRefs"), False),
+        (RuntimeError("no kernel for backend gloo"), False),
+        (RuntimeError("runs/gloo/checkpoints could not be read"), False),
+        (TimeoutError("timed out"), False),
+        (ConnectionResetError(104, "Connection reset by peer"), False),
+        (ValueError(GLOO), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}"[:50] if isinstance(value, BaseException) else str(value),
+)
+def test_only_a_collective_s_errors_mean_a_lost_peer(error, is_lost):
+    assert is_lost_peer(error) == is_lost

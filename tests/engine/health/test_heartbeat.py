@@ -1,5 +1,6 @@
 """Heartbeat file, hang watchdog and lost peers, on real files, processes and errors."""
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,6 @@ from engine import config
 from engine.distributed import Ranks
 from engine.errors import LOST, BadInput, Diverged, Lost
 from engine.health import heartbeat as module
-from engine.health.failures import is_lost_peer
 from engine.health.heartbeat import HEARTBEAT, Heartbeat, account, write_heartbeat
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -27,9 +27,11 @@ def heartbeat_of(
     out: Path, rank: int = 0, world_size: int = 1, start: int = 3, timeout_minutes: float = 10.0
 ) -> Heartbeat:
     flags = ["--out", str(out), "--num-steps", "50", "--timeout-minutes", str(timeout_minutes)]
-    return Heartbeat(
-        config.parse([*SMALL, *flags], "test"), Ranks(rank, rank, world_size, torch.device("cpu")), start, 4
-    )
+    ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
+    heartbeat = Heartbeat(config.parse([*SMALL, *flags], "test"), ranks)
+    heartbeat.open(start)
+    heartbeat.begin(4)
+    return heartbeat
 
 
 def beat(out: Path) -> dict:
@@ -48,12 +50,23 @@ def wait_for(true, seconds: float = 10.0) -> None:
 
 def test_a_heartbeat_is_one_line_of_json_and_leaves_no_other_file(tmp_path):
     write_heartbeat(tmp_path, step=3, state="running", reason="é\n")
-    assert (tmp_path / HEARTBEAT).read_text() == '{"step": 3, "state": "running", "reason": "\\u00e9\\n"}\n'
+    text = (tmp_path / HEARTBEAT).read_text()
+    assert text.rstrip() == '{"step": 3, "state": "running", "reason": "\\u00e9\\n"}'
+    assert (text.count("\n"), text[-1], len(text)) == (1, "\n", module.WIDTH)
     assert os.listdir(tmp_path) == [HEARTBEAT]
 
 
+@pytest.mark.parametrize("character", ["x", "é", "\U0001f600", "\udcff"], ids=ascii)
+def test_a_long_reason_is_cut_to_what_fits(tmp_path, character):
+    for length in (100, 150, 200, 2000, 300_000):
+        write_heartbeat(tmp_path, step=1, reason=character * length)
+        assert (tmp_path / HEARTBEAT).stat().st_size == module.WIDTH
+        kept = len(beat(tmp_path)["reason"])
+        assert kept == length or 12 * kept > module.WIDTH - 700
+
+
 def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
-    sizes = (1, 300_000, 20, 100_000)
+    sizes = (1, 1500, 20, 700)
     write_heartbeat(tmp_path, reason="")
     is_over, seen = threading.Event(), []
 
@@ -63,7 +76,7 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
 
     reader = threading.Thread(target=read)
     reader.start()
-    for size in sizes * 100:
+    for size in sizes * 500:
         write_heartbeat(tmp_path, reason="x" * size)
     wait_for(lambda: len(seen) > 50 or not reader.is_alive())
     is_over.set()
@@ -71,6 +84,63 @@ def test_no_reader_ever_sees_half_a_heartbeat(tmp_path):
     assert len(seen) > 50  # else the reader met half a heartbeat and ended
     assert set(seen) <= {0, *sizes}
     assert len(set(seen)) > 1
+
+
+def test_a_full_disk_costs_no_heartbeat(tmp_path, monkeypatch):
+    write_heartbeat(tmp_path, state="running", reason="")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)  # no new file has room
+    monkeypatch.setattr(Path, "write_text", full)
+    write_heartbeat(tmp_path, state="failed", reason="a full disk")
+    assert beat(tmp_path) == {"state": "failed", "reason": "a full disk"}
+    assert os.listdir(tmp_path) == [HEARTBEAT]
+
+
+def test_a_heartbeat_of_another_size_is_replaced(tmp_path):
+    (tmp_path / HEARTBEAT).write_text('{"state": "running"}\n' + "x" * 5000)
+    write_heartbeat(tmp_path, state="done", reason="")
+    assert beat(tmp_path) == {"state": "done", "reason": ""}
+
+
+def fail(out: Path, error: Exception, is_open: bool) -> None:
+    """A run that fails before its loop, once --out is its own or before."""
+    flags = config.parse([*SMALL, "--out", str(out)], "test")
+    with Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu"))) as heartbeat:
+        if is_open:
+            heartbeat.open(3)
+        raise error
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_refused_input_leaves_the_heartbeat_of_the_run_there(tmp_path, is_open):
+    write_heartbeat(tmp_path, state="stopped", reason="a signal")
+    before = (tmp_path / HEARTBEAT).read_bytes()
+    with pytest.raises(BadInput):
+        fail(tmp_path, BadInput("weights of another model"), is_open)
+    assert (tmp_path / HEARTBEAT).read_bytes() == before
+
+
+@pytest.mark.parametrize(("there", "error"), [("stopped", MemoryError()), ("running", BadInput("no room"))])
+def test_a_start_that_fails_and_one_after_a_kill_leave_a_failed_heartbeat(tmp_path, there, error):
+    write_heartbeat(tmp_path, state=there, reason="")
+    with pytest.raises(BadInput):
+        fail(tmp_path, error, is_open=True)
+    assert (beat(tmp_path)["state"], beat(tmp_path)["step"]) == ("failed", 3)
+    if isinstance(error, MemoryError):
+        assert "the model must fit into the memory of" in beat(tmp_path)["reason"]
+        assert "try a smaller preset" in beat(tmp_path)["reason"]
+
+
+def test_leaving_at_once_writes_the_last_heartbeat_although_the_threads_still_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EVERY", 0.01)
+    with heartbeat_of(tmp_path) as heartbeat:
+        heartbeat.ends_with("stopped", "a second signal")  # as Stop does before os._exit
+        time.sleep(0.05)
+        last = beat(tmp_path)
+        assert (last["state"], last["reason"]) == ("stopped", "a second signal")
 
 
 @pytest.mark.parametrize("ends", [("done", ""), ("stopped", "a signal"), ("stopped", "--max-minutes")])
@@ -100,6 +170,8 @@ def test_the_heartbeat_says_that_a_run_goes_on_and_how_it_ended(tmp_path, monkey
         (Diverged("20 in a row"), "20 in a row"),
         (BadInput("no room"), "no room"),
         (KeyboardInterrupt(), "KeyboardInterrupt()"),
+        (SystemExit(7), "7"),
+        (RecursionError("too deep"), "too deep"),
         (ValueError("shape [1, 2]"), "shape [1, 2]"),
     ],
     ids=lambda value: type(value).__name__,
@@ -212,7 +284,8 @@ from engine.health.heartbeat import Heartbeat
 def stuck_in_my_own_function():
     time.sleep(60)
 flags = config.parse(sys.argv[1:], "test")
-heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")), 0, 4)
+heartbeat = Heartbeat(flags, Ranks(0, 0, 1, torch.device("cpu")))
+heartbeat.open(0)
 heartbeat.ranks = Ranks(0, 0, 2, torch.device("cpu"))  # of two ranks, without a store to ask the other
 with heartbeat:
     heartbeat.at(17, "evaluation")
@@ -260,73 +333,7 @@ def test_progress_prevents_it_and_nothing_else_does(tmp_path, monkeypatch):
 # ---- What errors mean ---------------------------------------------------------------------------------------------
 
 
-# Two processes. Rank 1, a fork, answers the first all-reduce and not the second.
-PAIR = """
-import datetime, json, os, sys, time
-import torch, torch.distributed as dist
-for kind in ("hangs", "is gone"):
-    child = os.fork()
-    rank, store = 0 if child else 1, dist.FileStore(sys.argv[1] + kind, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=1))
-    dist.all_reduce(torch.ones(3))
-    if rank:
-        time.sleep(3 if kind == "hangs" else 0)
-        os._exit(0)
-    try:
-        dist.all_reduce(torch.ones(3))
-    except Exception as error:
-        print(json.dumps([type(error).__name__, str(error)]), flush=True)
-    dist.destroy_process_group()
-os._exit(0)
-"""
-
-
-def test_a_real_peer_that_hangs_or_is_gone_is_recognised(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PAIR, str(tmp_path / "pair")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    errors = [getattr(dist, name, RuntimeError)(message) for name, message in map(json.loads, done.stdout.splitlines())]
-    assert len(errors) == 2
-    assert all(map(is_lost_peer, errors)), errors
-    assert "Timed out waiting 1000ms" in str(errors[0])
-    assert "Connection" in str(errors[1])
-
-
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [10.0.0.2]:4711: Connection reset by peer"
-
-
-@pytest.mark.parametrize(
-    ("error", "is_lost"),
-    [
-        (RuntimeError("Connection closed by peer [127.0.0.1]:1234"), True),
-        (RuntimeError("Timed out waiting 9000ms for recv operation to complete"), True),
-        (RuntimeError("Timed out waiting 9000ms for send operation to complete"), True),
-        (RuntimeError(GLOO), True),
-        (dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp"), True),
-        (dist.DistNetworkError("Broken pipe"), True),
-        (dist.DistStoreError("wait timeout after 5000ms"), True),
-        (
-            RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0"),
-            False,
-        ),
-        (RuntimeError("compiling the kernel timed out"), False),
-        (RuntimeError("Timed out waiting for pending UserRRefs"), False),
-        (RuntimeError("no kernel for backend gloo"), False),
-        (RuntimeError("runs/gloo/checkpoints could not be read"), False),
-        (TimeoutError("timed out"), False),
-        (ConnectionResetError(104, "Connection reset by peer"), False),
-        (ValueError(GLOO), False),
-        (KeyboardInterrupt(), False),
-    ],
-    ids=lambda value: f"{type(value).__name__} {value}"[:50] if isinstance(value, BaseException) else str(value),
-)
-def test_only_a_collective_s_errors_mean_a_lost_peer(error, is_lost):
-    assert is_lost_peer(error) == is_lost
 
 
 def test_a_lost_peer_becomes_a_sentence_with_step_and_hint(tmp_path):

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL
 
-from engine.errors import LOST
+from engine import distributed
+from engine.distributed import Ranks
+from engine.errors import BAD_INPUT, LOST
 from engine.health.heartbeat import HEARTBEAT, Silence
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -37,7 +40,9 @@ for name in sys.argv[2].split():
         if pids[name, rank] == 0:
             os.dup2(os.open(f"{out}/stderr{rank}", os.O_CREAT | os.O_WRONLY), 2)
             flags = config.parse([*sys.argv[3:], "--out", out], "test")
-            with distributed.process_group() as ranks, heartbeat.Heartbeat(flags, ranks, 17, 4) as watched:
+            with distributed.process_group() as ranks, heartbeat.Heartbeat(flags, ranks) as watched:
+                watched.open(17)
+                watched.begin(4)
                 watched.at(17, "update")
                 print(os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"], file=sys.stderr, flush=True)
                 time.sleep(0.5)
@@ -97,21 +102,21 @@ def test_only_time_without_a_new_report_of_a_rank_that_has_reported_is_silence()
     assert silences((0, {1: old}), (600, {1: old})) == {1: 2.0}  # this process was suspended, as rank 1 may have been
 
 
-WAITING = """
-import time
-from engine.distributed import Ranks
-from engine.health import heartbeat
-heartbeat.SPARE = 0.0
-with heartbeat.limited(Ranks(0, 0, 1, None), 0.0):
-    time.sleep(0.2)
-print("alone", flush=True)
-with heartbeat.limited(Ranks(1, 0, 2, None), 0.5 / 60):
-    time.sleep(5.0)
-"""
+def test_only_time_in_which_this_process_runs_counts_while_the_ranks_join(monkeypatch):
+    now, jump, left = 0.0, 3600.0, []
+    ranks, has_joined, is_late = Ranks(1, 1, 2, None), threading.Event(), threading.Event()
 
+    def wait(seconds: float) -> bool:
+        nonlocal now
+        now += seconds + jump
+        return bool(left) or now > 100 * (1 + jump)  # a hundred ticks
 
-def test_ranks_that_are_not_ready_in_time_end_with_code_4_before_there_is_a_heartbeat():
-    done = subprocess.run([sys.executable, "-c", WAITING], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == LOST
-    assert "train: the ranks must be ready within the 0.00833333 min of --timeout-minutes" in done.stderr
-    assert "alone" in done.stdout  # one process has no limit
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now)
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    monkeypatch.setattr(has_joined, "wait", wait)
+    distributed._watch(ranks, 600.0, has_joined, is_late)  # a suspension of an hour at each tick
+    assert (left, is_late.is_set()) == ([], False)
+    now, jump = 0.0, 0.0
+    distributed._watch(ranks, 60.0, has_joined, is_late)
+    assert (left, is_late.is_set()) == ([BAD_INPUT], True)
+    assert now == pytest.approx(66, abs=1)
