@@ -11,7 +11,7 @@ Bad input ends the run here. What needs no model is checked before the GPU is us
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,6 +83,7 @@ class Run:
     raw_model: GPT2  # the one that is saved, evaluated and sampled
     update: Step  # holds the compiled and wrapped model, which is the one that trains
     replica_group: dist.ProcessGroup | None
+    held: ExitStack = field(default_factory=ExitStack)  # the lock of --out, on rank 0
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
     painter: Painter = field(init=False)
@@ -191,7 +192,7 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Closes every part at the end, also after an exception; then waits for all ranks."""
-        with self.heartbeat:  # closed last: it turns an exception into an error message
+        with self.held, self.heartbeat:  # closed last; the heartbeat turns an exception into a message
             # Nested, not an ExitStack: what fails while closing must see the exception before it.
             with (
                 closing(self.data.batches),
@@ -215,14 +216,16 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     most = choices.largest_micro_batch(config, precision[0], ranks)
     with ranks.fail_together():
         data = read_data(config, ranks, most)
-    past = find_past(config, data, ranks)
-    if past.step == config.num_steps:
-        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
-        return None
-    choices.use(tuning, ranks.device)
-    run = build_model(config, data, past, ranks, precision, tuning)
-    open_record(run)
-    return run
+    with ExitStack() as held:
+        past = find_past(config, data, ranks, held)
+        if past.step == config.num_steps:
+            ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
+            return None
+        choices.use(tuning, ranks.device)
+        run = build_model(config, data, past, ranks, precision, tuning)
+        open_record(run)
+        run.held = held.pop_all()
+        return run
 
 
 def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
@@ -251,8 +254,8 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
         )
 
 
-def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
-    """Opens --out on rank 0 and finds the checkpoint to go on from.
+def find_past(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) -> Past:
+    """Opens and locks --out on rank 0 and finds the checkpoint to go on from.
 
     Raises BadInput if ranks or runs differ.
     """
@@ -262,7 +265,7 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
     checkpoint = None
     with ranks.fail_together():
         if ranks.is_first:  # the only rank that writes OUT; other hosts need not see it
-            directory.open_out(config.out, config.resume)
+            held.enter_context(directory.open_out(config.out, config.resume))
             checkpoint = resume.find_checkpoint(config, identity, ranks.print0)
     checkpoint = ranks.broadcast_object(checkpoint)
     if checkpoint is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine import config
+from engine import config, lock
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
@@ -107,12 +107,13 @@ def import_weights(source: str, out: str) -> Path:
             f"{model.config.vocab_size} in {source}"
         )
     train = TrainConfig(out=str(out), model=model.config)
-    directories.open_out(train.out, train.resume)
     name = sizes[model.config.vocab_size]
-    directories.write_config(train, name, {"imported_from": source})
     identity = resume.identity(train, name, "none")
     state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
-    return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
+    with directories.open_out(train.out, train.resume, "import"):
+        _check_new("import", out)
+        directories.write_config(train, name, {"imported_from": source})
+        return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
 
 
 def export(run: str, out: str, is_best: bool = False) -> None:
@@ -122,15 +123,19 @@ def export(run: str, out: str, is_best: bool = False) -> None:
     """
     _check_new("export", out)
     model, tokenizer, _ = load_model(run, is_best=is_best)
-    try:
-        model.save_pretrained(out)
-        save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
-    except OSError as error:
-        raise BadInput(f"export: --out must be a directory that can be written, got {out}: {error.strerror}") from error
+    with lock.acquire(out, "export"):
+        _check_new("export", out)
+        try:
+            model.save_pretrained(out)
+            save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
+        except OSError as error:
+            raise BadInput(
+                f"export: --out must be a directory that can be written, got {out}: {error.strerror}"
+            ) from error
 
 
 def _check_new(command: str, out: str) -> None:
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    if Path(out).exists() and (not Path(out).is_dir() or lock.others(out)):
         raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
 
 
