@@ -146,6 +146,20 @@ def test_a_directory_that_was_made_for_nothing_is_removed_and_no_other(tmp_path,
         lock.acquire(tmp_path / "file", "train")
 
 
+def test_a_file_that_its_holder_removes_meanwhile_is_not_the_lock(out, quick, monkeypatch):
+    plain, calls = lock._lock, []
+
+    def lock_late(file):
+        calls.append(file)
+        if len(calls) == 1:  # opened already, and locked only when the holder before has released it
+            (out / lock.NAME).unlink()
+        return plain(file)
+
+    monkeypatch.setattr(lock, "_lock", lock_late)
+    with lock.acquire(out, "train"):
+        assert content(out)["pid"] == os.getpid()
+
+
 ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT, SMALL
 from runs import ENVIRONMENT, assert_same_run, run, steps, train
 
 from engine import lock
+from engine.run import plots
 from engine.tokens import batches
 
 
@@ -70,6 +71,24 @@ def test_a_run_that_was_taken_over_saves_nothing_more(shards, tmp_path, monkeypa
     assert "of host elsewhere (gpt2 train, since 2" in capfd.readouterr().err
     assert steps(out) == [2]
     assert json.loads((out / lock.NAME).read_text())["host"] == "elsewhere"
+
+
+def test_gpt2_plot_draws_beside_a_run_that_draws(tmp_path, monkeypatch):
+    class Figure:
+        def __init__(self, drawn, meanwhile=lambda: None):
+            self.drawn, self.meanwhile = drawn, meanwhile
+
+        def savefig(self, path, **_):
+            path.write_text(self.drawn)
+            self.meanwhile()
+
+    def plot():
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        plots._save(Figure("gpt2 plot's"), tmp_path / "loss_curve.png")
+
+    plots._save(Figure("the run's", plot), tmp_path / "loss_curve.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["loss_curve.png"]
+    assert (tmp_path / "loss_curve.png").read_text() == "the run's"
 
 
 SLOW = """
