@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pytest
 from conftest import ROOT, SMALL
 from runs import ENVIRONMENT, assert_same_run, run, steps, train
 
@@ -28,17 +30,20 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(batches.Batches, "at", at)
 
 
-def test_two_trainings_into_one_out(trained, shards, tmp_path, monkeypatch, capfd):
+def train_elsewhere(out: Path, shards: Path, *flags: str) -> int:
+    command = [sys.executable, "-m", "engine.cli", "train", *SMALL, "--data", str(shards), "--out", str(out), *flags]
+    return subprocess.run(command, env=ENVIRONMENT).returncode
+
+
+@pytest.mark.parametrize("second", [train, pytest.param(train_elsewhere, marks=pytest.mark.slow)])
+def test_two_trainings_into_one_out(second, trained, shards, tmp_path, monkeypatch, capfd):
     out, codes = tmp_path / "run", []
-    command = [sys.executable, "-m", "engine.cli", "train", *SMALL, "--data", str(shards), "--out", str(out)]
 
     def second_writers():
         before = {path: path.read_bytes() for path in out.rglob("*.json*")}
-        codes.append(train(out, shards, "--num-steps", "2"))
+        codes.append(second(out, shards, "--num-steps", "2"))
+        codes.append(second(out, shards, "--num-steps", "2", "--resume", "never"))
         codes.append(run("import", "anything", "--out", str(out)))
-        done = subprocess.run([*command, "--resume", "never"], env=ENVIRONMENT, capture_output=True, text=True)
-        codes.append(done.returncode)
-        print(done.stderr, file=sys.stderr)
         assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
 
     at_step(monkeypatch, 1, second_writers)
