@@ -12,7 +12,7 @@ Bad input ends the run here. What needs no model is checked before the GPU is us
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -220,10 +220,10 @@ class Run:
         self.ranks.barrier()  # a rank that exits with a code other than 0 makes torchrun kill the others
 
 
-def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat) -> Run | None:
+def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitStack) -> Run | None:
     """The run, ready for its first step, or None if it is complete. All ranks call it.
 
-    Raises BadInput if config, data, checkpoint or machine cannot be used.
+    held: takes the lock of --out, on rank 0. Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
     tuning, precision = choices.precision_and_tuning(config, ranks)
     if tuning is not None:
@@ -233,7 +233,7 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat) -> Run | None
         data = read_data(config, ranks, most)
         initial = export.initial_weights(config) if ranks.is_first and resume.is_new(config) else None
     heartbeat.at(0, "checkpoint")  # whose files are read whole
-    past = find_past(config, data, ranks)
+    past = find_past(config, data, ranks, held)
     heartbeat.open(past.step)
     if past.step == config.num_steps:
         heartbeat.ends = ("done", "")
@@ -272,8 +272,8 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
         )
 
 
-def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
-    """Opens --out on rank 0 and finds the checkpoint to go on from.
+def find_past(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) -> Past:
+    """Opens and locks --out on rank 0 and finds the checkpoint to go on from.
 
     Raises BadInput if ranks or runs differ.
     """
@@ -283,7 +283,7 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
     checkpoint = None
     with ranks.fail_together():
         if ranks.is_first:  # the only rank that writes OUT; other hosts need not see it
-            directory.open_out(config.out, config.resume)
+            held.enter_context(directory.open_out(config.out, config.resume))
             checkpoint = resume.find_checkpoint(config, identity, ranks.print0)
     checkpoint = ranks.broadcast_object(checkpoint)
     if checkpoint is None:

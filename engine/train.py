@@ -7,6 +7,7 @@ before the loop is in engine/start.py, one update is engine/step.py. Nothing imp
 
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -42,9 +43,10 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
 
     Returns the reason if it stopped early.
     """
-    with Heartbeat(config, ranks) as heartbeat:  # outermost: it turns an exception into an error message
+    # Outermost the lock of --out, then what writes last and turns an exception into an error message.
+    with ExitStack() as held, Heartbeat(config, ranks) as heartbeat:
         stop.on_leave = lambda reason: heartbeat.ends_with("stopped", reason)
-        run = start.build(config, ranks, heartbeat)
+        run = start.build(config, ranks, heartbeat, held)
         return None if run is None else loop(config, run, stop)
 
 

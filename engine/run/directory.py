@@ -7,10 +7,11 @@ import shlex
 import shutil
 from pathlib import Path
 
-from engine import config
+from engine import config, lock
 from engine.config import CONFIG_FILE, TrainConfig
 from engine.device import format_bytes
 from engine.errors import BadInput
+from engine.lock import Lock
 from engine.run import metrics, plots
 from model.presets import GPT2Config, parameter_shapes
 
@@ -19,24 +20,31 @@ _HEADER = 128  # most bytes per tensor in the header of a safetensors file
 _JSON = 8192  # bytes of state.json and manifest.json
 
 
-def open_out(out: str | Path, resume: str) -> None:
-    """Makes the run directory. With resume "never", moves an existing one aside.
+def open_out(out: str | Path, resume: str, command: str = "train") -> Lock:
+    """Makes the run directory and locks it. With resume "never", moves an existing one aside.
 
-    Raises BadInput if the directory cannot be written.
+    Raises BadInput if the directory cannot be written, or another process writes there.
     """
     out = Path(out)
+    held = lock.acquire(out, command)
     try:
-        if resume == "never" and out.is_dir() and any(out.iterdir()):
+        if resume == "never" and lock.others(out):
             number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.old{n}").exists())
-            out.rename(out.with_name(f"{out.name}.old{number}"))
-        out.mkdir(parents=True, exist_ok=True)
+            held.rename(out.with_name(f"{out.name}.old{number}"))
+            held.release()
+            held = lock.acquire(out, command)
         probe = out / f".probe_{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise BadInput(
-            f"train: --out must be a directory that can be written, got {out}: {error.strerror}; choose another --out"
-        ) from error
+    except BaseException as error:
+        held.release()
+        if isinstance(error, OSError):
+            raise BadInput(
+                f"{command}: --out must be a directory that can be written, got {out}: {error.strerror}; choose "
+                "another --out"
+            ) from error
+        raise
+    return held
 
 
 def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:

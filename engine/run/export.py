@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from engine import config
+from engine import config, lock
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
@@ -134,8 +134,7 @@ def import_weights(source: str, out: str) -> Path:
     identity = resume.identity(train, name, "none")
     state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
     state["trained_positions"] = train.model.n_positions
-    with _filling("import", out):
-        directories.open_out(train.out, train.resume)
+    with directories.open_out(train.out, train.resume, "import"), _filling("import", out):
         directories.write_config(train, name, {"imported_from": source})
         return checkpoints.save(out, state, model, optimizer=None, keep_last=1)
 
@@ -147,27 +146,29 @@ def export(run: str, out: str, is_best: bool = False) -> None:
     """
     _check_new("export", out)
     model, tokenizer, _ = load_model(run, is_best=is_best)
-    with _filling("export", out):
+    with lock.acquire(out, "export"), _filling("export", out):
         model.save_pretrained(out)
         save_tokenizer(tokenizer, out, model_max_length=model.config.n_positions)
 
 
 def _check_new(command: str, out: str) -> None:
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    if Path(out).exists() and (not Path(out).is_dir() or lock.others(out)):
         raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
 
 
 @contextmanager
 def _filling(command: str, out: str) -> Iterator[None]:
-    """Around writing into `out`, which was new or empty: a failure leaves nothing there, so nothing
+    """Around writing into `out`, which must be new or empty: a failure leaves nothing there, so nothing
     blocks the next try.
 
-    Raises BadInput if writing fails.
+    Call it with the lock of `out`. Raises BadInput if writing fails.
     """
+    _check_new(command, out)
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(out, ignore_errors=True)
+        for path in lock.others(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if isinstance(error, OSError | ValueError):
             raise BadInput(
                 f"{command}: --out must be a directory that can be written, got {out}: {error}; make room there or "

@@ -1,6 +1,7 @@
 """Plots of a run, labelled for a reader who did not run it: loss_curve.png and lr_schedule.png."""
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,6 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
 
 def _save(figure, path: Path) -> Path:
     """Writes the PNG under a temporary name and renames it: no viewer opens half a file."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # gpt2 plot may draw beside the run
     figure.savefig(temporary, dpi=110, format="png")
     return temporary.replace(path)

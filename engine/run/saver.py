@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from engine import distributed
+from engine import distributed, lock
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
@@ -57,6 +57,7 @@ class Saver:
 
         Raises BadInput if the last two saves failed.
         """
+        lock.check_all()
         self._asked = time.monotonic()
         self.wait()
         if not self.writes:

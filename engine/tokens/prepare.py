@@ -28,7 +28,9 @@ from typing import Literal
 
 import numpy as np
 
+from engine import lock
 from engine.errors import BadInput
+from engine.lock import Lock
 from engine.tokens import tokenizer
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
 from engine.tokens.sources import find_files, parse, raw_documents
@@ -207,20 +209,37 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     Data already made by the same request is left as it is. Raises BadInput if a source cannot be
     read, the directory cannot be used, or a split would be empty.
     """
-    out = Path(config.out)
-    files = find_files(sources)
+    files, out = find_files(sources), Path(config.out)
     request = _request(sources, files, config)
-    building = out / BUILDING
-    _remove_orphans(out, building)
+    if (existing := _existing(out, request, config.overwrite)) is not None:
+        return existing  # before the lock: such data may be read-only
+    with lock.acquire(out, "prepare") as held:
+        _remove_orphans(out, out / BUILDING)
+        if (existing := _existing(out, request, config.overwrite)) is not None:
+            return existing  # another process made it meanwhile
+        return _replace(sources, files, request, config, held)
+
+
+def _existing(out: Path, request: str, is_overwritten: bool) -> dict | None:
+    """The manifest of complete data that the same request made, or None.
+
+    Raises BadInput if the manifest cannot be read, unless the data is to be overwritten.
+    """
     try:
-        existing = read_manifest(out)
+        manifest = read_manifest(out)
     except BadInput:
-        if not config.overwrite:
+        if not is_overwritten:
             raise
-        existing = None
-    if existing is not None and existing.get("request") == request and _is_complete(out, existing):
-        return existing
-    others = [path for path in out.iterdir() if not path.name.startswith(".")] if out.is_dir() else []
+        return None
+    is_same = manifest is not None and manifest.get("request") == request and _is_complete(out, manifest)
+    return manifest if is_same else None
+
+
+def _replace(sources: list[str], files: list[Path], request: str, config: PrepareConfig, held: Lock) -> dict:
+    """Makes the data and moves it into place. Returns the manifest."""
+    out = Path(config.out)
+    building = out / BUILDING
+    others = [path for path in out.iterdir() if not path.name.startswith(".")]
     if others and not config.overwrite:
         raise BadInput(
             f"prepare: {out} must be new or empty, got {len(others)} files, such as {others[0].name}; "
@@ -245,6 +264,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
             )
         manifest |= {"request": request, "sources": sources}
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        held.check()
         if config.overwrite:
             (out / MANIFEST).unlink(missing_ok=True)
             for stale in [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")]:
@@ -254,8 +274,6 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     finally:
         _remove_orphans(out, building)
         shutil.rmtree(building, ignore_errors=True)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
     return manifest
 
 
