@@ -144,7 +144,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without damaged lines. None if there is no file."""
+    """The rows of a metrics.jsonl, without damaged lines; [] if there is no file."""
     return [row for _, row in rows.read(path) if row is not None] if path.exists() else []
 
 

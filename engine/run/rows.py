@@ -26,7 +26,7 @@ BOM = b"\xef\xbb\xbf"  # of UTF-8; editors put it in front of a file
 # The beginning of every row that a run writes. To read it is several times faster than to parse the row.
 BEGINNING = re.compile(rb'\{"step": ([0-9]{1,18}), "tokens": ([0-9]{1,18})[,}]')
 
-# Rows written before version 0.4 may hold NaN and Infinity, which are no JSON.
+# NaN and Infinity, which are no JSON, may stand in rows of an earlier version.
 _decoder = json.JSONDecoder(parse_constant=lambda name: None)
 
 
@@ -70,9 +70,7 @@ def parse(text: bytes) -> dict[str, Any] | None:
 
 def dump(row: dict[str, Any]) -> bytes:
     """A row as a line of JSON, which has no NaN and no infinity: they become null."""
-    finite = {
-        name: None if isinstance(value, float) and number(value) is None else value for name, value in row.items()
-    }
+    finite = {key: number(value) if isinstance(value, float) else value for key, value in row.items()}
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
