@@ -60,7 +60,7 @@ class Appender:
             return
         if self._is_behind:
             self._is_behind = False
-            self._say(f"{self._path.name}: can be written again, {self._counted(late)} that waited are in it")
+            self._say(f"{self._path.name}: can be written again, and holds the {self._counted(late)} that waited")
 
     def sync(self) -> None:
         """Writes what waits, and waits until the disk has it."""
@@ -79,7 +79,9 @@ class Appender:
         if self._waiting:
             self.write()
         if lost := self._lost + self.waiting:
-            self._say(f"{self._path.name}: {self._counted(lost)} could not be written and are lost: {self._reason}")
+            self._say(
+                f"{self._path.name}: must be written, got: {self._reason}; {self._counted(lost)} did not get there"
+            )
         self._leave()
 
     def _counted(self, count: int) -> str:

@@ -122,6 +122,8 @@ class Metrics:
         if row_is_complete and self._row is not None:
             self._write_row()
         self._rows.sync()
+        if self._samples.waiting:
+            self._samples.write()
         if waiting := self._rows.waiting:
             self.print0(f"{METRICS_FILE}: lacks {waiting:,} rows at this checkpoint, which is saved all the same")
 

@@ -80,7 +80,7 @@ def with_step(number: int, step: int) -> bytes:
     [
         pytest.param(at_line(3, b'{"step"; 30}\n', replaces=1), [3], 1, id="a flipped bit"),
         pytest.param(at_line(0, b'{"stup": 0}\n', replaces=1), [0], 1, id="a flipped bit in the first"),
-        pytest.param(at_line(3, b"\xff\xfe\n"), [], 1, id="no UTF-8"),
+        pytest.param(at_line(3, b'{"step": 25, "tokens": 6400, "note": "\xff"}\n'), [], 1, id="no UTF-8"),
         pytest.param(at_line(3, b"\n"), [], 1, id="an empty line"),
         pytest.param(at_line(3, b"\n\n", b"[]\n", b'{"step": "30"}\n'), [], 4, id="four lines"),
         pytest.param(b"\xef\xbb\xbf" + b"".join(TEXT), [], 0, id="a byte order mark in front"),
@@ -145,6 +145,13 @@ def test_a_disk_without_room_for_a_new_file_leaves_the_damaged_one(tmp_path, mon
     assert "1 line is damaged and cannot be taken out of it: No space left on device" in said[0]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     assert path.read_bytes() == at_line(3, b"\xff\n")[: len(b"".join(TEXT[:8])) + 2]  # the rest is cut off all the same
+
+
+def test_without_hard_links_the_copy_is_written(tmp_path, monkeypatch):
+    path = written(tmp_path / "metrics.jsonl", at_line(3, b"\xff\n"))
+    monkeypatch.setattr(os, "link", raising(OSError(errno.EPERM, "Operation not permitted")))
+    assert reopened(path)[0] == ROWS
+    assert (tmp_path / "metrics.jsonl.damaged1").read_bytes() == at_line(3, b"\xff\n")
 
 
 def raising(error: Exception):
@@ -248,12 +255,12 @@ def test_a_row_that_does_not_fit_waits_and_no_half_of_it_stays(tmp_path):
     assert len(said) == 1
     assert said[0].startswith("metrics.jsonl: must be written, got: File too large; training goes on, each row waits")
     file.append(TEXT[3])
-    assert said[1:] == ["metrics.jsonl: can be written again, 3 rows that waited are in it"]
+    assert said[1:] == ["metrics.jsonl: can be written again, and holds the 3 rows that waited"]
     assert path.read_bytes() == b"".join(TEXT[:4])
     with largest_file(path.stat().st_size + 7):
         file.append(TEXT[4])
         file.close()
-    assert said[-1] == "metrics.jsonl: 1 row could not be written and are lost: File too large"
+    assert said[-1] == "metrics.jsonl: must be written, got: File too large; 1 row missing"
     assert path.read_bytes() == b"".join(TEXT[:4])
 
 
@@ -267,7 +274,7 @@ def test_rows_that_wait_are_bounded_and_the_loss_is_counted(tmp_path, monkeypatc
     (tmp_path / "missing").mkdir()
     file.close()
     assert (tmp_path / "missing" / "metrics.jsonl").read_bytes() == 3 * TEXT[0]
-    assert said[-1].startswith("metrics.jsonl: 7 rows could not be written and are lost: No such file")
+    assert said[-1] == "metrics.jsonl: must be written, got: No such file or directory; 7 rows missing"
 
 
 def test_a_checkpoint_that_lacks_rows_is_said_and_saved(tmp_path, capsys):
@@ -303,7 +310,7 @@ def test_a_run_goes_on_from_a_damaged_record_and_through_a_full_disk(trained, sh
     output = capfd.readouterr().out
     assert "metrics.jsonl: 1 line is damaged and left out; the file as it was is metrics.jsonl.damaged1\n" in output
     assert "metrics.jsonl: must be written, got: No space left on device; training goes on" in output
-    assert "metrics.jsonl: can be written again, 2 rows that waited are in it\n" in output
+    assert "metrics.jsonl: can be written again, and holds the 2 rows that waited\n" in output
 
 
 # ---- Numbers that are not finite ----------------------------------------------------------------------------------
