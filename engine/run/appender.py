@@ -79,9 +79,7 @@ class Appender:
         if self._waiting:
             self.write()
         if lost := self._lost + self.waiting:
-            self._say(
-                f"{self._path.name}: must be written, got: {self._reason}; {self._counted(lost)} did not get there"
-            )
+            self._say(f"{self._path.name}: must be written, got: {self._reason}; {self._counted(lost)} missing")
         self._leave()
 
     def _counted(self, count: int) -> str:

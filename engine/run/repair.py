@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from engine.run import rows
 
 SAMPLE_HEADING = re.compile(rb"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
-CHUNK = 1 << 20  # bytes read or copied at a time
+CHUNK = 1 << 16  # bytes read or copied at a time
 Say = Callable[[str], None]
 
 
