@@ -217,6 +217,8 @@ def test_a_heading_with_a_wrong_step_costs_its_sample_alone(tmp_path):
 def test_the_last_sample_is_found_whatever_its_size(tmp_path, before):
     path = written(tmp_path / "samples.txt", SAMPLES[0] + b"=== step 7 ===\n" + b"x" * before + b"\n\n")
     assert last_sample(path) == "x" * before
+    text = b"x=== step 9 ===\n" + b"y" * (repair.CHUNK - 17)  # read from the = on, it would seem a heading
+    assert last_sample(written(path, SAMPLES[0] + text + b"\n\n")).endswith(text.decode())
 
 
 def test_the_last_sample_costs_no_reading_of_the_others(tmp_path):
