@@ -263,13 +263,12 @@ def plot(args: list[str], prog: str) -> None:
     import dataclasses
 
     from engine import config
-    from engine.run import directory, metrics, plots
+    from engine.run import curves, directory, plots
     from engine.tokens import tokenizer
 
     train_config = dataclasses.replace(config.load(asked.run), out=asked.run)
     unit = tokenizer.load(directory.tokenizer_name(asked.run)).unit
-    rows = metrics.read_rows(Path(asked.run) / metrics.METRICS_FILE)
-    for path in plots.draw(train_config, rows, unit):
+    for path in plots.draw(train_config, curves.read(asked.run), unit):
         print(path)
 
 

@@ -2,13 +2,11 @@
 
 Row s of metrics.jsonl was measured with the weights after s updates: val_loss, and the loss and
 gradient norm of the batch of step s. A row is written when its step ends, once per step. A run that
-resumes at step k first drops the rows from k on, since it repeats those steps.
+resumes at step k first drops the rows from k on, since it repeats those steps. No error of a disk
+ends a run here: engine/run/repair.py reads what is there, engine/run/appender.py writes.
 """
 
-import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,13 +16,15 @@ from typing import Any
 from engine import device
 from engine.config import TrainConfig
 from engine.distributed import Ranks
+from engine.run import repair, rows
+from engine.run.appender import Appender
+from engine.run.curves import Curves
+from engine.run.repair import last_sample as last_sample
+from engine.run.rows import METRICS_FILE, SAMPLES_FILE
 from engine.run.sinks import Sinks
 from engine.step import Numbers
 from model.presets import flops_per_token
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.txt"
-SAMPLE_HEADING = re.compile(r"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
 PLAIN_EVERY = 5.0  # seconds between lines if the output is not a terminal
 
 
@@ -62,10 +62,13 @@ class Metrics:
         self._console = None
         if not active:
             return
-        drop_rows_from(self.out / METRICS_FILE, start)
-        drop_samples_from(self.out / SAMPLES_FILE, start)
-        self._file = (self.out / METRICS_FILE).open("a", encoding="utf-8")
         self._console = (Bar if sys.stdout.isatty() else Lines)(config.num_steps, start, unit)
+        self._curves = Curves()
+        repair.drop_rows_from(self.out / METRICS_FILE, start, self._curves.add, self.print0)
+        repair.drop_samples_from(self.out / SAMPLES_FILE, start, self.print0)
+        self._rows = Appender(self.out / METRICS_FILE, "row", self.print0)
+        self._samples = Appender(self.out / SAMPLES_FILE, "sample", self.print0)
+        self._rows.write()  # a disk that fails is said before the first step
         self._sinks = Sinks(config, start, self.print0)
 
     def log(self, step: int, **fields: float) -> None:
@@ -85,14 +88,13 @@ class Metrics:
         return self._tokens_before + (step - self._start) * self.config.tokens_per_step
 
     def rows(self) -> list[dict]:
-        """Every row so far, including the one not yet written."""
-        return read_rows(self.out / METRICS_FILE) + ([self._row] if self._row is not None else [])
+        """Rows for `plots.draw`: as many points as a picture can show, and the row not yet written."""
+        return self._curves.rows() + ([self._row] if self._row is not None else [])
 
     def sample(self, step: int, text: str) -> None:
         """Appends a sample to samples.txt."""
         if self.active:
-            with (self.out / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-                file.write(f"{_sample_heading(step)}{text}\n\n")
+            self._samples.append(f"=== step {step} ===\n{text}\n\n".encode(errors="replace"))
 
     def print0(self, line: str) -> None:
         """Prints one line without disturbing the progress bar."""
@@ -111,81 +113,41 @@ class Metrics:
             self._write_row()
 
     def sync(self, row_is_complete: bool) -> None:
-        """Fsyncs metrics.jsonl; with row_is_complete, first writes this step's row.
+        """Waits until the disk has metrics.jsonl; with row_is_complete, first writes this step's row.
 
-        Call it before a checkpoint.
+        Call it before a checkpoint. That is saved also if rows are missing, and a line says so.
         """
         if not self.active:
             return
         if row_is_complete and self._row is not None:
             self._write_row()
-        os.fsync(self._file.fileno())
+        self._rows.sync()
+        if self._samples.waiting:
+            self._samples.write()
+        if waiting := self._rows.waiting:
+            self.print0(f"{METRICS_FILE}: lacks {waiting:,} rows at this checkpoint, which is saved all the same")
 
     def close(self) -> None:
-        """Writes the last row, and closes the file, the sinks and the console."""
+        """Writes the last row, and closes the files, the sinks and the console."""
         if not self.active:
             return
         if self._row is not None:
             self._write_row()
-        self._file.close()
+        self._rows.close()
+        self._samples.close()
         self._sinks.close()
         self._console.close()
 
     def _write_row(self) -> None:
         row, self._row = self._row, None
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._curves.add(row)
+        self._rows.append(rows.dump(row))
         self._sinks.write(row)
 
 
-# ---- Files --------------------------------------------------------------------------------------------------------
-
-
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, up to a line that was cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def drop_rows_from(path: Path, step: int) -> None:
-    """Keeps only the rows before `step`."""
-    if path.exists():
-        _replace(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] < step))
-
-
-def _sample_heading(step: int) -> str:
-    return f"=== step {step} ===\n"
-
-
-def drop_samples_from(path: Path, step: int) -> None:
-    """Keeps only the samples of steps before `step`, read from their headings."""
-    if not path.exists():
-        return
-    lines, is_kept = [], True
-    with path.open(encoding="utf-8", newline="\n") as file:  # a sample may contain other line ends, such as \r
-        for line in file:
-            if heading := SAMPLE_HEADING.fullmatch(line):
-                is_kept = int(heading[1]) < step
-            if is_kept:
-                lines.append(line)
-    _replace(path, "".join(lines))
-
-
-def last_sample(path: Path) -> str:
-    """The newest sample of a samples.txt, or "" if there is no file."""
-    return SAMPLE_HEADING.split(path.read_text(encoding="utf-8"))[-1].strip("\n") if path.exists() else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """The rows of a metrics.jsonl, without damaged lines; [] if there is no file."""
+    return [row for _, row in rows.read(path) if row is not None] if path.exists() else []
 
 
 # ---- Console ------------------------------------------------------------------------------------------------------
@@ -266,7 +228,7 @@ class Bar:
             _format_field(name, self._fields[name]).format(unit=self.unit) for name in SHOWN if name in self._fields
         ]
         self._progress.update(self._task, description="  ".join(parts))
-        if "val_loss" in fields:
+        if fields.get("val_loss") is not None:
             self.print_line(f"step {step:>{len(str(self.num_steps))}}  val loss {fields['val_loss']:.4f}")
 
     def advance(self, step: int) -> None:

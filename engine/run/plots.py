@@ -8,15 +8,17 @@ from pathlib import Path
 
 from engine import optim
 from engine.config import TrainConfig
+from engine.run.rows import number
 
 LOSS_CURVE = "loss_curve.png"
 LR_SCHEDULE = "lr_schedule.png"
 LONGEST_DRAWING = 60.0  # seconds that the end of a run waits for a drawing
+LARGEST = 1e30  # of a value in a picture: near the largest float, matplotlib's axes overflow
 TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
-    """Draws both plots into config.out from rows of metrics.jsonl.
+    """Draws both plots into config.out from rows of metrics.jsonl, or from `Curves.rows` of many.
 
     Returns their paths. unit: token or byte.
     """
@@ -102,13 +104,14 @@ def _smooth(values: list[float], weight: float) -> list[float]:
     return smoothed
 
 
+def _points(rows: list[dict], name: str) -> list[tuple[float, float]]:
+    """(tokens, value) of each row that has both as numbers: one that is not finite is a loss that diverged."""
+    pairs = [(number(row.get("tokens")), number(row.get(name))) for row in rows]
+    return [pair for pair in pairs if None not in pair and max(map(abs, pair)) < LARGEST]
+
+
 def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
-    train, val = (
-        [
-            (row["tokens"], row[name]) for row in rows if row.get(name) is not None and math.isfinite(row[name])
-        ]  # NaN: diverged
-        for name in ("loss", "val_loss")
-    )
+    train, val = _points(rows, "loss"), _points(rows, "val_loss")
     uniform = math.log(config.model.vocab_size)
     size, label = _token_axis(max([tokens for tokens, _ in train + val], default=1), unit)
     subtitle = (
@@ -151,7 +154,7 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     axes.plot(
         planned, [optim.learning_rate(step, config) for step in points], color="#bbbbbb", linewidth=3, label="planned"
     )
-    done = [(row["tokens"] / size, row["lr"]) for row in rows if "lr" in row]
+    done = [(tokens / size, lr) for tokens, lr in _points(rows, "lr")]
     if done:
         axes.plot(*zip(*done, strict=True), color=TRAIN_COLOR, linewidth=1.4, label=f"done, last {done[-1][1]:.2e}")
     axes.set_ylim(0, config.optim.lr * 1.08)

@@ -40,7 +40,8 @@ class Sinks:
                     self._drop(name, error)
 
     def write(self, row: dict[str, float]) -> None:
-        """Sends a row of metrics.jsonl to every sink."""
+        """Sends a row of metrics.jsonl to every sink, without fields of None."""
+        row = {name: value for name, value in row.items() if value is not None}
         for name, sink in list(self._open.items()):
             try:
                 sink.write(row)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from engine import config
 from engine.errors import BadInput, nearest
+from engine.run import rows
+from engine.run.rows import METRICS_FILE
 from engine.tokens import shards, tokenizer
 from engine.tokens.shards import sha256
 
@@ -22,7 +24,6 @@ CHECKPOINTS = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, SHARDED = "model.safetensors", "optimizer.safetensors", "sharded"
 VERSION = 1  # of a checkpoint's layout
-METRICS_FILE = "metrics.jsonl"  # not from engine.run.metrics: that imports PyTorch, which a check does not need
 
 
 def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> int:
@@ -178,17 +179,15 @@ def _metrics_damage(path: Path) -> str | None:
 
     A last line that is cut short is not damage: the run was killed.
     """
+    before = -1
     try:
-        *lines, _ = path.read_bytes().split(b"\n")
+        for number, line in enumerate(rows.lines(path), start=1):
+            row = rows.parse(line.text)
+            if row is None and not line.is_cut:
+                return f"line {number} must be a row with a step, got {line.text[:40].rstrip()!r}"
+            if row is not None and row["step"] <= before:
+                return f"line {number} must have a step above {before}, got {row['step']}"
+            before = before if row is None else row["step"]
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    before = -1
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            return f"line {number} must be a row with a step, got {line[:40]!r}"
-        if not isinstance(step, int) or step <= before:
-            return f"line {number} must have a step above {before}, got {step!r}"
-        before = step
     return None

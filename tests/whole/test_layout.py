@@ -34,7 +34,8 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "lock", "optim", "evaluation", "distributed", "device"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
-    "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
+    "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "plots"}
+    | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
     "checks": {"facts", "selfcheck", "compiler", "cache"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},
