@@ -29,7 +29,7 @@ from engine.errors import BadInput, Diverged, warn
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
-from engine.run import directory, export, resume
+from engine.run import directory, export, resume, settings
 from engine.run.checkpoint import Checkpoint
 from engine.run.metrics import Metrics
 from engine.run.plots import Painter
@@ -64,7 +64,7 @@ class Data:
 class Past:
     """Where a run begins: at step 0, or where its checkpoint left off."""
 
-    identity: dict  # what the run must share with its past: see resume.FIXED
+    identity: dict  # what the run must share with its past, see resume.identity
     checkpoint: Checkpoint | None
     step: int  # updates done
     tokens: int  # tokens trained on so far
@@ -215,9 +215,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     most = choices.largest_micro_batch(config, precision[0], ranks)
     with ranks.fail_together():
         data = read_data(config, ranks, most)
-    past = find_past(config, data, ranks)
+    past = find_past(config, data, ranks, precision[0])
     if past.step == config.num_steps:
-        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
+        val_loss = past.checkpoint.state.get("val_loss")
+        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete", past.step, val_loss))
         return None
     choices.use(tuning, ranks.device)
     run = build_model(config, data, past, ranks, precision, tuning)
@@ -251,13 +252,13 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
         )
 
 
-def find_past(config: TrainConfig, data: Data, ranks: Ranks) -> Past:
+def find_past(config: TrainConfig, data: Data, ranks: Ranks, precision: str) -> Past:
     """Opens --out on rank 0 and finds the checkpoint to go on from.
 
     Raises BadInput if ranks or runs differ.
     """
     digest = shards.digest([data.train_stream, data.val_stream], config.data)
-    identity = resume.identity(config, data.tokenizer.name, digest)
+    identity = resume.identity(config, data.tokenizer.name, digest, precision)
     ranks.check_alike(resume.facts(config, identity))
     checkpoint = None
     with ranks.fail_together():
@@ -320,7 +321,8 @@ def build_model(
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         resolved["tuned"] = tuning.key if tuning is not None else None
-        directory.write_config(config, data.tokenizer.name, resolved)
+        history = settings.history(config, past.identity, past.checkpoint)
+        directory.write_config(config, data.tokenizer.name, resolved, history)
     ranks.print0(
         summary(run)
         + f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"

@@ -86,7 +86,7 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     if not is_last:
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping} and saved; the same command goes on")
         return stopping
-    ranks.print0(directory.report(config, data.tokenizer.unit, "done"))
+    ranks.print0(directory.report(config, data.tokenizer.unit, "done", step, val_loss))
     return None
 
 

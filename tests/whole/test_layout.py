@@ -33,7 +33,10 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluation", "distributed", "device"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
-    "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
+    "run": {
+        *("checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify"),
+        *("metrics", "sinks", "plots"),
+    },
     "checks": {"facts", "selfcheck", "compiler", "cache"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
