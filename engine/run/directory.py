@@ -70,9 +70,9 @@ def report(train: TrainConfig, unit: str, outcome: str, step: int, val_loss: flo
     val_loss: of the weights after `step` updates; None if they were not evaluated.
     """
     out = Path(train.out)
-    is_known = isinstance(val_loss, float) and math.isfinite(val_loss)
-    loss = f"final validation loss {val_loss:.4f} nats per {unit}"
-    if not is_known:
+    if val_loss is not None and math.isfinite(val_loss):
+        loss = f"final validation loss {val_loss:.4f} nats per {unit}"
+    else:
         loss = f"validation loss not known, step {step:,} was saved without one; see it with gpt2 eval --run {out}"
     files = [plots.LOSS_CURVE, plots.LR_SCHEDULE, metrics.SAMPLES_FILE]
     return "\n".join(

@@ -62,8 +62,9 @@ def rows(out: Path) -> list[tuple[int, int]]:
     ],
 )
 def test_it_goes_on_with_another_schedule(out, shards, capfd, flags, changes, tokens):
-    path = newest(out)
+    path, config_before = newest(out), (out / "config.json").read_bytes()
     assert train(out, shards, *FLAGS, "--num-steps", "5", *flags) == 2
+    assert (out / "config.json").read_bytes() == config_before
     error = capfd.readouterr().err
     assert changes in error
     assert "to go on with its weights all the same, add --resume-changed" in error
@@ -131,6 +132,26 @@ def find(out: Path, *flags: str, **changed) -> list[str]:
     train_config = config.parse([*SMALL, "--out", str(out), "--num-steps", "5", *flags], "test")
     assert resume.find_checkpoint(train_config, past | changed, lines.append).step == 3
     return lines
+
+
+CHANGES = {
+    "optim.lr 0.002 -> 0.001": ["--optim.lr", "1e-3"],
+    "optim.weight_decay 0.1 -> 0.2": ["--optim.weight-decay", "0.2"],
+    "optim.warmup_tokens 512 -> 0\n  optim.clip 1.0 -> 2.0": ["--optim.clip", "2", "--optim.warmup-tokens", "0"],
+    "init_from None -> runs/x": ["--init-from", "runs/x"],
+    "precision fp32 -> bf16": [],
+}
+
+
+@pytest.mark.parametrize(("changes", "flags"), CHANGES.items(), ids=CHANGES)
+@pytest.mark.parametrize("num_steps", ["3", "5"], ids=["finished", "unfinished"])
+def test_each_setting_that_changes_what_is_computed_is_listed(three_steps, changes, flags, num_steps):
+    flags, resolved = [*flags, "--num-steps", num_steps], {} if flags else {"precision": "bf16"}
+    with pytest.raises(BadInput) as refused:
+        find(three_steps, *flags, **resolved)
+    assert f"but these changed\n  {changes}\n  choose another --out" in str(refused.value)
+    assert ("its numbers belong to its old settings" in str(refused.value)) == (num_steps == "3")
+    assert find(three_steps, *flags, "--resume-changed", **resolved)[0].endswith(f"these changed\n  {changes}")
 
 
 def test_another_tokenizer_is_refused_with_the_flag_too(three_steps):

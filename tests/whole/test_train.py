@@ -114,12 +114,22 @@ def test_a_run_goes_on_in_another_precision(finished, shards, tmp_path):
 
 
 def test_a_changed_run_is_refused_with_what_changed(finished, shards, capfd):
-    before = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    before = sorted(path.name for path in (finished / "checkpoints").iterdir()), (finished / "config.json").read_bytes()
     assert train(finished, shards, "--num-steps", "12", "--tokens-per-step", "512", "--seed", "3") == 2
     output = capfd.readouterr().err
     assert "and its numbers belong to its old settings, but these changed" in output
     assert "\n  model.dropout 0.1 -> 0.0\n  tokens_per_step 256 -> 512\n  seed 1 -> 3\n" in output
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+    assert "to see its report all the same, add --resume-changed" in output
+    changed = ["--num-steps", "12", "--model.dropout", "0.1", "--optim.lr", "1e-3", "--resume-changed"]
+    assert train(finished, shards, *changed) == 0
+    output = capfd.readouterr().out
+    assert (
+        "numbers of this finished run belong to its old settings, of which these changed\n  optim.lr 0.002 -> 0.001\n"
+        in output
+    )
+    assert "this run is complete: 12 steps, final validation loss" in output
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert (names, (finished / "config.json").read_bytes()) == before
 
 
 def test_resume_never_sets_the_old_run_aside(finished, shards, tmp_path):
