@@ -1,6 +1,8 @@
 """`--resume PATH` goes back once: later checkpoints are set aside, and the branch goes on from its newest."""
 
+import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -20,8 +22,13 @@ from engine.run.checkpoint import Checkpoint
 RECORD = ("metrics.jsonl", "samples.txt")
 
 
-def parsed(out: Path, *flags: str) -> TrainConfig:
-    return config.parse([*SMALL, "--out", str(out), "--num-steps", "99", *flags], "test")
+@functools.cache  # parsing takes longer than all else here
+def parsed_flags(*flags: str) -> TrainConfig:
+    return config.parse([*SMALL, "--num-steps", "99", *flags], "test")
+
+
+def parsed(out: Path, *flags: str, resume_from: Path | str = "auto") -> TrainConfig:
+    return dataclasses.replace(parsed_flags(*flags), out=str(out), resume=str(resume_from))
 
 
 def save(out: Path, *at: int, keep_last: int = 9) -> None:
@@ -48,7 +55,7 @@ def save(out: Path, *at: int, keep_last: int = 9) -> None:
 def find(out: Path, resume_from: Path | str, *flags: str) -> tuple[Checkpoint | None, str]:
     """(checkpoint that a run goes on from, what it prints), in place of starting one."""
     lines = []
-    train_config = parsed(out, "--resume", str(resume_from), *flags)
+    train_config = parsed(out, *flags, resume_from=resume_from)
     identity = resume.identity(train_config, "bytes", "d", "fp32")
     return resume.find_checkpoint(train_config, identity, lines.append), "\n".join(lines)
 
