@@ -66,10 +66,11 @@ class TrainConfig:
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
     eval_tokens: int = 1_048_576  # tokens per validation, the same each time
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
+    save_every_minutes: float | None = 30.0  # minutes after a checkpoint before which another is due; None: no limit
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
     async_save: bool = True  # write checkpoints in a thread while training goes on
     max_minutes: float | None = None  # minutes from launch before which to save and stop; None: no limit
-    grace_seconds: float = 25.0  # seconds from a signal to the process's exit at the latest, saved or not
+    grace_seconds: float = 25.0  # seconds from a signal to the exit at the latest; none for a terminal's Ctrl-C
     timeout_minutes: float = 10.0  # minutes that ranks wait for each other; longer than a compile or a save
     max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
@@ -110,7 +111,7 @@ class TrainConfig:
         for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_minutes", "grace_seconds", "timeout_minutes", "skip_z_score"):
+        for name in ("max_minutes", "grace_seconds", "timeout_minutes", "save_every_minutes", "skip_z_score"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 wrong.append(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
         if self.parallel != "ddp" and self.optim.name == "muon":

@@ -349,5 +349,6 @@ def open_record(run: Run) -> None:
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
+    run.saver.last_step = past.step or None
     run.trace = Trace(config.profile, config.out, ranks)
     run.heartbeat = Heartbeat(config, ranks, past.step, data.micro_batch_size)

@@ -30,7 +30,7 @@ from engine.errors import (
 from engine.health.heartbeat import limited
 from engine.health.stopping import Stop, under_torchrun
 from engine.run import directory, metrics
-from engine.step import OUT_OF_TIME, Numbers
+from engine.step import OUT_OF_TIME, Numbers, news
 
 
 def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
@@ -43,11 +43,13 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     if run is None:
         return None
     data, record, guard, clock = run.data, run.record, run.update.guard, run.update.clock
-    stopping = None  # why the run stops early, once every rank knows
+    run.update.is_interrupted, stop.last_saved = stop.is_requested, run.saver.last_saved
+    step, stopping, save_due = run.past.step, None, False
+    saved, evaluated = step, (-1, None)  # step of the newest save; step and validation loss of the last evaluation
     with run.opened():
-        for step in range(run.past.step, config.num_steps + 1):  # one pass more than updates, for the final weights
-            is_last, val_loss = step == config.num_steps, None
-            saves = step > run.past.step and (is_last or stopping is not None or due(step, config.save_every))
+        while True:  # one pass more than updates, for the final weights
+            is_last = step == config.num_steps
+            saves = step > saved and (is_last or save_due or stopping is not None or due(step, config.save_every))
             run.trace.step(step)
 
             compares = config.check_replicas_every is not None and (saves or due(step, config.check_replicas_every))
@@ -55,36 +57,39 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
                 raise Diverged(f"train: at step {step}: {drift}; nothing of it is saved: the same command goes on")
             if is_last or (due(step, config.eval_every) and stopping is None):
                 with run.doing("evaluation", step):
-                    val_loss = run.validation_loss()
-                    record.log(step, val_loss=val_loss)
+                    evaluated = step, run.validation_loss()
+                    record.log(step, val_loss=evaluated[1])
                     record.sample(step, run.sample())
                     if ranks.is_first:
                         run.painter.draw(record.rows())
             if saves:
                 with run.doing("checkpoint", step):
                     record.sync(row_is_complete=is_last)
-                    run.saver.save(run.state(step, val_loss))
+                    run.saver.save(run.state(step, evaluated[1] if evaluated[0] == step else None))
+                saved = step
             if is_last or stopping is not None:
                 run.heartbeat.ends = ("done", "") if is_last else ("stopped", stopping)
                 break
 
-            asked = stop.flags(run.saver.seconds)
+            asked = (*stop.flags(run.saver.seconds), run.saver.is_due())
             with run.doing("data", step):
                 micro_batches = data.batches.at(step)
             with run.doing("update", step), run.compiling(step, micro_batches[0]):
                 lr = optim.learning_rate(step, config)
                 numbers = run.update(step, micro_batches, lr, asked)  # on the device
-                # Both waits for the GPU belong to the update's time: for the previous update, so that
-                # the CPU runs at most one ahead, and at a logged step for this one.
-                known = run.mailbox.exchange(numbers)
+                # Both waits for the GPU belong to the update's time: for the previous update, so that the
+                # CPU runs at most one ahead, and for this one at a logged step and where weights are saved next.
+                at_once = landmark(step + 1, config) or (ranks.world_size == 1 and stop.is_requested())
+                made, stopping, save_due = news(step, numbers, run.mailbox, guard, at_once)
                 now = Numbers(*numbers.tolist()) if due(step, config.log_every) else None
-            if now is not None:
+            if now is not None and not now.abandoned:
                 record.log(step, lr=lr, **metrics.measured(now, clock.read(), config, run.precision, ranks))
-            record.end_step(step)
-            if known is not None:
-                stopping = guard.verdict(known, step)
+            if made > step:
+                record.end_step(step)
+            step = made
     if not is_last:
-        ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping} and saved; the same command goes on")
+        what = "saved" if saved == step > 0 else "no update was made, nothing is saved"
+        ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping}: {what}; the same command goes on")
         return stopping
     ranks.print0(directory.report(config, data.tokenizer.unit, "done", step, val_loss))
     return None
@@ -93,6 +98,11 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
 def due(step: int, every: int | None) -> bool:
     """Whether something done every so many steps is done at this one."""
     return every is not None and step % every == 0
+
+
+def landmark(step: int, config: TrainConfig) -> bool:
+    """Whether the weights of this step are evaluated or saved, if nothing else asks for it."""
+    return step == config.num_steps or due(step, config.eval_every) or due(step, config.save_every)
 
 
 def main(args: list[str]) -> int:

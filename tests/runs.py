@@ -4,6 +4,7 @@ Floats are compared as hex, files by their bytes.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import ROOT, SMALL
 from torch import nn
 
 from engine import cli
+from engine.health.stopping import SIGNALS
 from engine.run import checkpoint, metrics
 
 TIMINGS = {"step_ms", "data_ms", "compute_ms", "communication_ms", "eval_ms", "checkpoint_ms"}
@@ -31,9 +33,14 @@ def run(*args: str) -> int:
 
 def train(out: Path, shards: Path, *flags: str) -> int:
     """Trains in this process and returns the exit code."""
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["train", *SMALL, "--data", str(shards), "--out", str(out), *flags])
-    return exit_info.value.code
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["train", *SMALL, "--data", str(shards), "--out", str(out), *flags])
+        return exit_info.value.code
+    finally:
+        for number, handler in before.items():  # a run that was asked to stop ignores them until its process ends
+            signal.signal(number, handler)
 
 
 def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -1,24 +1,42 @@
 """Early stops of a run: on a signal, or before a time limit such as a queue's.
 
-A request is a flag on one rank. The all-reduce that sums the loss also sums the flags, so all ranks
-learn of it together and save at the same step. The process exits within `grace_seconds` of a signal
-in any case, and immediately at a second signal.
+A request is a flag on one rank. It is answered at once, between two micro-batches, or after the
+update where ranks or accumulation leave no such place. The all-reduce that sums the loss also sums
+the flags, so all ranks learn of it together and save at the same step. The process exits within
+`grace_seconds` of a signal in any case, and immediately at a second one. A Ctrl-C of a terminal has
+no limit: nobody kills the process soon after it, and a second Ctrl-C leaves.
 """
 
+import atexit
+import contextlib
 import os
 import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import INTERRUPTED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Requests to stop. Queues and hosts also warn with HUP (a terminal closed), USR1 and USR2 (time runs
+# out) and XCPU (CPU time runs out, sent each second).
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+ORDERS = SIGNALS[:3]  # the second of these means: at once
 ECHO = 2.0  # seconds in which repeated signals count as one: a terminal and torchrun both forward a Ctrl-C
+TERMINAL_ECHO = 0.5  # the same where no torchrun stands between: make and others forward it too
 COMPILING = 2  # first steps, left out of the slowest step's time because they compile
 MARGIN = 5.0  # seconds reserved for the exit
+
+
+def now() -> float:
+    """Seconds since the machine started, suspended ones included, which no change of its clock moves."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def under_torchrun() -> bool:
@@ -29,20 +47,17 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launched_at(now: float | None = None) -> float:
-    """Launch time of this run, in time.time() seconds.
+def launched_at() -> float:
+    """When this run was launched, in seconds of now().
 
     That is the start of torchrun, before any restarts, or else of this process.
     """
-    now = time.time() if now is None else now
     process = os.getppid() if under_torchrun() else os.getpid()
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, IndexError):  # not Linux
-        return now
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot: field 22 of proc(5), 20th after the name
-    return now - (uptime - started)
+    except OSError:  # not Linux
+        return now()
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after boot: field 22 of proc(5), 20th after the name
 
 
 def time_is_up(elapsed: float, limit: float | None, step: float, save: float) -> bool:
@@ -55,45 +70,61 @@ def time_is_up(elapsed: float, limit: float | None, step: float, save: float) ->
 
 
 class Stop:
-    """Context manager that listens for signals in a thread: the main one may be in a collective."""
+    """Context manager that listens for signals in a thread: the main one may be in a collective.
+
+    last_saved and on_leave may be set meanwhile: what of the run is saved, in words, and what to
+    call with the reason before the process leaves at once.
+    """
 
     def __init__(self, grace_seconds: float, max_minutes: float | None):
         self.grace_seconds = grace_seconds
         self.limit = None if max_minutes is None else 60 * max_minutes
         self.launched = launched_at() if max_minutes is not None else 0.0
         self.signal: signal.Signals | None = None
+        self.last_saved: Callable[[], str] = lambda: "nothing was saved"
+        self.on_leave: Callable[[str], None] | None = None
         self._slowest, self._last, self._steps_begun = 0.0, 0.0, 0
 
     def __enter__(self) -> "Stop":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # nohup starts a process that ignores HUP, and so does the run then. torchrun takes HUP itself and hands it on.
+        heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, _ignored) for number in heeded}
         self._wakeup = signal.set_wakeup_fd(self._write)  # written by the C handler, even if Python is not running
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        if self.signal is not None:  # a second one must not change the exit code of a run that has saved
+            atexit.register(_ignore, list(self._handlers))
+        else:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
         os.close(self._write)  # ends the thread
+
+    def is_requested(self) -> bool:
+        """Whether this process has received a signal."""
+        return self.signal is not None
 
     def flags(self, save_seconds: float) -> tuple[bool, bool]:
         """(whether a signal came, whether time is up). Call it once per step.
 
         save_seconds: duration of the slowest save so far.
         """
-        now = time.time()
+        moment = now()
         self._steps_begun += 1
         if self._steps_begun > COMPILING:
-            self._slowest = max(self._slowest, now - self._last)  # includes evaluation and save
-        self._last = now
-        return self.signal is not None, time_is_up(now - self.launched, self.limit, self._slowest, save_seconds)
+            self._slowest = max(self._slowest, moment - self._last)  # includes evaluation and save
+        self._last = moment
+        return self.is_requested(), time_is_up(moment - self.launched, self.limit, self._slowest, save_seconds)
 
     def _listen(self) -> None:
-        first = 0.0  # time.monotonic() of the first signal
+        deadline: float | None = None  # of time.monotonic()
+        ordered: float | None = None  # when the first of ORDERS came
         while True:
-            left = None if self.signal is None else max(0.0, first + self.grace_seconds - time.monotonic())
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([self._read], [], [], left)
             if not ready:
                 self._leave(f"could not save within the {self.grace_seconds:g} s of --grace-seconds")
@@ -101,13 +132,59 @@ class Stop:
             if not numbers:
                 os.close(self._read)
                 return
-            number = numbers[0]
-            if self.signal is None and number in SIGNALS:
-                self.signal, first = signal.Signals(number), time.monotonic()
-            elif number in SIGNALS and time.monotonic() - first > ECHO:
+            number, moment = numbers[0], time.monotonic()
+            if number not in self._handlers:
+                continue
+            is_typed = number == signal.SIGINT and _in_foreground()
+            if ordered is not None and number in ORDERS and moment - ordered > (TERMINAL_ECHO if is_typed else ECHO):
                 self._leave("a second signal")
+            if number in ORDERS and ordered is None:
+                ordered = moment
+            if deadline is None and not is_typed:
+                deadline = moment + self.grace_seconds
+            if self.signal is None:
+                self.signal = signal.Signals(number)
+                with contextlib.suppress(OSError, ValueError):  # a stderr that is closed must not end this thread
+                    self._answer(is_typed)
+
+    def _answer(self, is_typed: bool) -> None:
+        """Prints, on rank 0, what will happen now."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        name = "" if is_typed else f"{self.signal.name}: "
+        limit = f"; at the latest {self.grace_seconds:g} s from now (--grace-seconds) it leaves"
+        limit = "; Ctrl-C again leaves at once" if is_typed else limit
+        print(f"\ngpt2 train: {name}stopping after this micro-batch, then saving{limit}", file=sys.stderr, flush=True)
 
     def _leave(self, why: str) -> None:
         """Ends the process immediately."""
-        print(f"\ngpt2 train: {why}: leaving at once; the last checkpoint is whole", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):  # whatever fails here, the process must end
+            if self.on_leave is not None:
+                self.on_leave(why)
+            print(f"\ngpt2 train: {why}: leaving at once; {self.last_saved()}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED - signal.SIGINT + (self.signal or signal.SIGTERM))  # 128 + the signal's number
+
+
+def _ignored(*_: object) -> None:
+    """Handler that leaves a signal to the thread that listens."""
+
+
+def _ignore(numbers: list[signal.Signals]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's Ctrl-C would reach this process. torchrun's workers get theirs from torchrun."""
+    if under_torchrun():
+        return False
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

@@ -41,11 +41,12 @@ class Saver:
     ):
         self.config, self.raw_model, self.optimizer, self.print0 = config, raw_model, optimizer, print0
         is_sharded = distributed.is_sharded(raw_model)
-        self.writes = is_sharded or ranks.is_first
+        self.is_first, self.writes = ranks.is_first, is_sharded or ranks.is_first
         # The thread's collectives must not mix with training's: they have a group on the CPU.
         self.group = dist.new_group(backend="gloo") if is_sharded and ranks.world_size > 1 else None
         self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
-        self.last_step: int | None = None  # step of the last save that succeeded
+        self.last_step: int | None = None  # step of the last save that succeeded, or that the run went on from
+        self._asked = time.monotonic()  # when the last save began, or was asked for
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures = 0  # in a row
@@ -56,6 +57,7 @@ class Saver:
 
         Raises BadInput if the last two saves failed.
         """
+        self._asked = time.monotonic()
         self.wait()
         if not self.writes:
             return
@@ -67,6 +69,14 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(state, self._copy(tensors)), name="saver")
         self._thread.start()
         self._step = state["step"]
+
+    def is_due(self) -> bool:
+        """Whether --save-every-minutes have passed since the last save. True once for each."""
+        minutes, moment = self.config.save_every_minutes, time.monotonic()
+        if minutes is None or not self.is_first or moment - self._asked < 60 * minutes:
+            return False
+        self._asked = moment
+        return True
 
     def __enter__(self) -> "Saver":
         return self
@@ -97,7 +107,7 @@ class Saver:
             self._thread = None
             self._record_result(self._step)
         if self._error is not None and (is_last or self._failures > 1):
-            message = f"{self._failure_message()}; the run ends here, {self._last_saved()}"
+            message = f"{self._failure_message()}; the run ends here, {self.last_saved()}"
             self._error = None  # raised only once
             raise BadInput(message)
 
@@ -137,7 +147,7 @@ class Saver:
             error, self._error = self._error, None  # raised only once: `close` must not report it again
             raise error
         self._failures += 1
-        self.print0(f"{self._failure_message()}; training goes on, {self._last_saved()}")
+        self.print0(f"{self._failure_message()}; training goes on, {self.last_saved()}")
 
     def _failure_message(self) -> str:
         tensors = checkpoint.named_tensors(self.raw_model, self.optimizer).values()
@@ -151,5 +161,6 @@ class Saver:
             "make room there"
         )
 
-    def _last_saved(self) -> str:
-        return "nothing is saved yet" if self.last_step is None else f"saved up to step {self.last_step}"
+    def last_saved(self) -> str:
+        """What can be gone on from, in words; on rank 0, or on every rank where the model is sharded."""
+        return "nothing was saved" if self.last_step is None else f"saved up to step {self.last_step}"

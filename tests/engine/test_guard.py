@@ -11,7 +11,7 @@ from torch import nn
 from engine import optim
 from engine.config import OptimConfig
 from engine.errors import Diverged
-from engine.step import OUT_OF_TIME, SIGNAL, WINDOW, Guard, Mailbox, Numbers
+from engine.step import OUT_OF_TIME, SIGNAL, WINDOW, Guard, Mailbox, News, Numbers, news
 from model.gpt2 import GPT2, GPT2Config
 
 NAN, INF = math.nan, math.inf
@@ -124,7 +124,7 @@ def test_a_made_update_ends_the_streak_but_not_the_total():
 
 
 def numbers(signals: float = 0.0, time_outs: float = 0.0, skipped: float = 0.0, streak: float = 0.0) -> Numbers:
-    return Numbers(2.5, 1.0, signals, time_outs, skipped, streak)
+    return Numbers(2.5, 1.0, signals, time_outs, 0.0, 0.0, skipped, streak)
 
 
 def test_enough_skipped_updates_in_a_row_end_the_run_and_as_many_in_all_do_not():
@@ -166,6 +166,17 @@ def test_a_checkpoint_s_numbers_are_not_changed_by_judging_on():
     judged(guard, NAN)
     assert counts.tolist() == [0, 0]  # the copy to the host may still be under way
     assert state == [2.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_an_abandoned_update_is_skipped_and_leaves_no_trace_in_the_guard():
+    guard = guard_of()
+    for loss in (2.0, NAN):
+        judged(guard, loss)
+    before = guard.state_dict()
+    for is_abandoned, skips in ((True, 1.0), (False, 0.0)):
+        skip = guard.judge(torch.tensor(3.0), torch.tensor(1.0), torch.tensor(is_abandoned))
+        assert skip.item() == skips
+        assert (guard.state_dict() == before) == is_abandoned
 
 
 # ---- Optimizers that get a verdict --------------------------------------------------------------------------------
@@ -262,7 +273,33 @@ def test_a_run_that_skipped_goes_on_as_if_the_bad_batch_had_not_been(name, devic
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_host_reads_the_numbers_of_the_step_before(device):
     mailbox = Mailbox()
-    sent = [Numbers(loss, norm, 0.0, 1.0, 2.0, 3.0) for loss, norm in ((1.5, NAN), (2.5, 1e300), (0.1, -INF))]
-    read = [mailbox.exchange(torch.tensor(row, dtype=torch.float64, device=device)) for row in sent]
+    rows = [Numbers(loss, norm, 0.0, 1.0, 0.0, 0.0, 2.0, 3.0) for loss, norm in ((1.5, NAN), (2.5, 1e300), (0.1, -INF))]
+    read = [mailbox.exchange(torch.tensor(row, dtype=torch.float64, device=device)) for row in rows]
     assert read[0] is None
-    assert repr(read[1:]) == repr(sent[:2])
+    assert repr(read[1:]) == repr(rows[:2])
+
+
+def sent(**fields: float) -> torch.Tensor:
+    """Numbers of an update, on the device, with these fields set."""
+    zeros = Numbers(2.5, 1.0, *[0.0] * 6)
+    return torch.tensor(zeros._replace(**fields), dtype=torch.float64)
+
+
+def test_news_comes_a_step_later_or_at_once_where_it_is_needed():
+    mailbox, guard = Mailbox(), guard_of()
+    assert news(4, sent(save_due=1.0), mailbox, guard, at_once=False) == News(5, None, False)
+    assert news(5, sent(), mailbox, guard, at_once=False) == News(6, None, True)  # asked for in step 4: once
+    assert news(6, sent(), mailbox, guard, at_once=False) == News(7, None, False)
+    assert news(7, sent(signalled=1.0), mailbox, guard, at_once=True) == News(8, SIGNAL, False)
+    assert news(8, sent(), mailbox, guard, at_once=False) == News(9, None, False)
+
+
+@pytest.mark.parametrize("asks", ["signalled", "out_of_time", "save_due"])
+def test_weights_are_never_saved_as_of_an_update_that_another_rank_abandoned(asks):
+    """A save follows what the update before asked for; the last update may have been abandoned."""
+    mailbox, guard = Mailbox(), guard_of()
+    news(4, sent(**{asks: 1.0}), mailbox, guard, at_once=False)
+    assert news(5, sent(abandoned=1.0), mailbox, guard, at_once=False) == News(5, SIGNAL, asks == "save_due")
+    mailbox = Mailbox()
+    news(4, sent(abandoned=1.0), mailbox, guard, at_once=False)
+    assert news(5, sent(abandoned=1.0), mailbox, guard, at_once=False).step == 4

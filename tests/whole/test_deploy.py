@@ -119,17 +119,21 @@ def test_a_pod_s_exit_code_says_how_the_run_ended(tmp_path, code, report, state,
     assert subprocess.run(["bash", "-c", script], env=environment, capture_output=True).returncode == expected
 
 
-def test_a_pod_hands_the_signal_on_and_waits_for_the_last_checkpoint(tmp_path):
-    stand_in(
-        tmp_path,
-        "bin/torchrun",
-        "stop() { sleep 0.3; echo saved; exit 1; }\ntrap stop TERM\necho up; for _ in {1..200}; do sleep 0.05; done",
-    )
+@pytest.mark.parametrize("place", ["running", "before torchrun", "between its start and its number"])
+def test_a_pod_hands_the_signal_on_once_and_waits_for_the_last_checkpoint(tmp_path, place):
+    body = "trap 'echo asked; asked=yes' TERM; echo > $OUT/up; until [ \"$asked\" ]; do sleep 0.02; done; sleep 0.3"
+    stand_in(tmp_path, "bin/torchrun", f"{body}; sleep 0.1; echo saved; exit 1")
     pod = {"HOSTS": "2", "JOB_COMPLETION_INDEX": "1", "OUT": str(tmp_path)}
     environment = {**os.environ, **pod, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     script = pod_script().replace("/tmp/torchrun.log", str(tmp_path / "torchrun.log"))
-    process = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "up\n"
-    process.terminate()
-    assert process.communicate(timeout=20)[0] == "saved\n"
-    assert process.returncode == 1
+    sent = "until [ -e $OUT/up ]; do sleep 0.01; done; kill -TERM $$\n"  # once torchrun heeds it
+    script = {
+        "running": script.replace("wait $launcher; code=$?\n", f"{sent}wait $launcher; code=$?\n", 1),
+        "before torchrun": script.replace("torchrun --nnodes", "kill -TERM $$\ntorchrun --nnodes"),
+        "between its start and its number": script.replace("launcher=$!\n", f"{sent}launcher=$!\n"),
+    }[place]
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=20)
+    if place == "before torchrun":  # it may end before it heeds signals, and has then started nothing
+        assert (done.returncode, done.stdout) in ((143, ""), (1, "asked\nsaved\n"))
+    else:
+        assert (done.returncode, done.stdout) == (1, "asked\nsaved\n")

@@ -22,6 +22,7 @@ from runs import ENVIRONMENT, assert_same_run, measured, newest, train, workers
 from safetensors.torch import load_file
 
 from engine import evaluation
+from engine.health import stopping
 from engine.run import checkpoint, metrics
 from engine.tokens import batches, shards
 from engine.tokens.prepare import PrepareConfig, prepare
@@ -100,6 +101,7 @@ def test_resume_is_bitwise_at_on_and_around_an_evaluation_and_the_end_of_an_epoc
 # ---- Rows 2, 9, 11: two ranks -------------------------------------------------------------------------------------
 
 STEPS = ["--num-steps", "120", "--eval-every", "40", "--save-every", "10", "--check-replicas-every", "30"]
+STEPS += ["--micro-batch-size", "2"]  # two micro-batches per rank, between which a signal is heeded
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_pat
         os.kill(launcher.pid if to_rank is None else workers(launcher)[to_rank], number)
         stdout, stderr = launcher.communicate(timeout=60)
         assert launcher.returncode != 0
-        assert "by a signal and saved" in stdout, stdout + stderr
+        assert "by a signal: saved" in stdout, stdout + stderr
         beat = json.loads((out / "heartbeat").read_text())
         assert beat["state"] == "stopped"
         assert beat["step"] == checkpoint.read(newest(out)).step > last
@@ -184,6 +186,44 @@ def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards
     assert_same_run(quiet, out)
 
 
+@pytest.mark.parametrize("call", [1, 9, 10, 23])
+def test_a_signal_between_micro_batches_keeps_all_updates_before_and_ends_to_the_bit(
+    every_step, few_shards, tmp_path, capfd, monkeypatch, call
+):
+    """In a forward pass of two per step: what is saved are the updates before that step, or nothing."""
+    quiet, flags = every_step
+    out, calls, forward = tmp_path / "run", [], GPT2.forward
+
+    def interrupted(self, tokens, targets=None):
+        if self.training:
+            calls.append(None)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.05)
+        return forward(self, tokens, targets)
+
+    never = ["--save-every", "None", "--save-every-minutes", "None"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT2, "forward", interrupted)
+        assert train(out, few_shards, *flags, *never) == 75
+    made = call // 2  # updates whole before this one, or with this last forward pass
+    output = capfd.readouterr()
+    assert "SIGUSR1: stopping after this micro-batch" in output.err
+    assert f"stopped at step {made} of 12 by a signal: {'saved' if made else 'no update was made'}" in output.out
+    assert len(calls) == call, "it stops after this micro-batch"
+    assert [int(path.name[-8:]) for path in (out / "checkpoints").glob("step_*")] == ([made] if made else [])
+    assert train(out, few_shards, *flags) == 0
+    assert_same_run(quiet, out)
+
+
+def test_a_save_is_due_every_so_many_minutes(few_shards, tmp_path):
+    flags = ["--num-steps", "4", "--eval-every", "None", "--save-every", "None", "--keep-last", "9"]
+    assert train(tmp_path / "run", few_shards, *flags, "--save-every-minutes", "1e-9") == 0
+    assert [int(path.name[-8:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [2, 4]
+    assert train(tmp_path / "other", few_shards, *flags) == 0
+    assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
 @pytest.mark.slow
 def test_a_signal_during_the_first_compile(few_shards, tmp_path):
     flags = ["--num-steps", "6", "--eval-every", "None", "--compile", "--grace-seconds", "600"]
@@ -208,10 +248,8 @@ def test_a_signal_during_the_first_compile(few_shards, tmp_path):
 def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_step, few_shards, tmp_path):
     quiet, flags = every_step
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(
-            "engine.health.stopping.launched_at", lambda: time.time() - 60
-        )  # a minute ago; two are allowed
-        monkeypatch.setattr("engine.health.stopping.MARGIN", 60.0)
+        monkeypatch.setattr(stopping, "launched_at", lambda: stopping.now() - 60)  # a minute ago; two are allowed
+        monkeypatch.setattr(stopping, "MARGIN", 60.0)
         assert train(tmp_path / "run", few_shards, *flags, "--max-minutes", "2") == 75
     beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
     assert (beat["state"], beat["reason"]) == ("stopped", "--max-minutes")

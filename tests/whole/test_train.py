@@ -140,17 +140,20 @@ def test_resume_never_sets_the_old_run_aside(finished, shards, tmp_path):
     assert [row["step"] for row in measured(out)] == [0, 1]
 
 
+EIGHT = ["--num-steps", "8", "--eval-every", "4", "--model.dropout", "0.1"]
+
+
 @pytest.fixture(scope="module")
 def two_processes(shards, tmp_path_factory) -> Path:
-    """A run of 8 steps on two processes."""
+    """A run of 8 steps on two processes, with dropout."""
     out = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun(2, out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4")
+    done = torchrun(2, out, shards, *EIGHT, "--save-every", "4")
     assert done.returncode == 0, done.stderr
     return out
 
 
 def test_two_processes_follow_one_process_s_loss_curve(two_processes, shards, tmp_path):
-    assert train(tmp_path / "one", shards, "--num-steps", "8", "--eval-every", "4") == 0
+    assert train(tmp_path / "one", shards, *EIGHT) == 0
     one, two = (metrics.read_rows(out / "metrics.jsonl") for out in (tmp_path / "one", two_processes))
     for left, right in zip(one, two, strict=True):
         for name in ("loss", "val_loss"):
@@ -161,7 +164,7 @@ def test_one_process_goes_on_from_two(two_processes, shards, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(two_processes, out)
     shutil.rmtree(newest(out))
-    assert train(out, shards, "--num-steps", "8", "--eval-every", "4", "--save-every", "4") == 0
+    assert train(out, shards, *EIGHT, "--save-every", "4") == 0
     for left, right in zip(
         metrics.read_rows(out / "metrics.jsonl"), metrics.read_rows(two_processes / "metrics.jsonl"), strict=True
     ):

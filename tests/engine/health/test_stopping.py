@@ -70,6 +70,13 @@ class Stuck:
         return self.process.returncode, output
 
 
+def answer(number: int, grace_seconds: float) -> str:
+    return (
+        f"\ngpt2 train: {signal.Signals(number).name}: stopping after this micro-batch, then saving; at the latest "
+        f"{grace_seconds:g} s from now (--grace-seconds) it leaves\n"
+    )
+
+
 # ---- Signals ------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +90,7 @@ def test_a_stuck_process_takes_a_signal_as_a_request_and_a_second_as_an_order(nu
         stuck.send(number)
         assert stuck.ends(within=5) == (
             code,
-            "\ngpt2 train: a second signal: leaving at once; the last checkpoint is whole\n",
+            f"{answer(number, 60)}\ngpt2 train: a second signal: leaving at once; nothing was saved\n",
         )
 
 
@@ -114,8 +121,8 @@ def test_a_stuck_process_leaves_when_its_grace_is_over(number, code):
         assert 0.5 < time.monotonic() - began < 3
         assert ended == (
             code,
-            "\ngpt2 train: could not save within the 0.6 s of --grace-seconds: leaving at once; the last checkpoint "
-            "is whole\n",
+            f"{answer(number, 0.6)}\ngpt2 train: could not save within the 0.6 s of --grace-seconds: leaving at once; "
+            "nothing was saved\n",
         )
 
 
@@ -129,15 +136,49 @@ def test_a_repeated_signal_does_not_lengthen_the_grace():
         assert "--grace-seconds" in stuck.process.stderr.read()
 
 
-def test_other_signals_are_no_request():
-    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+def test_warnings_of_queues_are_requests_too_and_never_an_order():
+    with Stuck(grace_seconds=60, echo=0.0) as stuck:
+        stuck.send(signal.SIGXCPU)
+        assert stuck.read_line() == "SIGXCPU"
+        for number in (signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):
+            stuck.send(number)
+            time.sleep(0.02)
+        with pytest.raises(subprocess.TimeoutExpired):
+            stuck.ends(within=0.2)
+        stuck.send(signal.SIGTERM)  # the second order
+        assert stuck.ends(within=5)[0] == 128 + signal.SIGXCPU
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_each_signal_is_a_request(number):
+    handlers = {other: signal.getsignal(other) for other in stopping.SIGNALS}
     try:
         with Stop(60, None) as stop:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(0.1)
-            assert stop.flags(0.0) == (False, False)
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 5
+            while not stop.is_requested() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            assert (stop.signal, stop.flags(0.0)) == (number, (True, False))
     finally:
-        signal.signal(signal.SIGUSR1, previous)
+        for other, handler in handlers.items():
+            signal.signal(other, handler)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored_and_others_do_not():
+    handlers = {other: signal.getsignal(other) for other in stopping.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background jobs have it
+    try:
+        with Stop(60, None) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.is_requested()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            assert stop.signal == signal.SIGINT
+    finally:
+        for other, handler in handlers.items():
+            signal.signal(other, handler)
 
 
 def listeners() -> list[threading.Thread]:
@@ -162,7 +203,9 @@ def test_handlers_wakeup_and_thread_are_gone_afterwards(is_asked):
                 while stop.signal is None and time.monotonic() < deadline:
                     time.sleep(0.002)
             assert stop.flags(0.0) == (is_asked, False)
-        assert [signal.getsignal(number) for number in stopping.SIGNALS] == [mine, mine]
+        # Asked once, the process ignores the rest until it ends: a late Ctrl-C must not change its exit code.
+        expected = stopping._ignored if is_asked else mine
+        assert {signal.getsignal(number) for number in stopping.SIGNALS} == {expected}
         assert signal.set_wakeup_fd(wakeup) == write
         deadline = time.monotonic() + 5
         while listeners() and time.monotonic() < deadline:
@@ -202,7 +245,7 @@ def test_the_time_is_up_when_another_step_could_miss_the_limit(elapsed, limit, s
 
 def test_the_slowest_step_counts_but_not_those_that_compile(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(stopping.time, "time", lambda: now[0])
+    monkeypatch.setattr(stopping, "now", lambda: now[0])
     monkeypatch.setattr(stopping, "launched_at", lambda: 900.0)
     stop = Stop(25.0, 10.0)  # limit: 600 s after 900
     for seconds in (0, 90, 10, 30, 5, 5):  # the second call comes 90 s after the first, which compiled
@@ -222,11 +265,11 @@ def test_without_a_limit_the_time_is_never_up(monkeypatch):
     assert [stop.flags(1e9) for _ in range(4)] == [(False, False)] * 4
 
 
-TELL = "from engine.health.stopping import launched_at; print(launched_at(), flush=True)"
+TELL = "from engine.health import stopping; print(stopping.launched_at(), flush=True)"
 
 
 def test_the_launch_is_this_process_s_start_and_not_now():
-    began = time.time()
+    began = stopping.now()
     done = subprocess.run(
         [sys.executable, "-c", f"import time; time.sleep(0.7); {TELL}"],
         env=ENVIRONMENT,
@@ -239,7 +282,7 @@ def test_the_launch_is_this_process_s_start_and_not_now():
 
 def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
     """A queue's time limit includes restarts."""
-    began = time.time()
+    began = stopping.now()
     parent = f"import subprocess, sys, time; time.sleep(0.7); subprocess.run([sys.executable, '-c', {TELL!r}])"
     launches = [
         subprocess.run(
@@ -256,7 +299,7 @@ def test_under_torchrun_the_launch_is_torchrun_s_start_whatever_it_restarted():
 
 
 def test_a_name_with_spaces_and_brackets_does_not_shift_the_fields(tmp_path):
-    began = time.time()
+    began = stopping.now()
     python = tmp_path / "a) b (c 1 2"
     python.symlink_to(sys.executable)
     output = subprocess.run(
@@ -271,4 +314,11 @@ def test_a_name_with_spaces_and_brackets_does_not_shift_the_fields(tmp_path):
 
 def test_where_no_proc_is_the_launch_is_now(monkeypatch):
     monkeypatch.setattr(stopping.Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError()))
-    assert launched_at(123.0) == 123.0
+    monkeypatch.setattr(stopping, "now", lambda: 123.0)
+    assert launched_at() == 123.0
+
+
+def test_a_clock_set_back_does_not_lengthen_the_limit(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(stopping, "launched_at", lambda: stopping.now() - 600)
+    assert Stop(25.0, 10.0).flags(0.0) == (False, True)

@@ -78,7 +78,7 @@ def test_a_peak_is_given_only_where_it_is_known(name, monkeypatch):
     assert device.peak_flops(torch.device("cpu"), "bf16") is None
 
 
-NUMBERS = Numbers(2.5, 0.75, 0.0, 0.0, 0.0, 0.0)
+NUMBERS = Numbers(2.5, 0.75, *[0.0] * 6)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -105,7 +105,7 @@ def test_a_step_s_measurements_are_its_numbers_over_its_time(config):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_left_out_of_a_row_and_skips_are_counted(config, tmp_path, bad):
     for numbers, left in (([bad, 0.75], {"grad_norm": 0.75}), ([2.5, bad], {"loss": 2.5}), ([bad, bad], {})):
-        fields = step_fields(Numbers(*numbers, 0.0, 0.0, 3.0, 1.0), config, Ranks(0, 0, 1, CPU))
+        fields = step_fields(Numbers(*numbers, *[0.0] * 4, 3.0, 1.0), config, Ranks(0, 0, 1, CPU))
         run = record(config)
         run.log(7, **fields)
         run.close()

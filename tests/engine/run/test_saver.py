@@ -240,7 +240,7 @@ def test_a_good_save_in_between_begins_the_count_anew(tmp_path, monkeypatch, asy
     saves(run, 6)
     assert steps(tmp_path) == [2, 4, 6]
     assert [line.rpartition("; ")[2].partition(", ")[2] for line in run.lines] == [
-        "nothing is saved yet",
+        "nothing was saved",
         "saved up to step 2",
         "saved up to step 4",
     ]
