@@ -59,6 +59,7 @@ FREE = (
     "resume_changed",
     "eval_every",
     "save_every",
+    "save_every_minutes",
     "keep_last",
     "async_save",
     "max_minutes",
