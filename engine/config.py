@@ -81,7 +81,7 @@ class TrainConfig:
     recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward, to save memory
     seed: int = 1  # seed of the initial weights, the data order and dropout
     resume: str = "auto"  # auto: newest whole checkpoint in --out; never: move that run aside; or a checkpoint's path
-    resume_changed: bool = False  # resume although data, seed, batch, context or dropout differ from the checkpoint's
+    resume_changed: bool = False  # go on although the data, or settings that change what is computed, have changed
     init_from: str | None = None  # initial weights: a run, a directory in the Hugging Face layout, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
     eval_tokens: int = 1_048_576  # tokens per validation, the same each time

@@ -30,7 +30,7 @@ from engine.errors import BadInput, Diverged, warn
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
-from engine.run import directory, export, resume
+from engine.run import directory, export, resume, settings
 from engine.run.checkpoint import Checkpoint
 from engine.run.metrics import Metrics
 from engine.run.plots import Painter
@@ -70,10 +70,11 @@ class Data:
 class Past:
     """Where a run begins: at step 0, or where its checkpoint left off."""
 
-    identity: dict  # what the run must share with its past: see resume.FIXED
+    identity: dict  # what the run must share with its past, see resume.identity
     checkpoint: Checkpoint | None
     step: int  # updates done
     tokens: int  # tokens trained on so far
+    is_complete: bool = False  # whether every step is done, and what it came to is known
 
 
 @dataclass
@@ -233,11 +234,12 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitSta
         data = read_data(config, ranks, most)
         initial = export.initial_weights(config) if ranks.is_first and resume.is_new(config) else None
     heartbeat.at(0, "checkpoint")  # whose files are read whole
-    past = find_past(config, data, ranks, held)
+    past = find_past(config, data, ranks, precision[0], held)
     heartbeat.open(past.step)
-    if past.step == config.num_steps:
+    if past.is_complete:
         heartbeat.ends = ("done", "")
-        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
+        val_loss = past.checkpoint.state["val_loss"]
+        ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete", past.step, val_loss))
         return None
     heartbeat.at(past.step, "starting")
     choices.use(tuning, ranks.device)
@@ -272,13 +274,13 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
         )
 
 
-def find_past(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) -> Past:
+def find_past(config: TrainConfig, data: Data, ranks: Ranks, precision: str, held: ExitStack) -> Past:
     """Opens and locks --out on rank 0 and finds the checkpoint to go on from.
 
     Raises BadInput if ranks or runs differ.
     """
     digest = shards.digest([data.train_stream, data.val_stream], config.data)
-    identity = resume.identity(config, data.tokenizer.name, digest)
+    identity = resume.identity(config, data.tokenizer.name, digest, precision)
     ranks.check_alike(resume.facts(config, identity))
     checkpoint = None
     with ranks.fail_together():
@@ -288,7 +290,8 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) ->
     checkpoint = ranks.broadcast_object(checkpoint)
     if checkpoint is None:
         return Past(identity, None, step=0, tokens=0)
-    return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"])
+    is_complete = checkpoint.step == config.num_steps and checkpoint.state.get("val_loss") is not None
+    return Past(identity, checkpoint, checkpoint.step, checkpoint.state["tokens"], is_complete)
 
 
 def first_weights(config: TrainConfig, past: Past, ranks: Ranks, initial: tuple[GPT2, int] | None) -> tuple[GPT2, int]:
@@ -356,7 +359,8 @@ def build_model(
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         resolved["tuned"] = tuning.key if tuning is not None else None
-        directory.write_config(config, data.tokenizer.name, resolved)
+        history = settings.history(config, past.identity, past.checkpoint)
+        directory.write_config(config, data.tokenizer.name, resolved, history)
     ranks.print0(
         summary(run)
         + f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"

@@ -100,7 +100,7 @@ def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
         what = "saved" if saved == step > 0 else "no update was made, nothing is saved"
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping}: {what}; the same command goes on")
         return stopping
-    ranks.print0(directory.report(config, data.tokenizer.unit, "done"))
+    ranks.print0(directory.report(config, data.tokenizer.unit, "done", *evaluated))
     return None
 
 

@@ -18,7 +18,6 @@ validation loss is always kept. No random state is saved: the order of the data 
 import contextlib
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -35,7 +34,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
-from engine.run.verify import MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
+from engine.run import durable
+from engine.run.verify import LATEST, MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
 from engine.tokens.shards import sha256
 from model.pretrained import not_finite
 
@@ -194,22 +194,26 @@ def _write_sharded(writing: Path, tensors: dict[str, Tensor], group: dist.Proces
     entries: list[dict] = [{}] * world_size
     dist.all_gather_object(entries, mine, group)
     if rank == 0:
-        _fsync(directory)
+        durable.fsync(directory)
     return {name: entry for theirs in entries for name, entry in theirs.items()}
 
 
 def _commit(writing: Path, final: Path, files: dict[str, dict], state: dict) -> None:
-    """Writes state and manifest, then renames the directory: from then on the checkpoint exists."""
+    """Writes state and manifest, then renames the directory: from then on the checkpoint exists.
+
+    Then OUT/latest names it, so that a run whose checkpoints vanish is not taken for a new one.
+    """
     (writing / STATE).write_text(json.dumps(state, indent=1) + "\n")
     files = files | {STATE: _flushed(writing / STATE)}
     (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
-    _fsync(writing / MANIFEST)
-    _fsync(writing)
+    durable.fsync(writing / MANIFEST)
+    durable.fsync(writing)
     replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():  # the run was resumed from an earlier step, or this one no longer verifies
         final.rename(replaced)
     writing.rename(final)
-    _fsync(final.parent)
+    durable.fsync(final.parent)
+    durable.write(final.parent.parent / LATEST, final.name + "\n")
 
 
 def recover(root: Path) -> None:
@@ -232,7 +236,7 @@ def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]
     Checkpoints of later steps stay: the run may have been resumed from an earlier step.
     """
     spared = best(root.parent)
-    for old in [path for path in _step_directories(root) if path <= final][:-keep_last]:
+    for old in [path for path in step_directories(root) if path <= final][:-keep_last]:
         if old != spared:
             try:
                 shutil.rmtree(old)
@@ -243,7 +247,7 @@ def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]
 def best(out: str | Path) -> Path | None:
     """Path of the checkpoint with the lowest validation loss, or None if no checkpoint has one."""
     losses = []
-    for path in _step_directories(Path(out) / "checkpoints"):
+    for path in step_directories(Path(out) / "checkpoints"):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged state.json may hold anything
             loss = json.loads((path / STATE).read_text()).get("val_loss")
             if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
@@ -261,19 +265,11 @@ def _save_tensors(path: Path, chosen: dict[str, Tensor]) -> None:
 
 def _flushed(path: Path) -> dict:
     """Fsyncs a file and returns its manifest entry."""
-    _fsync(path)
+    durable.fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _step_directories(root: Path) -> list[Path]:
+def step_directories(root: Path) -> list[Path]:
     """Checkpoint directories, oldest step first."""
     return sorted(path for path in root.glob("step_*") if path.is_dir())
 
@@ -303,7 +299,7 @@ def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for each, if there are checkpoints and none is whole.
     """
     reasons = []
-    for path in reversed(_step_directories(Path(out) / "checkpoints")):
+    for path in reversed(step_directories(Path(out) / "checkpoints")):
         if (reason := checkpoint_damage(path)) is None:
             for line in reasons:
                 warn(f"passing over {line}")

@@ -12,7 +12,9 @@ from engine.config import CONFIG_FILE, TrainConfig
 from engine.device import format_bytes
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.run import metrics, plots
+from engine.run import checkpoint as checkpoints
+from engine.run import durable, metrics, plots
+from engine.run.verify import CHECKPOINTS
 from model.presets import GPT2Config, parameter_shapes
 
 _REST_OF_A_RUN = 2**20  # bytes reserved for metrics, samples and plots
@@ -47,13 +49,13 @@ def open_out(out: str | Path, resume: str, command: str = "train") -> Lock:
     return held
 
 
-def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict) -> None:
-    """Writes config.json: the config, the tokenizer, and what `auto` was resolved to."""
-    path = Path(train.out) / CONFIG_FILE
-    temporary = path.with_name(f".{CONFIG_FILE}.writing")
-    fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved}
-    temporary.write_text(json.dumps(fields, indent=1) + "\n")
-    temporary.replace(path)
+def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict, history: list[dict] | None = None) -> None:
+    """Writes config.json: the config, the tokenizer, what `auto` was resolved to, and the history.
+
+    history: every config that the run had, as `settings.history` makes it.
+    """
+    fields = config.to_dict(train) | {"tokenizer": tokenizer_name, "resolved": resolved, "history": history or []}
+    durable.write(Path(train.out) / CONFIG_FILE, json.dumps(fields, indent=1) + "\n")
 
 
 def tokenizer_name(run: str | Path) -> str:
@@ -62,27 +64,31 @@ def tokenizer_name(run: str | Path) -> str:
 
 
 def resolved(run: str | Path) -> dict:
-    """What `auto` was resolved to in a run that has a checkpoint to go on from; {} if it has none."""
-    if not any((Path(run) / "checkpoints").glob("step_*")):
-        return {}
+    """What `auto` was resolved to in a run; {} if that is not known."""
     try:
-        return json.loads((Path(run) / CONFIG_FILE).read_text()).get("resolved", {})
+        found = json.loads((Path(run) / CONFIG_FILE).read_text()).get("resolved", {})
     except (OSError, ValueError, AttributeError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def report(train: TrainConfig, unit: str, outcome: str) -> str:
-    """Final report of a run: a sample, the validation loss, and the paths of its files."""
+def report(train: TrainConfig, unit: str, outcome: str, step: int, val_loss: float | None) -> str:
+    """Final report of a run: the sample and validation loss of `step`, and the paths of its files.
+
+    val_loss: of the weights after `step` updates; None if they were not evaluated.
+    """
     out = Path(train.out)
-    rows = metrics.read_rows(out / metrics.METRICS_FILE)
-    val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), float("nan"))
+    if val_loss is not None and math.isfinite(val_loss):
+        loss = f"final validation loss {val_loss:.4f} nats per {unit}"
+    else:
+        loss = f"validation loss not known, step {step:,} was saved without one; see it with gpt2 eval --run {out}"
     files = [plots.LOSS_CURVE, plots.LR_SCHEDULE, metrics.SAMPLES_FILE]
     return "\n".join(
         [
             "",
-            metrics.last_sample(out / metrics.SAMPLES_FILE),
+            metrics.last_sample(out / metrics.SAMPLES_FILE, step) or f"(no sample of step {step:,})",
             "",
-            f"{outcome}: {train.num_steps:,} steps, final validation loss {val_loss:.4f} nats per {unit}",
+            f"{outcome}: {step:,} steps, {loss}",
             *(f"  {out / name}" for name in files),
             f"try: gpt2 sample --run {out} --prompt {shlex.quote(train.prompt)}",
         ]
@@ -118,7 +124,7 @@ def check_disk(train: TrainConfig) -> None:
     each = checkpoint_bytes(train.model, train.optim.name)
     saves = 1 if train.save_every is None else math.ceil(train.num_steps / train.save_every)
     count = min(train.keep_last + 2, saves)
-    existing_bytes = _bytes_under(Path(train.out) / "checkpoints")
+    existing_bytes = sum(map(_bytes_under, checkpoints.step_directories(Path(train.out) / CHECKPOINTS)))
     needed = max(each * count - existing_bytes, each) + _REST_OF_A_RUN  # one is written before any is deleted
     free = shutil.disk_usage(_nearest_existing(Path(train.out))).free
     if free < needed:

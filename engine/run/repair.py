@@ -72,8 +72,11 @@ def drop_samples_from(path: Path, step: int, say: Say) -> None:
     _drop(path, find, "sample", say)
 
 
-def last_sample(path: Path) -> str:
-    """The newest sample of a samples.txt, or "" if there is none. Reads no more than the file's end."""
+def last_sample(path: Path, step: int | None = None) -> str:
+    """The newest sample of a samples.txt, or "" if there is none, or it is not of this step.
+
+    Reads no more than the file's end.
+    """
     try:
         with path.open("rb") as file:
             size = start = file.seek(0, os.SEEK_END)
@@ -81,9 +84,10 @@ def last_sample(path: Path) -> str:
                 start = max(0, 2 * start - size - CHUNK)  # twice as much as before, and a chunk
                 file.seek(start)
                 text = file.read(size - start)
-                found = [heading.end() for heading in SAMPLE_HEADING.finditer(text) if heading.start() or not start]
+                found = [heading for heading in SAMPLE_HEADING.finditer(text) if heading.start() or not start]
                 if found:
-                    return text[found[-1] :].decode(errors="replace").strip("\n")
+                    is_wanted = step is None or int(found[-1][1]) == step
+                    return text[found[-1].end() :].decode(errors="replace").strip("\n") if is_wanted else ""
     except OSError:
         pass
     return ""

@@ -12,20 +12,19 @@ from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.optim import allocate_state
+from engine.run import branch, directory, settings
 from engine.run import checkpoint as checkpoints
-from engine.run import directory
 from engine.run.checkpoint import Checkpoint
 from model.gpt2 import GPT2
 
-# These must be the same before and after resuming: the weights or the data order depend on each.
-FIXED = ("model", "sequence_length", "tokens_per_step", "seed", "optimizer", "tokenizer", "data_digest")
-SAFE = ("sequence_length", "tokens_per_step", "seed", "data_digest")  # may change with --resume-changed
-SAFE_OF_MODEL = ("dropout", "init")  # fields of the model that may change with it too
 PACKAGES = [Path(__file__).resolve().parents[2] / name for name in ("kernels", "model", "engine")]
 
 
-def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
-    """The facts in FIXED, as JSON types."""
+def identity(train: TrainConfig, tokenizer_name: str, data_digest: str, precision: str | None = None) -> dict:
+    """What a checkpoint notes of the run that made it, besides its config, as JSON types.
+
+    precision: "auto" resolved; None if the run does not train.
+    """
     fields = config.to_dict(train)
     return {
         "model": fields["model"],
@@ -35,6 +34,7 @@ def identity(train: TrainConfig, tokenizer_name: str, data_digest: str) -> dict:
         "optimizer": train.optim.name,
         "tokenizer": tokenizer_name,
         "data_digest": data_digest,
+        "precision": precision,
     }
 
 
@@ -59,25 +59,34 @@ def resolved_before(train: TrainConfig) -> dict | None:
 
     Such a run keeps it, although a tuning or a choice by timing or memory may be another by now.
     """
-    run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
-    return None if is_new(train) else directory.resolved(run)
+    if is_new(train):
+        return None
+    run = branch.source(train.out, train.resume)
+    try:
+        return directory.resolved(run)
+    except OSError:  # find_checkpoint refuses them
+        return None
 
 
 def is_new(train: TrainConfig) -> bool:
     """Whether there is no checkpoint to go on from."""
-    run = Path(train.out) if train.resume == "auto" else Path(train.resume).parent.parent
-    return train.resume == "never" or not any(run.glob("checkpoints/step_*"))
+    if train.resume == "never":
+        return True
+    try:
+        return not any(branch.source(train.out, train.resume).glob("checkpoints/**/step_*"))
+    except OSError:  # find_checkpoint refuses them
+        return False
 
 
 def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to resume from, or None to start at step 0.
 
-    Raises BadInput if it belongs to another run.
+    If --resume names one, what --out saved after it is set aside. Raises BadInput, and has moved
+    nothing, if the checkpoint belongs to another run.
     """
     if train.resume == "never":
         return None
-    checkpoints.recover(Path(train.out) / "checkpoints")
-    checkpoint = checkpoints.newest(train.out, warn) if train.resume == "auto" else checkpoints.read(train.resume)
+    checkpoint, goes_back = branch.find(train.out, train.resume, warn)
     if checkpoint is None:
         return None
     if not checkpoint.has_optimizer:
@@ -85,43 +94,45 @@ def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str]
             f"train: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; train "
             f"from them with --init-from {train.out} and another --out"
         )
-    _check_identity(checkpoint, run_identity, train.resume_changed, warn)
     if checkpoint.step > train.num_steps:
         raise BadInput(
             f"train: --num-steps must be at least the {checkpoint.step} steps of {checkpoint.path}, got "
             f"{train.num_steps}"
         )
+    _check_unchanged(checkpoint, train, run_identity, warn)
+    if goes_back:
+        branch.go_back(train.out, checkpoint, warn)
     return checkpoint
 
 
-def _check_identity(checkpoint: Checkpoint, run_identity: dict, may_change: bool, warn: Callable[[str], None]) -> None:
-    """Raises BadInput listing what differs from the run that made the checkpoint.
+def _check_unchanged(
+    checkpoint: Checkpoint, train: TrainConfig, run_identity: dict, warn: Callable[[str], None]
+) -> None:
+    """Raises BadInput listing the settings that are not those of the run that made the checkpoint.
 
-    Warns instead if may_change is set and all differences are safe.
+    Warns instead if --resume-changed is set and all of them may change.
     """
-    past = checkpoint.state["identity"]
-    changed = {name: _difference(past[name], run_identity[name]) for name in FIXED if past[name] != run_identity[name]}
-    if not changed:
-        return
-    listed = "\n  ".join(f"{name}: {difference}" for name, difference in changed.items())
-    model_is_same = all(past["model"].get(k) == v for k, v in run_identity["model"].items() if k not in SAFE_OF_MODEL)
-    is_safe = model_is_same and set(changed) <= {*SAFE, "model"}
-    if may_change and is_safe:
+    past, resolved = settings.of_checkpoint(checkpoint)
+    is_finished = checkpoint.step == train.num_steps
+    changed = settings.changes(settings.in_force(past, resolved), settings.in_force(train, run_identity))
+    may_change = not changed.keys() & set(settings.NEVER)
+    listed = "\n  ".join(changed.values())
+    if changed and not (train.resume_changed and may_change):
+        way_out = "choose another --out, or set that run aside with --resume never"
+        if may_change:
+            aim = "see its report" if is_finished else "go on with its weights"
+            way_out += f"; to {aim} all the same, add --resume-changed"
+        who = f"to go on from {checkpoint.path} the run must be the one that made it"
+        if is_finished:
+            who = f"the run of {checkpoint.path} is finished, and its numbers belong to its old settings"
+        raise BadInput(f"train: {who}, but these changed\n  {listed}\n  {way_out}")
+    if changed and is_finished:
+        warn(f"the numbers of this finished run belong to its old settings, of which these changed\n  {listed}")
+    elif changed:
         warn(f"going on from {checkpoint.path} although these changed\n  {listed}")
-        return
-    way_out = "choose another --out, or set that run aside with --resume never"
-    if is_safe:
-        way_out += "; to go on with its weights all the same, add --resume-changed"
-    raise BadInput(
-        f"train: to go on from {checkpoint.path} the run must be the one that made it, but these changed\n  {listed}\n"
-        f"  {way_out}"
-    )
-
-
-def _difference(old, new) -> str:
-    if isinstance(old, dict):
-        return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key])
-    return f"{old} -> {new}"
+    if past.num_steps != train.num_steps:
+        whose = past.num_steps if is_finished else train.num_steps
+        warn(f"num_steps {past.num_steps} -> {train.num_steps}: the learning rate's schedule is that of {whose} steps")
 
 
 def restore(checkpoint: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:

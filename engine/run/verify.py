@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, SHARDED = "model.safetensors", "optimizer.safetensors", "sharded"
 VERSION = 1  # of a checkpoint's layout
+LATEST = "latest"  # in the run directory: name of the newest checkpoint that was announced
 
 
 def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> int:
@@ -144,8 +145,11 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, _without_path(path, error) if path.exists() else "is missing"
     if (path := directory / METRICS_FILE).exists():
         yield path, _metrics_damage(path)
-    for path in sorted((directory / CHECKPOINTS).glob("step_*")):
+    saved = [path for depth in ("step_*", "aside_*/step_*") for path in sorted((directory / CHECKPOINTS).glob(depth))]
+    for path in saved:
         yield path, checkpoint_damage(path)
+    if (directory / LATEST).exists() and not any(path.parent.name == CHECKPOINTS for path in saved):
+        yield directory / CHECKPOINTS, "must hold the checkpoints that this run saved, got none"
 
 
 def checkpoint_damage(path: Path) -> str | None:

@@ -34,7 +34,7 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "lock", "optim", "evaluation", "distributed", "device"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
-    "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "plots"}
+    "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
     "checks": {"facts", "selfcheck", "compiler", "cache"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},

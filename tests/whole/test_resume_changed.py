@@ -1,6 +1,5 @@
 """`--resume-changed` keeps a run's weights on other data or another schedule, never for another model."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -47,24 +46,25 @@ def rows(out: Path) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("flags", "changes", "tokens"),
     [
-        pytest.param(["--tokens-per-step", "512"], "tokens_per_step: 256 -> 512", [768, 1280, 1792], id="batch"),
+        pytest.param(["--tokens-per-step", "512"], "tokens_per_step 256 -> 512", [768, 1280, 1792], id="batch"),
         pytest.param(
             ["--context", "16", "--tokens-per-step", "64"],
-            "sequence_length: 32 -> 16\n  tokens_per_step: 256 -> 64",
+            "tokens_per_step 256 -> 64\n  context 32 -> 16",
             [768, 832, 896],
             id="context",
         ),
         pytest.param(
             ["--seed", "2", "--model.dropout", "0.1"],
-            "model: dropout 0.0 -> 0.1\n  seed: 1 -> 2",
+            "model.dropout 0.0 -> 0.1\n  seed 1 -> 2",
             [768, 1024, 1280],
             id="seed and dropout",
         ),
     ],
 )
 def test_it_goes_on_with_another_schedule(out, shards, capfd, flags, changes, tokens):
-    path = newest(out)
+    path, config_before = newest(out), (out / "config.json").read_bytes()
     assert train(out, shards, *FLAGS, "--num-steps", "5", *flags) == 2
+    assert (out / "config.json").read_bytes() == config_before
     error = capfd.readouterr().err
     assert changes in error
     assert "to go on with its weights all the same, add --resume-changed" in error
@@ -86,7 +86,7 @@ def test_tokens_go_on_over_several_changes(out, shards):
 def test_it_goes_on_with_other_data_from_the_same_weights(out, shards, others, capfd):
     assert train(out, others, *FLAGS, "--num-steps", "4") == 2
     error = capfd.readouterr().err
-    assert "data_digest: " in error
+    assert "data_digest " in error
     assert "add --resume-changed" in error
     assert train(out, others, *FLAGS, "--num-steps", "4", "--resume-changed") == 0
     assert rows(out)[-1] == (4, 1024)
@@ -108,11 +108,11 @@ def test_once_gone_on_the_same_command_needs_no_flag(out, shards):
 @pytest.mark.parametrize(
     ("flags", "changes"),
     [
-        (["--model.n-embd", "128"], "model: n_embd 64 -> 128"),
-        (["--model.n-layer", "3", "--seed", "2"], "model: n_layer 2 -> 3\n  seed: 1 -> 2"),
-        (["--model.n-head", "1"], "model: n_head 2 -> 1"),
-        (["--model.n-positions", "64", "--context", "32"], "model: n_positions 32 -> 64"),
-        (["--optim.name", "muon"], "optimizer: adamw -> muon"),
+        (["--model.n-embd", "128"], "model.n_embd 64 -> 128"),
+        (["--model.n-layer", "3", "--seed", "2"], "model.n_layer 2 -> 3\n  seed 1 -> 2"),
+        (["--model.n-head", "1"], "model.n_head 2 -> 1"),
+        (["--model.n-positions", "64", "--context", "32"], "model.n_positions 32 -> 64"),
+        (["--optim.name", "muon"], "optim.name adamw -> muon"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -126,41 +126,41 @@ def test_another_model_or_optimizer_is_refused_with_the_flag_too(out, shards, ca
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == kept
 
 
-def find_with(out: Path, **changes) -> checkpoint.Checkpoint:
-    """Calls find_checkpoint with the run's identity, some facts changed."""
-    flags = [*SMALL, "--out", str(out), "--num-steps", "5", "--resume-changed"]
-    past = json.loads((newest(out) / "state.json").read_text())["identity"]
-    return resume.find_checkpoint(config.parse(flags, "test"), past | changes, lambda line: None)
+def find(out: Path, *flags: str, **changed) -> list[str]:
+    """Lines of find_checkpoint with the run's flags and identity, some of either changed."""
+    lines, past = [], json.loads((newest(out) / "state.json").read_text())["identity"]
+    train_config = config.parse([*SMALL, "--out", str(out), "--num-steps", "5", *flags], "test")
+    assert resume.find_checkpoint(train_config, past | changed, lines.append).step == 3
+    return lines
 
 
-@pytest.mark.parametrize("name", resume.FIXED)
-def test_each_fact_of_a_run_is_either_safe_to_change_or_not(three_steps, name):
-    safe = {"sequence_length", "tokens_per_step", "seed", "data_digest"}
-    if name in safe:
-        assert find_with(three_steps, **{name: "other"}).step == 3
-    else:
-        changed = "other" if name != "model" else {"n_layer": 9}
-        with pytest.raises(BadInput, match=rf"but these changed\n  {name}: "):
-            find_with(three_steps, **{name: changed})
+CHANGES = {
+    "optim.lr 0.002 -> 0.001": ["--optim.lr", "1e-3"],
+    "optim.weight_decay 0.1 -> 0.2": ["--optim.weight-decay", "0.2"],
+    "optim.warmup_tokens 512 -> 0\n  optim.clip 1.0 -> 2.0": ["--optim.clip", "2", "--optim.warmup-tokens", "0"],
+    "init_from None -> runs/x": ["--init-from", "runs/x"],
+    "precision fp32 -> bf16": [],
+}
 
 
-def test_each_field_of_the_model_is_either_safe_to_change_or_not(three_steps):
-    model = json.loads((newest(three_steps) / "state.json").read_text())["identity"]["model"]
-    safe = set()
-    for name in model:
-        try:
-            find_with(three_steps, model=model | {name: "other"})
-            safe.add(name)
-        except BadInput:
-            pass
-    assert safe == {"dropout", "init"}
+@pytest.mark.parametrize(("changes", "flags"), CHANGES.items(), ids=CHANGES)
+@pytest.mark.parametrize("num_steps", ["3", "5"], ids=["finished", "unfinished"])
+def test_each_setting_that_changes_what_is_computed_is_listed(three_steps, changes, flags, num_steps):
+    flags, resolved = [*flags, "--num-steps", num_steps], {} if flags else {"precision": "bf16"}
+    with pytest.raises(BadInput) as refused:
+        find(three_steps, *flags, **resolved)
+    assert f"but these changed\n  {changes}\n  choose another --out" in str(refused.value)
+    assert ("its numbers belong to its old settings" in str(refused.value)) == (num_steps == "3")
+    assert find(three_steps, *flags, "--resume-changed", **resolved)[0].endswith(f"these changed\n  {changes}")
 
 
-def test_nothing_changed_warns_of_nothing(out):
-    flags = [*SMALL, "--out", str(out), "--num-steps", "5"]
-    past = json.loads((newest(out) / "state.json").read_text())["identity"]
-    warnings = []
-    for is_changed in (False, True):
-        train_config = dataclasses.replace(config.parse(flags, "test"), resume_changed=is_changed)
-        assert resume.find_checkpoint(train_config, past, warnings.append).step == 3
-    assert warnings == []
+def test_another_tokenizer_is_refused_with_the_flag_too(three_steps):
+    with pytest.raises(
+        BadInput, match=r"but these changed\n  tokenizer bytes -> gpt2\n  choose another --out, or [^;]*$"
+    ):
+        find(three_steps, "--resume-changed", tokenizer="gpt2")
+
+
+def test_nothing_changed_warns_of_the_longer_schedule_alone(three_steps):
+    for flags in ([], ["--resume-changed"]):
+        assert find(three_steps, *flags) == ["num_steps 3 -> 5: the learning rate's schedule is that of 5 steps"]

@@ -23,7 +23,7 @@ def finished(shards, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_everything_the_design_promises(finished):
     names = {"config.json", "metrics.jsonl", "samples.txt", "loss_curve.png", "lr_schedule.png", "checkpoints"}
-    assert names | {"heartbeat"} == {path.name for path in finished.iterdir()}
+    assert names | {"heartbeat", "latest"} == {path.name for path in finished.iterdir()}
     steps = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert steps == ["step_00000003", "step_00000006", "step_00000009", "step_00000012"]
     rows = metrics.read_rows(finished / "metrics.jsonl")
@@ -107,19 +107,29 @@ def test_a_run_goes_on_in_another_precision(finished, shards, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))
     flags = ["--num-steps", "12", "--save-every", "3", "--keep-last", "9", "--model.dropout", "0.1"]
+    flags += ["--resume-changed"]
     assert train(tmp_path / "run", shards, *flags, "--precision", "fp16") == 0
     shutil.rmtree(newest(tmp_path / "run"))
     assert train(tmp_path / "run", shards, *flags, "--num-steps", "13") == 0
 
 
 def test_a_changed_run_is_refused_with_what_changed(finished, shards, capfd):
-    before = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    before = sorted(path.name for path in (finished / "checkpoints").iterdir()), (finished / "config.json").read_bytes()
     assert train(finished, shards, "--num-steps", "12", "--tokens-per-step", "512", "--seed", "3") == 2
     output = capfd.readouterr().err
-    assert "model: dropout 0.1 -> 0.0" in output
-    assert "tokens_per_step: 256 -> 512" in output
-    assert "seed: 1 -> 3" in output
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == before
+    assert "and its numbers belong to its old settings, but these changed" in output
+    assert "\n  model.dropout 0.1 -> 0.0\n  tokens_per_step 256 -> 512\n  seed 1 -> 3\n" in output
+    assert "to see its report all the same, add --resume-changed" in output
+    changed = ["--num-steps", "12", "--model.dropout", "0.1", "--optim.lr", "1e-3", "--resume-changed"]
+    assert train(finished, shards, *changed) == 0
+    output = capfd.readouterr().out
+    assert (
+        "numbers of this finished run belong to its old settings, of which these changed\n  optim.lr 0.002 -> 0.001\n"
+        in output
+    )
+    assert "this run is complete: 12 steps, final validation loss" in output
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert (names, (finished / "config.json").read_bytes()) == before
 
 
 def test_resume_never_sets_the_old_run_aside(finished, shards, tmp_path):

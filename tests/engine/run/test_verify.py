@@ -241,6 +241,20 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(run, name):
     assert f"{path.parent}: {name} does not match its sha256" in lines
 
 
+def test_checkpoints_that_are_gone_or_set_aside_are_looked_for(run):
+    aside = run / "checkpoints" / "aside_1"
+    aside.mkdir()
+    (run / "checkpoints" / "step_00000002").rename(aside / "step_00000002")
+    empty(aside / "step_00000002" / checkpoint.MODEL)
+    damaged, lines = check(run)
+    assert damaged == 1
+    assert lines[3].startswith(f"{aside / 'step_00000002'}: {checkpoint.MODEL} must have")
+    shutil.rmtree(run / "checkpoints")
+    damaged, lines = check(run)
+    assert damaged == 1
+    assert f"{run / 'checkpoints'}: must hold the checkpoints that this run saved, got none" in lines
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
