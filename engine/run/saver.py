@@ -43,7 +43,9 @@ class Saver:
         is_sharded = distributed.is_sharded(raw_model)
         self.is_first, self.writes = ranks.is_first, is_sharded or ranks.is_first
         # The thread's collectives must not mix with training's: they have a group on the CPU.
-        self.group = dist.new_group(backend="gloo") if is_sharded and ranks.world_size > 1 else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if is_sharded and ranks.world_size > 1 else None
+        )
         self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
         self.last_step: int | None = None  # step of the last save that succeeded, or that the run went on from
         self._asked = time.monotonic()  # when the last save began, or was asked for
