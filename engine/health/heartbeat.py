@@ -147,6 +147,8 @@ class Heartbeat:
         """
         self._ended.set()
         self._thread.join()
+        if self._store is not None:  # inside a request when Python ends, it would abort the process
+            self._reporter.join(STALE)
         if error is None:
             if self._has_begun or self._was_running:
                 self.ends_with(*self.ends)
