@@ -5,13 +5,13 @@ Each subcommand imports what it needs when it runs, so that --help is fast.
 
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine import output
 from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, missing_package, nearest
 
 SUMMARIES = {
@@ -188,10 +188,12 @@ def sample(args: list[str], prog: str) -> None:
             print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} of {asked.num_samples} ---")
         print(asked.prompt, end="", flush=True)
         for token in drawn:
-            if token.item() == tokenizer.end_of_text:
+            if token.item() == tokenizer.end_of_text or output.has_failed():
                 break
             print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+        print(decoder.decode(b"", final=True), flush=True)
+        if output.has_failed():  # the reader may be `head`, which has all that it wants
+            break
 
 
 def evaluate(args: list[str], prog: str) -> None:
@@ -351,6 +353,8 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
     "doctor": doctor,
 }
 
+PRINTED = ("sample", "eval", "doctor")  # what is printed is all that these commands make
+
 USAGE = "usage: gpt2 COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
     f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()
 )
@@ -363,13 +367,15 @@ gpt2 COMMAND --help lists a command's flags. A first run:
 def main(args: list[str] | None = None) -> int:
     """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 130 interrupted."""
     args = sys.argv[1:] if args is None else args
+    output.protect(" ".join(["gpt2", *args[:1]]))
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         return DONE if args else BAD_INPUT
     try:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
-        return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
+        code = COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
+        return code if args[0] not in PRINTED or output.is_whole() else BAD_INPUT
     except BadInput as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
@@ -381,9 +387,6 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return DONE
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors"},
+    {"errors", "output"},
     {"config", "tokens"},
     {"optim", "device"},
     {"distributed"},
@@ -30,7 +30,7 @@ LAYERS = (
     {"start"},
     {"train", "cli"},
 )
-FILES = {"train", "start", "step", "config", "cli", "errors", "optim", "evaluation", "distributed", "device"}
+FILES = {"train", "start", "step", "config", "cli", "errors", "output", "optim", "evaluation", "distributed", "device"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
