@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
-from engine.checks import compiler, facts
+from engine.checks import compiler, facts, scratch
 from engine.checks.cache import CompileCache
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
@@ -219,6 +219,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Run | None:
     if past.step == config.num_steps:
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete"))
         return None
+    scratch.prepare(config.out, ranks)
     choices.use(tuning, ranks.device)
     run = build_model(config, data, past, ranks, precision, tuning)
     open_record(run)
@@ -294,7 +295,7 @@ def build_model(
         ranks.broadcast([p.detach() for p in raw_model.parameters()])
 
     compute_dtype = device.apply_precision(precision[0])
-    is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
+    is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:
         device.use_cuda_graphs(ranks.device, is_compiled)
     model = distributed.wrap(

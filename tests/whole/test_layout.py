@@ -34,7 +34,7 @@ FILES = {"train", "start", "step", "config", "cli", "errors", "output", "optim",
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "directory", "export", "verify", "metrics", "sinks", "plots"},
-    "checks": {"facts", "selfcheck", "compiler", "cache"},
+    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "failures", "stopping", "replicas", "timing"},
 }
