@@ -379,8 +379,14 @@ def main(args: list[str] | None = None) -> int:
     except BadInput as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    except ModuleNotFoundError as error:
-        if (message := missing_package(error, f"gpt2 {args[0]}")) is None:
+    except (ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            message = missing_package(error, f"gpt2 {args[0]}")
+        else:
+            from engine.health import failures
+
+            message = failures.no_room_for_the_model(error, f"gpt2 {args[0]}")
+        if message is None:
             raise
         print(message, file=sys.stderr)
         return BAD_INPUT
