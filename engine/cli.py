@@ -5,14 +5,14 @@ Each subcommand imports what it needs when it runs, so that --help is fast.
 
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BAD_INPUT, DAMAGED, DIVERGED, DONE, INTERRUPTED, BadInput, Diverged, missing_package, nearest
+from engine import output
+from engine.errors import BAD_INPUT, DAMAGED, DONE, INTERRUPTED, BadInput, Diverged, exit_code, missing_package, nearest
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
@@ -188,11 +188,13 @@ def sample(args: list[str], prog: str) -> None:
         print(asked.prompt, end="", flush=True)
         try:
             for piece in evaluation.pieces(drawn, tokenizer):
+                if output.has_failed():  # the reader may be `head`, which has all that it wants
+                    return
                 print(piece, end="", flush=True)
         except NotFinite as error:
             print()
             raise Diverged(f"sample: {error}, at step {checkpoint.step} of {asked.run}; try --best") from error
-        print()
+        print(flush=True)
 
 
 def evaluate(args: list[str], prog: str) -> None:
@@ -204,15 +206,13 @@ def evaluate(args: list[str], prog: str) -> None:
     from engine.run import export
     from engine.tokens.shards import TokenStream
 
-    train_config = config.load(asked.run)
-    train_config = dataclasses.replace(
-        train_config, data=asked.data or train_config.data, eval_tokens=asked.eval_tokens or train_config.eval_tokens
-    )
+    run = config.load(asked.run)
+    run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
     model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
-    export.check_tokenizer(train_config.data, tokenizer.name)
-    stream = TokenStream.open(train_config.data, "val", tokenizer.vocab_size)
-    context = min(train_config.sequence_length, model.config.n_positions)
-    windows = evaluation.windows(stream, context, train_config.eval_tokens)
+    export.check_tokenizer(run.data, tokenizer.name)
+    stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
+    context = min(run.sequence_length, model.config.n_positions)
+    windows = evaluation.windows(stream, context, run.eval_tokens)
     ranks = distributed.Ranks(0, 0, 1, model.wte.weight.device)
     loss = evaluation.mean_loss(model, stream, windows, context, ranks)
     if not loss < float("inf"):
@@ -221,8 +221,7 @@ def evaluate(args: list[str], prog: str) -> None:
         )
     print(
         f"{asked.run} at step {checkpoint.step:,}: loss {loss:.4f} nats per {tokenizer.unit}, perplexity "
-        f"{evaluation.perplexity(loss):.2f}, on {len(windows) * context:,} validation {tokenizer.unit}s of "
-        f"{train_config.data}"
+        f"{evaluation.perplexity(loss):.2f}, on {len(windows) * context:,} validation {tokenizer.unit}s of {run.data}"
     )
 
 
@@ -355,6 +354,8 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
     "doctor": doctor,
 }
 
+PRINTED = ("sample", "eval", "doctor")  # what is printed is all that these commands make
+
 USAGE = "usage: gpt2 COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
     f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()
 )
@@ -367,27 +368,32 @@ gpt2 COMMAND --help lists a command's flags. A first run:
 def main(args: list[str] | None = None) -> int:
     """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 3 not finite, 130 interrupted."""
     args = sys.argv[1:] if args is None else args
+    output.protect(" ".join(["gpt2", *args[:1]]))
     if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         return DONE if args else BAD_INPUT
     try:
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
-        return COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
+        code = COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE
+        return code if args[0] not in PRINTED or output.is_whole() else BAD_INPUT
     except (BadInput, Diverged) as error:
         print(error, file=sys.stderr)
-        return BAD_INPUT if isinstance(error, BadInput) else DIVERGED
-    except ModuleNotFoundError as error:
-        if (message := missing_package(error, f"gpt2 {args[0]}")) is None:
+        return exit_code(error)
+    except (ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            message = missing_package(error, f"gpt2 {args[0]}")
+        else:
+            from engine.health import failures
+
+            message = failures.no_room_for_the_model(error, f"gpt2 {args[0]}")
+        if message is None:
             raise
         print(message, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return DONE
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -34,6 +37,7 @@ COMPUTE_DTYPES = {
 }
 MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences, of which a GPU takes the first that fits
 MARGIN = 0.1  # share of the free memory left for fragments, workspaces and what the estimate leaves out
+BUILD_LIMIT = 60.0  # seconds for the build of an empty library
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
 # Dense bf16 tensor-core peaks in TFLOP/s with float32 accumulation, which a GeForce has at half rate,
@@ -175,10 +179,39 @@ def compile_obstacle(device: torch.device) -> str | None:
             return "there is no C compiler here"
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs sm_70"
-        return None
+        return _build_obstacle(os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang"))
     # PyTorch takes the compiler that CXX names and tries no other if that one is missing.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return None if shutil.which(compiler) else "there is no C compiler here"
+    return _build_obstacle(compiler) if shutil.which(compiler) else "there is no C compiler here"
+
+
+def _build_obstacle(compiler: str) -> str | None:
+    """Why a library cannot be built and opened where Inductor and Triton keep theirs, or None.
+
+    Builds an empty one: finds a compiler that fails, and a directory that is full, noexec, read-only or
+    cannot be made.
+    """
+    try:
+        folders = [
+            os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(),
+            os.environ.get("TRITON_CACHE_DIR"),
+        ]
+        for folder in filter(None, folders):
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as inside:
+                source, library = os.path.join(inside, "empty.c"), os.path.join(inside, "empty.so")
+                Path(source).write_text("int gpt2_empty(void) { return 0; }\n")
+                command = [compiler, "-shared", "-fPIC", source, "-o", library]
+                done = subprocess.run(command, capture_output=True, timeout=BUILD_LIMIT, text=True, errors="replace")
+                if done.returncode != 0:
+                    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                    return f"the compiler {compiler} fails in {folder} ({said[0][:150]})"
+                ctypes.CDLL(library)
+    except subprocess.TimeoutExpired:
+        return f"the compiler {compiler} hangs"
+    except OSError as error:
+        return f"compiled code cannot be kept and opened ({error})"
+    return None
 
 
 # ---- Memory and speed ---------------------------------------------------------------------------------------------

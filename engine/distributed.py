@@ -6,6 +6,7 @@ one process.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -109,10 +110,7 @@ class Ranks:
         raise BadInput("\n".join(lines))
 
     def check_alike(self, facts: dict[str, Any]) -> None:
-        """Raises BadInput on every rank unless all have the same facts.
-
-        Names the facts and ranks that differ.
-        """
+        """Raises BadInput on every rank, naming what differs and where, unless all have the same facts."""
         gathered = self.gather(facts)
         wrong = []
         for name in facts:
@@ -129,10 +127,7 @@ class Ranks:
             )
 
     def connect_store(self) -> dist.Store | None:
-        """Opens a new connection to the rendezvous store, for another thread.
-
-        None if there is one process.
-        """
+        """A new connection to the rendezvous store, for another thread; None if there is one process."""
         if self.world_size == 1:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -249,9 +244,18 @@ def _unreachable(ranks: Ranks, error: Exception) -> str:
 
 
 def _read_environment() -> Ranks:
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    """Rank and device, as torchrun tells them. Raises BadInput if the variables make no sense."""
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    found = {name: os.environ.get(name, default) for name, default in names.items()}
+    rank, local_rank, world_size = (int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in found.values())
+    lacks = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 and not os.environ.get(name)]
+    if min(rank, local_rank) < 0 or rank >= world_size or local_rank >= world_size or lacks:
+        got = ", ".join([f"{name}={text}" for name, text in found.items()] + [f"no {name}" for name in lacks])
+        raise BadInput(
+            "distributed: LOCAL_RANK and RANK must be numbers below WORLD_SIZE, and several processes need MASTER_ADDR "
+            f"and MASTER_PORT, got {got}; torchrun sets them all; for one process unset them, as with: env -u RANK -u "
+            "LOCAL_RANK -u WORLD_SIZE gpt2 train (a scheduler or container may have set them)"
+        )
     if not torch.cuda.is_available():
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))
     if local_rank >= torch.cuda.device_count():
@@ -364,10 +368,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Clips the whole gradient to max_norm.
-
-    Returns the norm before clipping: a float32 scalar, the same bits on each rank.
-    """
+    """Clips the whole gradient. Returns its norm before: a float32 scalar, the same bits on each rank."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
     if is_sharded(model):  # one all-reduce for all parameters; PyTorch's norm of DTensors makes one for each

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine import config as configs
 from engine import device, distributed, evaluation, optim
-from engine.checks import compiler, facts
+from engine.checks import compiler, facts, scratch
 from engine.checks.cache import CompileCache
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
@@ -242,6 +242,7 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitSta
         ranks.print0(directory.report(config, data.tokenizer.unit, "this run is complete", past.step, val_loss))
         return None
     heartbeat.at(past.step, "starting")
+    scratch.prepare(config.out, ranks)
     choices.use(tuning, ranks.device)
     run = build_model(config, data, past, heartbeat, precision, tuning, initial)
     open_record(run)
@@ -331,7 +332,7 @@ def build_model(
     resume.check_shared_out(config.out, config.parallel, ranks)
     raw_model, positions = first_weights(config, past, ranks, initial)
     compute_dtype = device.apply_precision(precision[0])
-    is_compiled, compile_why = device.wants_compile(config.compile, ranks.device)
+    is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:
         device.use_cuda_graphs(ranks.device, is_compiled)
     model = distributed.wrap(

@@ -15,7 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 import torch.distributed as dist
 
-from engine import device, distributed, optim, start
+from engine import device, distributed, optim, output, start
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
@@ -116,6 +116,7 @@ def landmark(step: int, config: TrainConfig) -> bool:
 
 def main(args: list[str]) -> int:
     """Exit code: 0 done, 2 bad input, 3 numbers not to be trusted, 4 process lost, 75 stopped early."""
+    output.protect("gpt2 train")
     try:
         config = parse(args, "gpt2 train")
         stop = Stop(config.grace_seconds, config.max_minutes)

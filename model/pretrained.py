@@ -208,12 +208,22 @@ def _read_config(folder: Path, dropout: float) -> GPT2Config:
     return GPT2Config(**sizes, dropout=dropout)
 
 
+def open_tensors(path: Path) -> safe_open:
+    """Opens a safetensors file. safetensors takes names in UTF-8 only, so another goes by its number."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
+    return safe_open(path, framework="pt")
+
+
 def _open_weights(folder: Path) -> dict[str, Tensor]:
     """Maps every tensor of the directory's safetensors into memory, by name without the prefix."""
     stored: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (file is no dict)
         except (OSError, SafetensorError) as error:
             raise ValueError(

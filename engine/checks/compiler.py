@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
+from engine import device, distributed
 from engine.distributed import Ranks
+from engine.errors import Diverged
 from engine.health.failures import is_lost_peer, out_of_memory
 from model.gpt2 import GPT2, cast_once
 
@@ -39,6 +40,23 @@ class Finding(NamedTuple):
 
     is_right: bool
     text: str
+
+
+def wanted(asked: bool | None, is_strict: bool, ranks: Ranks) -> tuple[bool, str]:
+    """(whether to compile the training step, why), the same on every rank. All ranks call it.
+
+    A rank that cannot compile keeps all from it. asked: --compile. Raises Diverged instead with
+    --strict.
+    """
+    answers = ranks.gather(device.wants_compile(asked, ranks.device))
+    rank, (is_compiled, why) = next(((r, a) for r, a in enumerate(answers) if not a[0]), (0, answers[0]))
+    if is_compiled or why.startswith("off"):
+        return is_compiled, why
+    if ranks.world_size > 1:
+        why = f"{why} (rank {rank})"
+    if is_strict:
+        raise Diverged(f"train: with --strict the training step must be compiled, got: {why}; leave out --strict")
+    return False, why
 
 
 def check(model: nn.Module, raw_model: GPT2, batch: MicroBatch, ranks: Ranks) -> Finding:
@@ -89,9 +107,9 @@ def bound_of(dtype: torch.dtype) -> float:
     return TF32_BOUND if is_tf32 else BOUNDS[dtype]
 
 
-def loss_and_gradients(model: nn.Module, raw_model: GPT2, batch: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+def loss_and_gradients(model: nn.Module, raw_model: GPT2, batch: MicroBatch, on: torch.device) -> dict[str, Tensor]:
     """The loss, and this rank's part of each parameter's gradient. Parameters keep no gradient."""
-    tokens, targets = (part.to(device, non_blocking=True) for part in batch)
+    tokens, targets = (part.to(on, non_blocking=True) for part in batch)
     loss = model(tokens, targets)
     (loss * (LOSS_SCALE if raw_model.compute_dtype == torch.float16 else 1.0)).backward()
     values = {LOSS: loss.detach()}

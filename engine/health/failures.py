@@ -107,6 +107,18 @@ def _advice_for_model(config: TrainConfig, ranks: Ranks) -> str:
     return "try " + ("--parallel fsdp over more GPUs, then " if can_shard else "") + "a smaller preset"
 
 
+def no_room_for_the_model(error: BaseException, command: str) -> str | None:
+    """The error message of a command that makes no step, or None if the error is not out_of_memory."""
+    if not out_of_memory(error):
+        return None
+    request = _request(error)
+    return (
+        f"{command}: the model and its work must fit into memory, got out of memory"
+        f"{f', asking for {request} more' if request else ''}; free memory, raise this process's limit (ulimit -v, or "
+        "the container's), or use a machine with more"
+    )
+
+
 def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
     if micro_batch_size > 1:
         sequences = config.tokens_per_step // (config.sequence_length * ranks.world_size)  # of one rank, per step

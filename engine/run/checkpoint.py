@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -37,7 +37,7 @@ from engine.optim import allocate_state
 from engine.run import durable
 from engine.run.verify import LATEST, MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
 from engine.tokens.shards import sha256
-from model.pretrained import not_finite
+from model.pretrained import not_finite, open_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
@@ -355,7 +355,7 @@ def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what:
         shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
     else:
         try:
-            file = safe_open(path / f"{prefix}safetensors", "pt")
+            file = open_tensors(path / f"{prefix}safetensors")
         except SafetensorError as error:  # its digest verifies, but it was never a safetensors file
             raise BadInput(f"checkpoint: {path} must hold safetensors, got {prefix}safetensors: {error}") from error
         shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

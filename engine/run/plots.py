@@ -1,35 +1,48 @@
 """Plots of a run, labelled for a reader who did not run it: loss_curve.png and lr_schedule.png."""
 
+import contextlib
+import logging
 import math
 import os
+import re
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from engine import optim
 from engine.config import TrainConfig
+from engine.errors import BadInput
 from engine.run.rows import number
 
 LOSS_CURVE = "loss_curve.png"
 LR_SCHEDULE = "lr_schedule.png"
 LONGEST_DRAWING = 60.0  # seconds that the end of a run waits for a drawing
 LARGEST = 1e30  # of a value in a picture: near the largest float, matplotlib's axes overflow
+LONGEST_REASON = 300  # characters
 TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
     """Draws both plots into config.out from rows of metrics.jsonl, or from `Curves.rows` of many.
 
-    Returns their paths. unit: token or byte.
+    Returns their paths. unit: token or byte. Raises BadInput if one cannot be written, after it has
+    drawn the other.
     """
-    return [_loss_curve(config, rows, unit), _lr_schedule(config, rows, unit)]
+    with _import_matplotlib().rc_context({"text.usetex": False}):  # a name is no TeX
+        try:
+            first = _loss_curve(config, rows, unit)
+        finally:
+            second = _lr_schedule(config, rows, unit)
+    return [first, second]
 
 
 class Painter:
     """Draws a run's plots in a thread, so that no rank waits for them.
 
     If another drawing is wanted meanwhile, it follows with the newest rows. A plot that cannot be
-    drawn is a warning: metrics.jsonl has the numbers, and `gpt2 plot` draws them again.
+    drawn is a warning, once for each reason: metrics.jsonl has the numbers, and `gpt2 plot` draws
+    them again.
     """
 
     def __init__(self, config: TrainConfig, unit: str, warn: Callable[[str], None]):
@@ -37,6 +50,7 @@ class Painter:
         self._lock = threading.Lock()  # of the two below
         self._rows: list[dict] | None = None  # to draw next
         self._thread: threading.Thread | None = None
+        self._reasons: set[str] = set()  # that were warned of
 
     def draw(self, rows: list[dict]) -> None:
         """Has both plots drawn from rows of metrics.jsonl. Waits for nothing."""
@@ -64,13 +78,38 @@ class Painter:
             try:
                 draw(self._config, rows, self._unit)
             except Exception as error:  # no picture may end the run
-                self._warn(f"plots: not drawn: {error!r}; training goes on, and gpt2 plot draws them again")
+                reason = (str(error) if isinstance(error, BadInput) else repr(error))[:LONGEST_REASON]
+                if reason not in self._reasons:
+                    self._warn(f"plots: not drawn: {reason}; training goes on, and gpt2 plot draws them again")
+                self._reasons.add(reason)
+
+
+def _import_matplotlib():
+    """The module, whatever MPLBACKEND says: a name that it does not know would fail its import.
+
+    Silences what it says of fonts, glyphs and its cache. Raises BadInput if it finds no directory
+    for that.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=re.escape(__name__))  # it reports missing glyphs as the caller's
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except OSError as error:
+        raise BadInput(
+            f"plots: matplotlib must have a directory that can be written, got: {error}; set MPLCONFIGDIR to one"
+        ) from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
     """(figure, axes) on the Agg backend, which needs no display.
 
-    The rest of the process may use another backend.
+    The rest of the process may use another backend. The subtitle may hold any file name: a dollar
+    sign begins no formula, and bytes that are no UTF-8 become question marks.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,7 +118,7 @@ def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    axes.set_title(subtitle, fontsize=9, color="#555555")
+    axes.set_title(subtitle.encode(errors="replace").decode(), fontsize=9, color="#555555", parse_math=False)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
@@ -164,7 +203,18 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
 
 
 def _save(figure, path: Path) -> Path:
-    """Writes the PNG under a temporary name and renames it: no viewer opens half a file."""
+    """Writes the PNG under a temporary name and renames it: no viewer opens half a file.
+
+    Raises BadInput if that cannot be done.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")  # gpt2 plot may draw beside the run
-    figure.savefig(temporary, dpi=110, format="png")
-    return temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=110, format="png")
+        return temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(
+            f"plots: {path} must be a file that can be written, got {error.strerror or error}; move away what is in "
+            "its place, or make room"
+        ) from error

@@ -1,19 +1,26 @@
 """Machines without Triton, a C compiler or a network: one line says what is used instead and why."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from conftest import ROOT, SMALL
 
 from engine import device
+from engine.checks import compiler
+from engine.distributed import Ranks
+from engine.errors import Diverged
+from model.gpt2 import GPT2
 
 LACKS = """
-import os, socket, sys
+import os, socket, sys, tempfile
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -26,6 +33,8 @@ def refuse(*args, **options):
 
 if "triton" in sys.argv[1]:
     sys.meta_path.insert(0, Hidden())
+if "directory" in sys.argv[1]:
+    tempfile._candidate_tempdir_list = lambda: ["/proc/nonexistent"]
 if "network" in sys.argv[1]:
     socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
 
@@ -35,11 +44,17 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 def gpt2(lacks: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `gpt2 ARGS` in a process without what `lacks` names: triton, compiler, network, or several."""
+    """Runs `gpt2 ARGS` in a process without what `lacks` names: triton, compiler, network, or several.
+
+    directory: a temporary one, a home and caches, so that only --out can be written.
+    """
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     surroundings.pop("TRITON_INTERPRET", None)  # conftest.py sets it
     if "compiler" in lacks:
         surroundings |= {"PATH": "/nonexistent", "CC": "/nonexistent", "CXX": "/nonexistent"}
+    if "directory" in lacks:
+        names = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR")
+        surroundings |= dict.fromkeys(names, "/proc/nonexistent")  # which root cannot make either
     command = [sys.executable, "-c", LACKS, lacks, *args]
     return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300)
 
@@ -62,11 +77,13 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a mac
 
 @cpu_only
 def test_a_machine_without_anything_trains_and_says_so_in_a_line_each(shards, tmp_path):
-    done = train("triton compiler network", shards, tmp_path / "run", "--compile")
+    done = train("triton compiler network directory", shards, tmp_path / "run", "--compile")
     assert lines(done, "kernels: ") == ["kernels: torch: Triton is not installed"]
     assert lines(done, "compile: ") == ["compile: skipped, there is no C compiler here: steps run uncompiled"]
     assert lines(done, "done: 2 steps")
-    assert "a connection was tried" not in done.stderr
+    starts = ["train: TMPDIR must be a dir", "train: TORCHINDUCTOR_CACHE_"]
+    assert [line[:27] for line in done.stderr.splitlines()] == starts
+    assert {"loss_curve.png", "lr_schedule.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
 
@@ -120,6 +137,88 @@ def test_the_reason_for_no_compiler_holds_on_both_devices(monkeypatch, tmp_path,
     assert device.wants_compile(True, torch.device(kind)) == (
         False,
         "skipped, there is no C compiler here: steps run uncompiled",
+    )
+
+
+def refuse_to_map(path: str) -> None:
+    raise OSError(f"{path}: failed to map segment from shared object")  # as on a disk mounted noexec
+
+
+def test_a_compiler_that_is_there_and_cannot_build_is_the_reason(monkeypatch, tmp_path):
+    on = torch.device("cpu")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    if shutil.which("g++"):
+        assert device.wants_compile(True, on) == (True, "on")
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert f"the compiler /bin/false fails in {tmp_path / 'cache'} (exit code 1)" in device.wants_compile(True, on)[1]
+    monkeypatch.setenv("CXX", "/bin/true")
+    monkeypatch.setattr(device.ctypes, "CDLL", refuse_to_map)
+    assert "failed to map segment from shared object" in device.wants_compile(True, on)[1]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/nonexistent")
+    is_compiled, why = device.wants_compile(True, on)
+    assert not is_compiled
+    assert why.startswith("skipped, compiled code cannot be kept and opened (")
+
+
+@dataclasses.dataclass(frozen=True)
+class Two(Ranks):
+    """Two ranks, of which the second cannot compile."""
+
+    def gather(self, value):
+        return [value, (False, "skipped, there is no C compiler here: steps run uncompiled")]
+
+
+def test_one_rank_that_cannot_compile_keeps_all_from_it(monkeypatch):
+    monkeypatch.setattr(device, "wants_compile", lambda *_: (True, "on"))
+    ranks = Two(0, 0, 2, torch.device("cpu"))
+    assert compiler.wanted(True, False, ranks) == (
+        False,
+        "skipped, there is no C compiler here: steps run uncompiled (rank 1)",
+    )
+    with pytest.raises(Diverged, match="with --strict the training step must be compiled, got: skipped, there is no C"):
+        compiler.wanted(True, True, ranks)
+
+
+def test_strict_ends_a_run_that_cannot_compile_with_code_3(shards, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert runs.train(tmp_path / "run", shards, "--compile", "--strict") == 3
+    assert "the compiler /bin/false fails" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "x"},
+        {"WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "-1"},
+        {"WORLD_SIZE": "2"},
+    ],
+)
+def test_variables_that_a_scheduler_left_are_a_sentence(stray, shards, tmp_path, monkeypatch, capfd):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stray.items():
+        monkeypatch.setenv(name, value)
+    assert runs.train(tmp_path / "run", shards) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("distributed: LOCAL_RANK and RANK must be numbers below WORLD_SIZE")
+    assert all(f"{name}={value}" in said for name, value in stray.items() if not name.startswith("MASTER"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "export"])
+def test_a_model_too_large_for_memory_is_a_sentence(command, trained, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 6442450944 bytes.")
+
+    monkeypatch.setattr(GPT2, "__init__", fail)
+    flags = {"sample": ["--prompt", "a"], "export": ["--out", str(tmp_path / "hf")]}
+    assert runs.run(command, "--run", str(trained), *flags.get(command, [])) == 2
+    assert (
+        f"gpt2 {command}: the model and its work must fit into memory, got out of memory, asking for 6.0 GiB more"
+        in (capfd.readouterr().err)
     )
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors"},
+    {"errors", "output"},
     {"lock"},
     {"config", "tokens"},
     {"optim", "device"},
@@ -31,12 +31,13 @@ LAYERS = (
     {"start"},
     {"train", "cli"},
 )
-FILES = {"train", "start", "step", "config", "cli", "errors", "lock", "optim", "evaluation", "distributed", "device"}
+FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
+FILES |= {"device"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
-    "checks": {"facts", "selfcheck", "compiler", "cache"},
+    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},
 }

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+import os
 import sys
 import threading
 
 import matplotlib
 import pytest
-from runs import refuse, train
+from runs import refuse, run, train
 
 from engine import optim
 from engine.config import OptimConfig, TrainConfig
-from engine.run import plots
+from engine.run import directory, plots
 from model.presets import GPT2Config
 
 ROWS = [{"step": s, "tokens": 1024 * s, "loss": 5.0 - s / 250, "lr": 1e-3} for s in range(0, 1000, 10)]
@@ -124,6 +125,31 @@ def test_drawing_leaves_pyplot_and_its_settings_alone(config, tmp_path, monkeypa
     before = matplotlib.rcParams.copy()
     plots.draw(config, ROWS, "byte")
     assert matplotlib.rcParams.copy() == before
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["$\\frac$ 100%_#", os.fsdecode(b"\xff$"), "学习", "two\nlines"])
+def test_any_name_of_a_run_can_be_drawn(config, tmp_path, name):
+    config = dataclasses.replace(config, out=str(tmp_path / name))
+    (tmp_path / name).mkdir()
+    with matplotlib.rc_context({"text.usetex": True}):  # as a matplotlibrc may say
+        assert all(path.stat().st_size > 10_000 for path in plots.draw(config, ROWS, "byte"))
+
+
+def test_a_directory_in_a_picture_s_place_is_a_sentence_and_the_other_is_drawn(config, tmp_path, capfd):
+    (tmp_path / "my run" / "loss_curve.png").mkdir(parents=True)
+    warnings = []
+    painter = plots.Painter(config, "byte", warnings.append)
+    for count in (1, 2):
+        painter.draw(ROWS[:count])
+        painter.close()
+    assert len(warnings) == 1
+    assert "loss_curve.png must be a file that can be written, got Is a directory; move away" in warnings[0]
+    names = {path.name for path in (tmp_path / "my run").iterdir()}
+    assert names == {"loss_curve.png", "lr_schedule.png"}
+    directory.write_config(config, "bytes", {})
+    assert run("plot", "--run", config.out) == 2
+    assert "must be a file that can be written, got Is a directory" in capfd.readouterr().err
 
 
 # ---- Drawing while training goes on -------------------------------------------------------------------------------
