@@ -56,7 +56,7 @@ def communication(
         raise ValueError(f"communication: ranks and micro-batches must be at least 1, got {world_size, micro_batches}")
     if world_size == 1:
         return []
-    numbers = Collective("loss and signals", "all_reduce", 1, 3 * 4, world_size)  # three float32 of engine.step
+    numbers = Collective("loss and signals", "all_reduce", 1, 5 * 4, world_size)  # five float32 of engine.step
     if parallel == "ddp":
         sizes = [4 * math.prod(shape) for shape in reversed(parameter_shapes(config).values())]
         return [Collective("gradients", "all_reduce", num_buckets(sizes), sum(sizes), world_size), numbers]

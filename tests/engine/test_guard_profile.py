@@ -1,4 +1,4 @@
-"""Updates never synchronise: the guard adds an all-reduce of three numbers, and reads no tensor's value.
+"""Updates never synchronise: the guard adds an all-reduce of five numbers, and reads no tensor's value.
 
 On a CPU the profiler shows it. On a GPU PyTorch's sync debug mode raises at every synchronisation.
 """
@@ -35,12 +35,12 @@ def seen() -> dict:
 
 
 @EACH_RANK
-def test_an_update_sums_the_gradient_once_and_three_numbers(seen, rank):
+def test_an_update_sums_the_gradient_once_and_five_numbers(seen, rank):
     profile = seen["ranks"][rank]["Guard"]
     assert len(profile["sums"]) == 3
     for sizes, num_calls in zip(profile["sums"], profile["calls"], strict=True):
         *buckets, last = sizes
-        assert last == [3]  # loss, signals, time-outs
+        assert last == [5]  # loss, signals, time-outs, saves that are due, abandoned updates
         assert sum(size for (size,) in buckets) == seen["num_parameters"]  # each once, for both micro-batches
         assert num_calls == len(buckets) + 1
     assert len(profile["sums"][-1]) == 3, "the model must fill more than one bucket"

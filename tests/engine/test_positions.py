@@ -119,7 +119,7 @@ def test_the_longest_context_of_a_run_s_past_counts(short, shards, tmp_path):
     assert trained_after(out, shards, 121, 16, *changed) == 16
     assert trained_after(out, shards, 122, 4, *changed) == 16
     assert trained_after(tmp_path / "next", shards, 1, 4, "--init-from", str(out)) == 16
-    assert trained_after(tmp_path / "next", shards, 2, 4) == 16  # resumed, without the flag
+    assert trained_after(tmp_path / "next", shards, 2, 4, "--init-from", str(out)) == 16  # resumed
 
 
 def test_all_positions_of_imported_weights_count(shards, tmp_path):

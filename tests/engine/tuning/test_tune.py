@@ -174,7 +174,7 @@ def test_the_command_refuses_what_cannot_be(capsys):
     for args, sentence in [
         (["tniy"], "tune: the preset must be one that exists, got 'tniy'; did you mean \"tiny\"?"),
         (["tiny", "--precision", "bf15"], "tune: --precision must be one of auto, bf16"),
-        (["tiny", "--max-minutes", "0"], "tune: --max-minutes must be above 0, got 0.0"),
+        (["tiny", "--max-minutes", "0"], "tune: --max-minutes must be above 0 and finite, got 0.0"),
         (["tiny", "--micro-batch-size", "0"], "tune: --micro-batch-size must be at least 1, got 0"),
         (["tiny", "--micro-batch-size", "3"], "the nearest --micro-batch-size 2 and 4"),
         (
