@@ -1,6 +1,6 @@
 """Kills a run at random until it is done: `python tests/whole/chaos.py --seconds 120 --processes 2`.
 
-First makes an undisturbed run. Then makes the same run again and every 5 to 15 seconds sends a signal of SIGNALS to
+First makes an undisturbed run. Then makes the same run again and every 2 to 12 seconds sends a signal of SIGNALS to
 torchrun, to one worker or to all of them; the same command then starts the run again. torchrun itself dies of some
 of them. Its workers, if they were asked too, must then end by themselves; a cluster would end the others. Now and then
 starts the same command beside the living run instead, which must be refused.
@@ -33,6 +33,7 @@ from engine.tokens.prepare import PrepareConfig, prepare  # noqa: E402
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 SIGNALS += [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT]
 SECOND_WRITERS = 0.25  # fraction of the disturbances
+TRAINING = 0.8  # of the starts are left alone until they train
 END = 60.0  # seconds in which workers that were asked to must have saved and ended
 
 
@@ -87,6 +88,15 @@ def write_beside(out: Path, launcher: subprocess.Popen, command: list[str]) -> s
     return "a second writer was refused"
 
 
+def wait_for_steps(out: Path, launcher: subprocess.Popen, since: float) -> None:
+    """Waits until the run trains, or has ended, or for a minute: a start takes seconds on a busy machine."""
+    heartbeat, until = out / "heartbeat", time.monotonic() + 60
+    while launcher.poll() is None and time.monotonic() < until:
+        if heartbeat.exists() and heartbeat.stat().st_mtime > since:
+            return
+        time.sleep(0.1)
+
+
 def main() -> int:
     """Runs both and compares them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -117,8 +127,7 @@ def main() -> int:
             faults,
             *SMALL,
             *flags,
-            "--model.dropout",
-            "0.1",
+            *("--model.dropout", "0.1", "--micro-batch-size", "2"),  # two micro-batches per rank
             *files,
         ]
 
@@ -130,10 +139,12 @@ def main() -> int:
     while code != 0:
         with (root / f"log{starts}").open("w") as log:
             launcher = subprocess.Popen(command("killed"), env=ENVIRONMENT, stdout=log, stderr=log)
+        if draw.random() < TRAINING:
+            wait_for_steps(out, launcher, time.time())
         starts += 1
         while True:
             try:
-                code = launcher.wait(draw.uniform(5, 15) if time.monotonic() - began < options.seconds else None)
+                code = launcher.wait(draw.uniform(2, 12) if time.monotonic() - began < options.seconds else None)
                 break
             except subprocess.TimeoutExpired:
                 done = None

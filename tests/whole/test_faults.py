@@ -100,7 +100,7 @@ def test_resume_is_bitwise_at_on_and_around_an_evaluation_and_the_end_of_an_epoc
 
 # ---- Rows 2, 9, 11: two ranks -------------------------------------------------------------------------------------
 
-STEPS = ["--num-steps", "120", "--eval-every", "40", "--save-every", "10", "--check-replicas-every", "30"]
+STEPS = ["--num-steps", "60", "--eval-every", "40", "--save-every", "10", "--check-replicas-every", "30"]
 STEPS += ["--micro-batch-size", "2"]  # two micro-batches per rank, between which a signal is heeded
 
 
@@ -186,7 +186,7 @@ def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards
     assert_same_run(quiet, out)
 
 
-@pytest.mark.parametrize("call", [1, 9, 10, 23])
+@pytest.mark.parametrize("call", [1, 10])
 def test_a_signal_between_micro_batches_keeps_all_updates_before_and_ends_to_the_bit(
     every_step, few_shards, tmp_path, capfd, monkeypatch, call
 ):
@@ -262,7 +262,7 @@ def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_
 
 
 def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
-    flags = [*STEPS, "--timeout-minutes", "0.1", "--grace-seconds", "1"]
+    flags = [*STEPS, "--timeout-minutes", "0.05", "--grace-seconds", "1"]
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15")
     assert done.returncode == 1
     assert "rank 0 at step 15 (update): rank 1 was at step 15 (data)" in done.stderr
