@@ -149,6 +149,7 @@ def rank_main(rank: int, world_size: int, port: int, request: Request, out: Path
         if ranks.is_first:
             out.write_text(json.dumps(report), encoding="utf-8")
         ranks.barrier()  # none leaves before it is written
+    distributed.leave(0)
 
 
 def launch(world_size: int, request: Request) -> dict:

@@ -4,13 +4,10 @@ torchrun starts one process per device and sets RANK, LOCAL_RANK and WORLD_SIZE.
 one process.
 """
 
-import json
 import os
 import re
 import sys
 import threading
-import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +18,20 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import BAD_INPUT, BadInput
+from engine import rendezvous
+from engine.errors import BadInput
 from model.gpt2 import GPT2
 
 # Of one collective. Never reached: the heartbeat ends a run without progress, and knows who works and who is gone.
 TIMEOUT = timedelta(days=7)
+
+_had_peers = False  # whether this process ever joined a group of several: see leave
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Ranks:
     local_rank: int  # rank on this host, which is the index of its GPU
     world_size: int
     device: torch.device
-    meeting: str = ""  # prefix of this attempt's keys in the store: see _meet
+    meeting: str = ""  # prefix of this attempt's keys in the store: see rendezvous.meet
 
     @property
     def is_first(self) -> bool:
@@ -142,20 +143,22 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     timeout_minutes: of joining. After an exception a group of several stays: see leave. Raises
     BadInput if the processes cannot reach each other.
     """
+    global _had_peers
     ranks = _read_environment()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
         has_joined, is_late = threading.Event(), threading.Event()
-        watched = ranks, 60 * timeout_minutes, has_joined, is_late
-        threading.Thread(target=_watch, args=watched, daemon=True).start()
+        watched = ranks.rank, ranks.world_size, 60 * timeout_minutes, has_joined, is_late
+        watcher = threading.Thread(target=rendezvous.watch, args=watched, daemon=True)
+        watcher.start()
         # torchrun sets 1, with which NCCL's own thread aborts the process when a peer is lost: SIGABRT in
         # place of a sentence and exit code 4. The heartbeat ends the waiting instead.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
         backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
-            ranks = replace(ranks, meeting=_meet(store, ranks, is_late))
+            ranks = replace(ranks, meeting=rendezvous.meet(store, ranks.rank, ranks.world_size, is_late))
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(ranks.meeting, store),
@@ -166,9 +169,11 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
             )
             dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first collective, which connects the processes
         except (RuntimeError, ValueError, TimeoutError) as error:
-            raise BadInput(_unreachable(ranks, error)) from error
+            raise BadInput(rendezvous.unreachable(ranks.rank, ranks.world_size, error)) from error
         finally:
             has_joined.set()
+            watcher.join()
+            _had_peers = True
     try:
         yield ranks
     except BaseException:
@@ -180,67 +185,16 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
 
 
 def leave(code: int) -> int:
-    """Ends the process here if it is in a group, since taking that down might wait for members that are gone."""
-    if dist.is_initialized():
+    """Ends the process here if it was ever one of several; else returns the code.
+
+    Taking a group down might wait for members that are gone. And gloo's threads free Python objects
+    late: if Python is ending meanwhile, they abort the process.
+    """
+    if _had_peers:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _watch(ranks: Ranks, seconds: float, has_joined: threading.Event, is_late: threading.Event) -> None:
-    """Ends this process when its main thread is stuck in joining. Time in which it was suspended does not count."""
-    waited, now = 0.0, time.monotonic()
-    while not has_joined.wait(1.0):
-        before, now = now, time.monotonic()
-        waited += min(now - before, 2.0)
-        if waited > seconds:
-            is_late.set()
-        if waited > seconds + 5:
-            print(_unreachable(ranks, TimeoutError("no answer in time")), file=sys.stderr, flush=True)
-            os._exit(BAD_INPUT)
-
-
-def _meet(store: dist.Store, ranks: Ranks, is_late: threading.Event) -> str:
-    """Agrees on a prefix for store keys that only this attempt uses. The same on every rank.
-
-    torchrun keeps one store across its restarts (github.com/pytorch/pytorch/issues/135712), so an
-    attempt would find the addresses of dead processes there. Its restart count does not help,
-    because each host counts separately. So rank 0 publishes a name. Each other rank answers the
-    newest name with a random token, and continues once rank 0 has listed that token. Raises
-    TimeoutError naming the missing ranks.
-    """
-    token = uuid.uuid4().hex
-    others = range(1, ranks.world_size)
-    if ranks.is_first:
-        name = f"meeting_{token}"
-        store.set("meeting", name)
-    seen: dict[str, str] = {}
-    while not is_late.is_set():
-        if ranks.is_first:
-            seen |= {str(r): store.get(f"{name}/{r}").decode() for r in others if store.check([f"{name}/{r}"])}
-            if len(seen) == len(others):
-                store.set(f"{name}/all", json.dumps(seen))
-                break
-        elif store.check(["meeting"]):
-            name = store.get("meeting").decode()
-            store.set(f"{name}/{ranks.rank}", token)
-            if store.check([f"{name}/all"]) and json.loads(store.get(f"{name}/all")).get(str(ranks.rank)) == token:
-                break
-        time.sleep(0.02)
-    else:
-        missing = f"rank {', '.join(str(r) for r in others if str(r) not in seen)}" if ranks.is_first else "rank 0"
-        raise TimeoutError(f"no answer from {missing} in time")
-    return name
-
-
-def _unreachable(ranks: Ranks, error: Exception) -> str:
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    lines = str(error).strip().splitlines()
-    return (
-        f"distributed: rank {ranks.rank} must reach the other {ranks.world_size - 1} processes, meeting at {address}, "
-        f"got {lines[0] if lines else error!r}; check that every host runs the same torchrun command, that no firewall "
-        "stands between them, and name the interface of their network with GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME "
-        "on GPUs)"
-    )
 
 
 def _read_environment() -> Ranks:
@@ -327,7 +281,7 @@ def _mesh(ranks: Ranks, parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: in
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if parallel == "fsdp":
         return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
-    size = shards(parallel, shard_size, ranks)
+    size = shards(parallel, shard_size, ranks)  # of hsdp
     if ranks.world_size % size:
         even = [str(n) for n in range(1, ranks.world_size + 1) if ranks.world_size % n == 0]
         raise BadInput(
@@ -335,7 +289,10 @@ def _mesh(ranks: Ranks, parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: in
             f"{size}; set --shard-size to one of {', '.join(even)}"
         )
     shape = (ranks.world_size // size, size)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():  # which begin with 30 minutes (gloo) or 10 (NCCL)
+        distributed_c10d._set_pg_timeout(TIMEOUT, group)
+    return mesh
 
 
 def shards(parallel: Literal["ddp", "fsdp", "hsdp"], shard_size: int | None, ranks: Ranks) -> int:

@@ -96,20 +96,21 @@ def sample(
     *,
     context: int,
     seed: int,
-    progress: Callable[[], None] = lambda: None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> str:
     """Prompt and its continuation by the current weights.
 
-    context: most positions read. progress: called after each token. The same seed makes the same
-    random draws at every step. A sharded model needs the call on all ranks. Raises NotFinite if a
-    logit is not finite.
+    context: most positions read. goes_on: called after each token, whether to draw another. The same
+    seed makes the same random draws at every step. A sharded model needs the call on all ranks.
+    Raises NotFinite if a logit is not finite.
     """
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)
     with outside_training(raw_model):
         options = {"temperature": 0.8, "top_k": 50, "seed": seed, "context": context}
         for token in generate.stream(raw_model, tokens, max_new_tokens, **options):
             tokens = torch.cat([tokens, token], dim=1)
-            progress()
+            if not goes_on():
+                break
     return tokenizer.decode(tokens[0])
 
 

@@ -189,9 +189,15 @@ class Run:
         record.log(step, val_loss=loss)
         if not math.isfinite(loss):
             raise Diverged(f"train: the validation loss must be finite, got {loss} at step {step}; {LOWER}")
-        options = {"context": context, "seed": config.seed, "progress": progress}
+        is_sharded = distributed.is_sharded(model)  # which runs on all ranks or on none
+
+        def goes_on() -> bool:
+            progress()
+            return is_sharded or not self.update.is_interrupted()
+
+        options = {"context": context, "seed": config.seed, "goes_on": goes_on}
         try:
-            if self.ranks.is_first or distributed.is_sharded(model):  # which runs on all ranks or on none
+            if self.ranks.is_first or is_sharded:
                 text = evaluation.sample(model, data.tokenizer, config.prompt, config.sample_tokens, **options)
         except NotFinite as error:
             problem = str(error)
@@ -281,7 +287,7 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks, precision: str, hel
     Raises BadInput if ranks or runs differ.
     """
     digest = shards.digest([data.train_stream, data.val_stream], config.data)
-    identity = resume.identity(config, data.tokenizer.name, digest, precision)
+    identity = resume.identity(config, data.tokenizer.name, digest, precision, data.micro_batch_size)
     ranks.check_alike(resume.facts(config, identity))
     checkpoint = None
     with ranks.fail_together():

@@ -242,7 +242,7 @@ class Step:
                     is_abandoned = is_abandoned or self.is_interrupted()
                 if is_abandoned and (is_alone or not is_last):
                     continue
-                # Dropout needs no saved random state, and is the same on any number of ranks.
+                # Dropout needs no saved random state, and is the same on any number of ranks if B is.
                 torch.manual_seed(derived_seed(self.seed, index, position * ranks.world_size + ranks.rank))
                 distributed.synchronize_gradients(self.model, is_last)
                 tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -46,14 +46,19 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     # Outermost the lock of --out, then what writes last and turns an exception into an error message.
     with ExitStack() as held, Heartbeat(config, ranks) as heartbeat:
         stop.on_leave = lambda reason: heartbeat.ends_with("stopped", reason)
-        run = start.build(config, ranks, heartbeat, held)
-        return None if run is None else loop(config, run, stop)
+        try:
+            run = start.build(config, ranks, heartbeat, held)
+            return None if run is None else loop(config, run, stop)
+        except BaseException:
+            stop.is_quiet = True  # torchrun may end this rank before it has said what is wrong
+            raise
 
 
 def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
     """Makes the run's steps. Returns the reason if it stopped early."""
     ranks, data, record, guard, clock = run.ranks, run.data, run.record, run.update.guard, run.update.clock
-    run.update.is_interrupted, stop.last_saved = stop.is_requested, run.saver.last_saved
+    run.update.is_interrupted = stop.is_requested
+    stop.last_saved, stop.is_over = run.saver.last_saved, lambda: run.saver.is_closed
     step, stopping, save_due = run.past.step, None, False
     saved, evaluated = step, (-1, None)  # step of the newest save; step and validation loss of the last evaluation
     with run.opened():
@@ -74,8 +79,8 @@ def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
                     record.sync(row_is_complete=is_last)
                     run.saver.save(run.state(step, evaluated[1] if evaluated[0] == step else None))
                 saved = step
-            if is_last and evaluated[1] is None:  # a signal came before it knew: the same command evaluates
-                stopping = SIGNAL
+            if is_last:  # done, unless a signal came before the loss was known: the same command evaluates
+                stopping = SIGNAL if evaluated[1] is None else None
             if is_last or stopping is not None:
                 run.heartbeat.ends = ("stopped", stopping) if stopping is not None else ("done", "")
                 break
@@ -142,8 +147,8 @@ def main(args: list[str]) -> int:
         traceback.print_exc()
         return distributed.leave(exit_code(error))
     if stopped_by is None or (stopped_by == OUT_OF_TIME and under_torchrun()):
-        return DONE  # with any other code torchrun --max-restarts would start again, past the limit
-    return STOPPED
+        return distributed.leave(DONE)  # with any other code torchrun --max-restarts would start again, past the limit
+    return distributed.leave(STOPPED)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Heartbeat:
         whose peer failed into PeerFailed.
         """
         self._ended.set()
-        self._thread.join()
+        self._thread.join(SAVING)  # it may be writing to a disk that hangs
         if self._store is not None:  # inside a request when Python ends, it would abort the process
             self._reporter.join(STALE)
         if error is None:
@@ -301,6 +301,7 @@ class Heartbeat:
             "same command goes on from the last checkpoint"
         )
         self.ends_with("failed", f"no report of {who}")
+        self._finish_saving()
         os._exit(LOST)
 
     def _leave(self, waited: float) -> None:
@@ -320,6 +321,7 @@ class Heartbeat:
         self.ends_with("failed", "hang")
         if self._store is not None:
             verdict.wait_for_accounts(self._store, self.ranks)
+        self._finish_saving()
         os._exit(LOST)
 
     def _refer_to(self, found: Verdict) -> None:
@@ -329,13 +331,18 @@ class Heartbeat:
 
     def _obey(self, found: Verdict) -> None:
         """Ends this process as another rank's verdict says: its main thread may wait for that rank for ever."""
-        for thread in threading.enumerate():
-            if thread.name == "saver":
-                thread.join(SAVING)
+        with contextlib.suppress(RuntimeError, ValueError):
+            verdict.acknowledge(self._store, self.ranks)
+        self._finish_saving()
         if self._ended.is_set():  # the main thread has failed too, or has found out itself
             return
         self.ends_with("failed", f"rank {found.rank}: {found.sentence}")
         self._refer_to(found)
-        with contextlib.suppress(RuntimeError, ValueError):
-            verdict.acknowledge(self._store, self.ranks)
         os._exit(found.code)
+
+    def _finish_saving(self) -> None:
+        """Waits for a save that this rank makes alone. One that others take part in may never end."""
+        is_alone = self.config.parallel == "ddp" and self.phase != "checkpoint"
+        for thread in threading.enumerate():
+            if thread.name == "saver":
+                thread.join(PATIENCE if is_alone else SAVING)

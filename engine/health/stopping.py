@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import INTERRUPTED
+from engine.errors import INTERRUPTED, STOPPED
 
 # Requests to stop. Queues and hosts also warn with HUP (a terminal closed), USR1 and USR2 (time runs
 # out) and XCPU (CPU time runs out, sent each second).
@@ -72,8 +72,9 @@ def time_is_up(elapsed: float, limit: float | None, step: float, save: float) ->
 class Stop:
     """Context manager that listens for signals in a thread: the main one may be in a collective.
 
-    last_saved and on_leave may be set meanwhile: what of the run is saved, in words, and what to
-    call with the reason before the process leaves at once.
+    Meanwhile may be set: last_saved, what of the run is saved, in words; on_leave, what to call with
+    the reason before the process leaves at once; is_over, whether all is saved that will be; is_quiet,
+    since an error ends the run anyway.
     """
 
     def __init__(self, grace_seconds: float, max_minutes: float | None):
@@ -81,8 +82,7 @@ class Stop:
         self.limit = None if max_minutes is None else 60 * max_minutes
         self.launched = launched_at() if max_minutes is not None else 0.0
         self.signal: signal.Signals | None = None
-        self.last_saved: Callable[[], str] = lambda: "nothing was saved"
-        self.on_leave: Callable[[str], None] | None = None
+        self._forget()
         self._slowest, self._last, self._steps_begun = 0.0, 0.0, 0
 
     def __enter__(self) -> "Stop":
@@ -92,7 +92,8 @@ class Stop:
         heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, _ignored) for number in heeded}
         self._wakeup = signal.set_wakeup_fd(self._write)  # written by the C handler, even if Python is not running
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,6 +104,15 @@ class Stop:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         os.close(self._write)  # ends the thread
+        self._thread.join(5.0)  # it may be printing to a stderr that nobody reads
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops the hooks: they hold the model, which no thread may free while Python ends."""
+        self.last_saved: Callable[[], str] = lambda: "nothing was saved"
+        self.on_leave: Callable[[str], None] | None = None
+        self.is_over: Callable[[], bool] = lambda: False
+        self.is_quiet = False
 
     def is_requested(self) -> bool:
         """Whether this process has received a signal."""
@@ -127,7 +137,11 @@ class Stop:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([self._read], [], [], left)
             if not ready:
-                self._leave(f"could not save within the {self.grace_seconds:g} s of --grace-seconds")
+                self._leave(
+                    "saved"
+                    if self.is_over()
+                    else f"could not save within the {self.grace_seconds:g} s of --grace-seconds"
+                )
             numbers = os.read(self._read, 1)
             if not numbers:
                 os.close(self._read)
@@ -149,19 +163,22 @@ class Stop:
 
     def _answer(self, is_typed: bool) -> None:
         """Prints, on rank 0, what will happen now."""
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0" or self.is_quiet or self.is_over():
             return
-        name = "" if is_typed else f"{self.signal.name}: "
-        limit = f"; at the latest {self.grace_seconds:g} s from now (--grace-seconds) it leaves"
-        limit = "; Ctrl-C again leaves at once" if is_typed else limit
-        print(f"\ngpt2 train: {name}stopping after this micro-batch, then saving{limit}", file=sys.stderr, flush=True)
+        line = f"{self.signal.name}: stopping after this micro-batch, then saving; at the latest "
+        line += f"{self.grace_seconds:g} s from now (--grace-seconds) it leaves"
+        line = "stopping after this micro-batch; Ctrl-C again leaves" if is_typed else line
+        print(f"\ngpt2 train: {line}", file=sys.stderr, flush=True)
 
     def _leave(self, why: str) -> None:
         """Ends the process immediately."""
         with contextlib.suppress(Exception):  # whatever fails here, the process must end
             if self.on_leave is not None:
                 self.on_leave(why)
-            print(f"\ngpt2 train: {why}: leaving at once; {self.last_saved()}", file=sys.stderr, flush=True)
+            saved = f"; {self.last_saved()}" if os.environ.get("RANK", "0") == "0" else ""  # others do not know
+            print(f"\ngpt2 train: {why}: leaving at once{saved}", file=sys.stderr, flush=True)
+        if self.is_over():
+            os._exit(STOPPED)
         os._exit(INTERRUPTED - signal.SIGINT + (self.signal or signal.SIGTERM))  # 128 + the signal's number
 
 

@@ -32,7 +32,7 @@ def open_out(out: str | Path, resume: str, command: str = "train") -> Lock:
     try:
         if resume == "never" and lock.others(out):
             number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}.old{n}").exists())
-            held.rename(out.with_name(f"{out.name}.old{number}"))
+            _rename(held, out, out.with_name(f"{out.name}.old{number}"))
             held.release()
             held = lock.acquire(out, command)
         probe = out / f".probe_{os.getpid()}"
@@ -47,6 +47,16 @@ def open_out(out: str | Path, resume: str, command: str = "train") -> Lock:
             ) from error
         raise
     return held
+
+
+def _rename(held: Lock, out: Path, aside: Path) -> None:
+    try:
+        held.rename(aside)
+    except OSError as error:  # a mount point, or a parent that cannot be written
+        raise BadInput(
+            f"train: --resume never must rename --out to {aside}, got {error.strerror} for {out}; choose another --out "
+            f"such as {out / 'run2'}"
+        ) from error
 
 
 def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict, history: list[dict] | None = None) -> None:

@@ -64,6 +64,8 @@ class Metrics:
             return
         self._console = (Bar if sys.stdout.isatty() else Lines)(config.num_steps, start, unit)
         self._curves = Curves()
+        for name in (METRICS_FILE, SAMPLES_FILE) if start == 0 else ():
+            repair.keep_before(self.out / name, self.print0)
         repair.drop_rows_from(self.out / METRICS_FILE, start, self._curves.add, self.print0)
         repair.drop_samples_from(self.out / SAMPLES_FILE, start, self.print0)
         self._rows = Appender(self.out / METRICS_FILE, "row", self.print0)

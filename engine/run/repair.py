@@ -35,12 +35,26 @@ class Found:
         self.count += 1
 
 
+def keep_before(path: Path, say: Say) -> None:
+    """Gives another name to what a run left that has no checkpoint to go on from."""
+    try:
+        if path.is_file() and path.stat().st_size:
+            aside = _unused(path, "before")
+            path.rename(aside)
+            say(f"{path.name}: what a run without a checkpoint left is kept as {aside.name}")
+    except OSError as error:
+        say(f"{path.name}: what a run without a checkpoint left cannot be kept: {error.strerror or error}")
+
+
 def drop_rows_from(path: Path, step: int, keep: Callable[[dict[str, Any]], None], say: Say) -> None:
     """Drops the rows from `step` on, and damaged lines. Calls `keep` with each row that stays."""
 
     def find() -> Found:
         found = Found()
         for line, row in rows.read(path):
+            if not found.end and line.start:  # a byte order mark, which other readers of JSON refuse
+                found.spans.append((0, line.start))
+                found.count += 1
             if row["step"] >= step if row is not None else line.is_cut:
                 break
             if row is not None:
@@ -126,8 +140,8 @@ def _set_aside(path: Path, error: OSError, say: Say) -> None:
         say(f"{reason}; it cannot be set aside: {failure.strerror or failure}")
 
 
-def _unused(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.damaged{n}") for n in range(1, 10**6))
+def _unused(path: Path, why: str = "damaged") -> Path:
+    names = (path.with_name(f"{path.name}.{why}{n}") for n in range(1, 10**6))
     return next(name for name in names if not os.path.lexists(name))
 
 

@@ -20,10 +20,16 @@ from model.gpt2 import GPT2
 PACKAGES = [Path(__file__).resolve().parents[2] / name for name in ("kernels", "model", "engine")]
 
 
-def identity(train: TrainConfig, tokenizer_name: str, data_digest: str, precision: str | None = None) -> dict:
+def identity(
+    train: TrainConfig,
+    tokenizer_name: str,
+    data_digest: str,
+    precision: str | None = None,
+    micro_batch_size: int | None = None,
+) -> dict:
     """What a checkpoint notes of the run that made it, besides its config, as JSON types.
 
-    precision: "auto" resolved; None if the run does not train.
+    precision: "auto" resolved, and micro_batch_size too; None if the run does not train.
     """
     fields = config.to_dict(train)
     return {
@@ -35,6 +41,7 @@ def identity(train: TrainConfig, tokenizer_name: str, data_digest: str, precisio
         "tokenizer": tokenizer_name,
         "data_digest": data_digest,
         "precision": precision,
+        "micro_batch_size": micro_batch_size,
     }
 
 
@@ -73,7 +80,8 @@ def is_new(train: TrainConfig) -> bool:
     if train.resume == "never":
         return True
     try:
-        return not any(branch.source(train.out, train.resume).glob("checkpoints/**/step_*"))
+        folder = branch.source(train.out, train.resume) / "checkpoints"
+        return not any(any(folder.glob(name)) for name in ("**/step_*", ".replaced_*"))
     except OSError:  # find_checkpoint refuses them
         return False
 
@@ -113,7 +121,7 @@ def _check_unchanged(
     Warns instead if --resume-changed is set and all of them may change.
     """
     past, resolved = settings.of_checkpoint(checkpoint)
-    is_finished = checkpoint.step == train.num_steps
+    is_finished = checkpoint.step == train.num_steps and checkpoint.state.get("val_loss") is not None
     changed = settings.changes(settings.in_force(past, resolved), settings.in_force(train, run_identity))
     may_change = not changed.keys() & set(settings.NEVER)
     listed = "\n  ".join(changed.values())

@@ -48,6 +48,7 @@ class Saver:
         )
         self.seconds = 0.0  # duration of the slowest save's writing, after the copy, to the last fsync
         self.last_step: int | None = None  # step of the last save that succeeded, or that the run went on from
+        self.is_closed = False
         self._asked = time.monotonic()  # when the last save began, or was asked for
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -99,6 +100,7 @@ class Saver:
     def close(self) -> None:
         """Waits for the last save. Raises BadInput if it failed."""
         self.wait(is_last=True)
+        self.is_closed = True
 
     def wait(self, is_last: bool = False) -> None:
         """Waits for the save in progress.
@@ -137,6 +139,7 @@ class Saver:
         self._error = None
         try:
             checkpoint.write(self.config.out, state, tensors, self.config.keep_last, self.print0, self.group)
+            self.last_step = state["step"]
         except Exception as error:  # raised in the thread, it would not reach the main thread
             self._error = error
         self.seconds = max(self.seconds, time.perf_counter() - began)
@@ -144,7 +147,7 @@ class Saver:
     def _record_result(self, step: int) -> None:
         """Records whether a save succeeded. Raises its error unless that is an OSError."""
         if self._error is None:
-            self.last_step, self._failures = step, 0
+            self._failures = 0
             return
         if not isinstance(self._error, OSError):
             error, self._error = self._error, None  # raised only once: `close` must not report it again

@@ -44,7 +44,7 @@ SCHEDULE = ("num_steps",)
 FREE = (
     "data",  # its digest is compared
     "out",
-    "micro_batch_size",
+    "micro_batch_size",  # with dropout the resolved one is compared: masks are drawn per micro-batch
     "kernels",
     "compile",
     "cuda_graphs",
@@ -74,8 +74,8 @@ FREE = (
     "prompt",
     "sample_tokens",
 )
-# What is no field, but is resolved from them: "auto" to a precision, --data to its tokenizer and digest.
-RESOLVED = ("tokenizer", "data_digest", "precision")
+# What is resolved from fields: --data to its tokenizer and digest, "auto" or None to a precision and a size.
+RESOLVED = ("tokenizer", "data_digest", "precision", "micro_batch_size")
 NEVER = (*FIXED, "tokenizer")  # not with --resume-changed either
 
 
@@ -91,6 +91,10 @@ def in_force(train: TrainConfig, resolved: dict) -> dict[str, Any]:
     fields = flat(train) | {"context": train.sequence_length}
     names = [name for name in FIXED + COMPUTED if train.optim.name == "muon" or not name.startswith("optim.muon_")]
     known = {name: resolved[name] for name in RESOLVED if resolved.get(name) is not None}
+    if not train.model.dropout:
+        known.pop("micro_batch_size", None)
+    if train.init_from is not None and Path(train.init_from).exists():
+        fields["init_from"] = str(Path(train.init_from).resolve())
     return {name: fields[name] for name in names} | known
 
 
@@ -102,8 +106,9 @@ def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:
     """
     try:
         past, identity = configs.from_dict(checkpoint.state["config"]), checkpoint.state["identity"]
-        noted = directory.resolved(branch.run_of(checkpoint.path)).get("precision")  # where older versions noted it
-        return past, {"precision": noted} | {name: identity[name] for name in RESOLVED if name in identity}
+        noted = directory.resolved(branch.run_of(checkpoint.path))  # where older versions noted it
+        before = {name: noted.get(name) for name in ("precision", "micro_batch_size")}
+        return past, before | {name: identity[name] for name in RESOLVED if name in identity}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"checkpoint: {checkpoint.path} must hold the config of the run that made it, got {error!r}; use an older "
@@ -114,9 +119,12 @@ def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What differs between two results of in_force, as lines `optim.lr 0.004 -> 0.001` by name.
 
-    A precision that one of them left to be resolved, and did not note, is not compared.
+    What one of them left to be resolved, and did not note, is not compared.
     """
-    names = [name for name in new if not (name == "precision" and "auto" in (old.get(name), new[name]))]
+    unknown = {name for name in ("precision", "micro_batch_size") if {"auto", None} & {old.get(name), new.get(name)}}
+    if old.get("model.dropout") != new["model.dropout"]:
+        unknown.add("micro_batch_size")
+    names = [name for name in new if name not in unknown]
     return {name: f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]}
 
 

@@ -218,3 +218,4 @@ def main(ranks: Ranks) -> None:
 if __name__ == "__main__":
     with distributed.process_group() as ranks:
         main(ranks)
+    distributed.leave(0)

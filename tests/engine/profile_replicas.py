@@ -81,3 +81,4 @@ with distributed.process_group() as ranks:
         profiles[kind.__name__] = {"sums": sums, "calls": calls, "reads": reads}
     everyone = ranks.gather(profiles)
     ranks.print0(json.dumps({"num_parameters": sum(p.numel() for p in raw_model.parameters()), "ranks": everyone}))
+distributed.leave(0)

@@ -36,3 +36,4 @@ with distributed.process_group() as ranks:
     sharded(batches[ranks.rank, :, :-1], batches[ranks.rank, :, 1:]).backward()
     assert_same([p.grad.full_tensor() for p in sharded.parameters()], expected)
     ranks.print0("so it is where parameters are sharded: True")
+distributed.leave(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL
 
-from engine import distributed
+from engine import rendezvous
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, LOST
 from engine.health.heartbeat import HEARTBEAT, Silence
@@ -111,12 +111,12 @@ def test_only_time_in_which_this_process_runs_counts_while_the_ranks_join(monkey
         now += seconds + jump
         return bool(left) or now > 100 * (1 + jump)  # a hundred ticks
 
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: now)
-    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now)
+    monkeypatch.setattr(rendezvous.os, "_exit", left.append)
     monkeypatch.setattr(has_joined, "wait", wait)
-    distributed._watch(ranks, 600.0, has_joined, is_late)  # a suspension of an hour at each tick
+    rendezvous.watch(ranks.rank, ranks.world_size, 600.0, has_joined, is_late)  # a suspension of an hour at each tick
     assert (left, is_late.is_set()) == ([], False)
     now, jump = 0.0, 0.0
-    distributed._watch(ranks, 60.0, has_joined, is_late)
+    rendezvous.watch(ranks.rank, ranks.world_size, 60.0, has_joined, is_late)
     assert (left, is_late.is_set()) == ([BAD_INPUT], True)
     assert now == pytest.approx(66, abs=1)

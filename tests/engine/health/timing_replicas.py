@@ -37,3 +37,4 @@ with distributed.process_group() as ranks:
     dist.all_gather_object(both, [row["communication_ms"] for row in seen])
     ranks.print0(f"early rank waited: {min(both[0]):.1f} ms at least")
     ranks.print0(f"late rank waited: {min(both[1]):.1f} ms at least")
+distributed.leave(0)

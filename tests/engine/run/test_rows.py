@@ -84,7 +84,7 @@ def with_step(number: int, step: int) -> bytes:
         pytest.param(at_line(3, b'{"step": 25, "tokens": 6400, "note": "\xff"}\n'), [], 1, id="no UTF-8"),
         pytest.param(at_line(3, b"\n"), [], 1, id="an empty line"),
         pytest.param(at_line(3, b"\n\n", b"[]\n", b'{"step": "30"}\n'), [], 4, id="four lines"),
-        pytest.param(b"\xef\xbb\xbf" + b"".join(TEXT), [], 0, id="a byte order mark in front"),
+        pytest.param(b"\xef\xbb\xbf" + b"".join(TEXT), [], 1, id="a byte order mark in front"),
         pytest.param(at_line(3, b"\xef\xbb\xbf" + TEXT[3], replaces=1), [3], 1, id="a byte order mark further on"),
         pytest.param(at_line(3, "\u2028\x85\x0b\x0c\x1c".encode() + b"\n"), [], 1, id="other ends of lines"),
         pytest.param(at_line(3, b"\0" * 4096 + TEXT[3], replaces=1), [3], 1, id="a page of zeros"),

@@ -123,7 +123,7 @@ def test_a_config_of_an_older_version_has_the_defaults_of_today_and_what_is_none
     (tmp_path / "config.json").write_text('{"resolved": {"precision": "bf16"}}')
     past, resolved = settings.of_checkpoint(checkpoint(train, 3, config=fields, identity=identity))
     assert past == train
-    assert resolved == RESOLVED | {"precision": "bf16"}
+    assert resolved == RESOLVED | {"precision": "bf16", "micro_batch_size": None}
     for broken in ({"config": {}}, {"config": None}, {"identity": None}, {"config": {"model": 4, "optim": {}}}):
         with pytest.raises(BadInput, match=r"must hold the config of the run that made it, got .*; use an older one"):
             settings.of_checkpoint(checkpoint(train, 3, **broken))
