@@ -160,7 +160,7 @@ class Heartbeat:
             is_refused = isinstance(error, BadInput) or self.ends[0] == "done"  # or a complete run, whose report failed
             if self._has_begun or self._was_running or not is_refused:
                 self.ends_with("failed", own.sentence)
-        other = verdict.settle(self.ranks, own)
+        other = verdict.within(verdict.LONGEST, lambda: verdict.settle(self.ranks, own))
         if other is not None and (is_lost or own.code != 1):  # a bug keeps its traceback
             raised = PeerFailed(other.rank, other.code, other.sentence)
             self._refer_to(other)
@@ -320,7 +320,8 @@ class Heartbeat:
         )
         self.ends_with("failed", "hang")
         if self._store is not None:
-            verdict.wait_for_accounts(self._store, self.ranks)
+            store = self._store
+            verdict.within(verdict.ACCOUNTS + 1, lambda: verdict.wait_for_accounts(store, self.ranks))
         self._finish_saving()
         os._exit(LOST)
 
@@ -331,7 +332,7 @@ class Heartbeat:
 
     def _obey(self, found: Verdict) -> None:
         """Ends this process as another rank's verdict says: its main thread may wait for that rank for ever."""
-        with contextlib.suppress(RuntimeError, ValueError):
+        with contextlib.suppress(RuntimeError, ValueError):  # first: the rank that failed waits for it
             verdict.acknowledge(self._store, self.ranks)
         self._finish_saving()
         if self._ended.is_set():  # the main thread has failed too, or has found out itself

@@ -10,6 +10,7 @@ others have read its verdict, because torchrun kills them once one has exited.
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ LOOK = 0.05  # seconds between looks at the store
 HEAD_START = 0.5  # seconds that rank 0 has to say first what all ranks say alike
 CAUSE = 2.0  # seconds in which a peer that is gone may have said why
 READERS = 10.0  # seconds in which the others must have read a verdict
+LONGEST = 20.0  # seconds for all of settle, if the store does not answer
 ACCOUNTS = 5.0  # seconds in which all ranks must have said where they hang
 
 
@@ -71,6 +73,15 @@ def settle(ranks: Ranks, own: Verdict | None) -> Verdict | None:
         others = [f"{KEY}/read/{rank}" for rank in range(ranks.world_size) if rank != ranks.rank]
         _wait(lambda: store.check(others), READERS)
     return None
+
+
+def within(seconds: float, ask: Callable[[], Verdict | None]) -> Verdict | None:
+    """What a request to the store returns, or None after these seconds: over a cut link it may never return."""
+    answers: list[Verdict | None] = []
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answers[0] if answers else None
 
 
 def wait_for_accounts(store: dist.Store, ranks: Ranks) -> None:

@@ -57,7 +57,7 @@ def test_eval_uses_trained_positions_alone_and_the_others_would_cost_much(short,
         evaluation.mean_loss(whole_model(short), text, evaluation.windows(text, T, 2048), T, ALONE)
         for T in (TRAINED, PRESENT)
     ]
-    assert losses[1] > losses[0] + 0.2  # though more context would help a model that had learned to use it
+    assert losses[1] > losses[0] + 0.1  # though more context would help a model that had learned to use it
 
 
 def test_eval_of_a_context_that_this_checkpoint_was_not_trained_on_takes_the_shorter(short, tmp_path, capfd):

@@ -101,6 +101,7 @@ def test_resume_is_bitwise_at_on_and_around_an_evaluation_and_the_end_of_an_epoc
 # ---- Rows 2, 9, 11: two ranks -------------------------------------------------------------------------------------
 
 STEPS = ["--num-steps", "60", "--eval-every", "40", "--save-every", "10", "--check-replicas-every", "30"]
+EACH_STEP = ["--save-every", "1", "--eval-every", "None"]
 STEPS += ["--micro-batch-size", "2"]  # two micro-batches per rank, between which a signal is heeded
 
 
@@ -134,8 +135,7 @@ def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_pat
         assert beat["step"] == checkpoint.read(newest(out)).step > last
         last = beat["step"]
         assert last % 10, "it stopped at its own time, not at a checkpoint that was due"
-        if to_rank is not None:
-            assert re.search(r"exitcode *: 75 ", stderr)
+        assert to_rank is None or re.search(r"exitcode *: 75 ", stderr)
     assert run_two(out, shards, *STEPS).returncode == 0
     assert_same_run(quiet, out)
 
@@ -173,7 +173,10 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+SLOW = [pytest.param(place, marks=pytest.mark.slow) for place in ("an update", "sampling")]
+
+
+@pytest.mark.parametrize("place", ["evaluation", "saving", *SLOW])
 def test_a_signal_during_any_part_of_a_step_costs_nothing(every_step, few_shards, tmp_path, place):
     quiet, flags = every_step
     out = tmp_path / "run"
@@ -202,10 +205,9 @@ def test_a_signal_between_micro_batches_keeps_all_updates_before_and_ends_to_the
                 time.sleep(0.05)
         return forward(self, tokens, targets)
 
-    never = ["--save-every", "None", "--save-every-minutes", "None"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT2, "forward", interrupted)
-        assert train(out, few_shards, *flags, *never) == 75
+        assert train(out, few_shards, *flags, "--save-every", "None") == 75
     made = call // 2  # updates whole before this one, or with this last forward pass
     output = capfd.readouterr()
     assert "SIGUSR1: stopping after this micro-batch" in output.err
@@ -220,8 +222,7 @@ def test_a_save_is_due_every_so_many_minutes(few_shards, tmp_path):
     flags = ["--num-steps", "4", "--eval-every", "None", "--save-every", "None", "--keep-last", "9"]
     assert train(tmp_path / "run", few_shards, *flags, "--save-every-minutes", "1e-9") == 0
     assert [int(path.name[-8:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [2, 4]
-    assert train(tmp_path / "other", few_shards, *flags) == 0
-    assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert (train(tmp_path / "other", few_shards, *flags), len([*(tmp_path / "other/checkpoints").iterdir()])) == (0, 1)
 
 
 @pytest.mark.slow
@@ -290,8 +291,7 @@ def test_one_launch_two_ranks_a_bad_token_on_one_ends_both_with_its_code_and_one
     for word in ("--timeout-minutes", "NCCL_SOCKET_IFNAME", "Traceback (most recent call last)"):
         assert word not in done.stderr.partition("torch/distributed/")[0]  # before torchrun's own report
     beat = json.loads((tmp_path / "run" / "heartbeat").read_text())
-    assert beat["state"] == "failed"
-    assert beat["reason"].startswith("rank 1: ")
+    assert (beat["state"], beat["reason"][:8]) == ("failed", "rank 1: ")
     assert "every token must be below" in beat["reason"]
 
 
@@ -351,6 +351,7 @@ def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_drifts_is_found_and_nothing_of_it_is_saved(shards, tmp_path):
     done = run_two(tmp_path / "run", shards, *STEPS, faults="nudge:1:25")
     assert done.returncode == 1
@@ -360,8 +361,7 @@ def test_a_rank_that_drifts_is_found_and_nothing_of_it_is_saved(shards, tmp_path
 
 
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one(shards, tmp_path):
-    flags = ["--num-steps", "8", "--save-every", "1", "--keep-last", "9", "--eval-every", "None"]
-    flags += ["--check-replicas-every", "1"]
+    flags = ["--num-steps", "8", *EACH_STEP, "--keep-last", "9", "--check-replicas-every", "1"]
     done = run_two(tmp_path / "run", shards, *flags, faults="nan:1:3,inf:0:5")
     assert done.returncode == 0, done.stderr
     saved = [load_file(path / "model.safetensors") for path in sorted((tmp_path / "run/checkpoints").glob("step_*"))]
@@ -383,11 +383,11 @@ def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(few_shards, tmp
         return out * float("nan") if self.training and len(calls) > 8 else out
 
     monkeypatch.setattr(GPT2, "forward", spoiled)
-    flags = ["--num-steps", "30", "--save-every", "1", "--eval-every", "None", "--max-skipped", "5"]
+    flags = ["--num-steps", "30", *EACH_STEP, "--max-skipped", "5"]
     assert train(tmp_path / "run", few_shards, *flags) == 3
     assert "got 5 updates in a row that were not" in capfd.readouterr().err
     assert json.loads((tmp_path / "run" / "heartbeat").read_text())["state"] == "failed"
-    for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
+    for path in (tmp_path / "run/checkpoints").glob("step_*"):
         assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
 
 
