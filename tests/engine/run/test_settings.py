@@ -69,6 +69,22 @@ def test_a_field_in_its_other_spelling_is_no_change():
     assert lines(train, changed("precision", train, "auto"), precision=None) == []  # unknown: not compared
 
 
+def test_with_dropout_another_micro_batch_draws_other_masks_and_is_compared():
+    for flags, expected in ((["--model.dropout", "0.1"], ["micro_batch_size 4 -> 8"]), ([], [])):
+        train = parsed(*flags)
+        before = settings.in_force(train, RESOLVED | {"micro_batch_size": 4})
+        after = settings.in_force(train, RESOLVED | {"micro_batch_size": 8})
+        assert list(settings.changes(before, after).values()) == expected
+        assert not settings.changes(settings.in_force(train, RESOLVED), after)  # an older version noted none
+
+
+def test_the_same_source_of_weights_in_another_spelling_is_no_change(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    monkeypatch.chdir(tmp_path)
+    spellings = ("source", "source/", "./source", str(tmp_path / "source"))
+    assert not any(lines(parsed("--init-from", "source"), parsed("--init-from", spelling)) for spelling in spellings)
+
+
 # ---- History ------------------------------------------------------------------------------------------------------
 
 
