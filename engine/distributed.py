@@ -199,16 +199,17 @@ def leave(code: int) -> int:
 
 def _read_environment() -> Ranks:
     """Rank and device, as torchrun tells them. Raises BadInput if the variables make no sense."""
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     found = {name: os.environ.get(name, default) for name, default in names.items()}
-    rank, local_rank, world_size = (int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in found.values())
+    numbers = [int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in found.values()]
+    rank, local_rank, world_size, local_world_size = numbers
     lacks = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 and not os.environ.get(name)]
-    if min(rank, local_rank) < 0 or rank >= world_size or local_rank >= world_size or lacks:
+    if min(rank, local_rank, local_world_size - 1) < 0 or max(rank, local_rank) >= world_size or lacks:
         got = ", ".join([f"{name}={text}" for name, text in found.items()] + [f"no {name}" for name in lacks])
         raise BadInput(
             "distributed: LOCAL_RANK and RANK must be numbers below WORLD_SIZE, and several processes need MASTER_ADDR "
             f"and MASTER_PORT, got {got}; torchrun sets them all; for one process unset them, as with: env -u RANK -u "
-            "LOCAL_RANK -u WORLD_SIZE gpt2 train (a scheduler or container may have set them)"
+            "LOCAL_RANK -u WORLD_SIZE -u LOCAL_WORLD_SIZE gpt2 train (a scheduler or container may have set them)"
         )
     if not torch.cuda.is_available():
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))

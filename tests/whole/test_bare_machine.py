@@ -194,10 +194,11 @@ def test_strict_ends_a_run_that_cannot_compile_with_code_3(shards, tmp_path, mon
         {"WORLD_SIZE": "0"},
         {"LOCAL_RANK": "-1"},
         {"WORLD_SIZE": "2"},
+        {"LOCAL_WORLD_SIZE": "x"},
     ],
 )
 def test_variables_that_a_scheduler_left_are_a_sentence(stray, shards, tmp_path, monkeypatch, capfd):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in stray.items():
         monkeypatch.setenv(name, value)
