@@ -19,6 +19,7 @@ in the file and exits at once with code 4. An exception would still write while 
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import socket
@@ -171,7 +172,7 @@ def _acquire(directory: Path, command: str) -> Lock:
             alive = _is_alive(holder, path, file, locked)
             if alive is None and holder == silent:
                 alive = False
-            if alive or (alive is None and locked is False and holder.get("boot") == _BOOT):
+            if alive or (alive is None and locked is False and holder.get("boot") == _boot()):
                 raise _refusal(path, command, holder)
             if alive is False and locked is False:  # the process still dies, or another takes over from it
                 if holder == silent:  # its host is gone, and the server of the file system has not noticed
@@ -197,7 +198,7 @@ def _take(path: Path, file: int, command: str, before: dict, is_sure: bool) -> d
     can, the last to write has the lock.
     """
     holder = {"beat": f"{0:010d}", "nonce": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-    holder |= {"start": (_stat(os.getpid()) or ("", ""))[1], "boot": _BOOT, "namespace": _namespace()}
+    holder |= {"start": (_stat(os.getpid()) or ("", ""))[1], "boot": _boot(), "namespace": _namespace()}
     holder |= {"begun": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command, "file": _place(path, file)}
     line = json.dumps(holder).encode() + b"\n"
     os.pwrite(file, line, 0)
@@ -247,7 +248,7 @@ def _is_alive(holder: dict, path: Path, file: int, locked: bool | None) -> bool 
     """
     if not holder:  # a new file
         return False
-    if not _BOOT or (holder.get("boot"), holder.get("namespace")) != (_BOOT, _namespace()):
+    if not _boot() or (holder.get("boot"), holder.get("namespace")) != (_boot(), _namespace()):
         return None
     # A copy of a directory has its holder's name too, but another path and inode.
     if locked and all(was != now for was, now in zip(holder["file"], _place(path, file), strict=True)):
@@ -293,15 +294,13 @@ def _stat(pid: int) -> tuple[str, str] | None:
         return None
 
 
+@functools.cache
 def _boot() -> str:
     """A name for this kernel since it booted; "" where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-_BOOT = _boot()
 
 
 def _namespace() -> str:

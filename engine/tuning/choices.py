@@ -51,7 +51,7 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
     that its sums keep their order. On a CPU, and uncompiled, which the estimate is not for, 16.
     """
-    if ranks.device.type != "cuda" or not compiler.wanted(config.compile, config.strict, ranks)[0]:
+    if ranks.device.type != "cuda" or not compiler.wanted(config.compile, False, ranks)[0]:
         return 16
     shards = distributed.shards(config.parallel, config.shard_size, ranks)
     free_bytes, _ = torch.cuda.mem_get_info(ranks.device)

@@ -24,7 +24,7 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 def short(shards, tmp_path_factory) -> Path:
     """A run of a model of 32 positions on a context of 8. Tests share it and must not change it."""
     out = tmp_path_factory.mktemp("runs") / "short"
-    flags = ["--context", "8", "--num-steps", "120", "--eval-every", "None", "--sample-tokens", "40"]
+    flags = ["--context", "8", "--num-steps", "160", "--eval-every", "None", "--sample-tokens", "40"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plots, "draw", lambda *_: [])  # pictures cost more than the steps
         assert train(out, shards, *flags, "--optim.lr", "1e-2", "--micro-batch-size", "32") == 0
@@ -50,14 +50,14 @@ def state(out: Path) -> dict:
 
 def test_eval_uses_trained_positions_alone_and_the_others_would_cost_much(short, shards, capfd):
     assert run("eval", "--run", str(short)) == 0
-    printed = float(re.search(r"at step 120: loss (\d\.\d{4}) ", capfd.readouterr().out)[1])
+    printed = float(re.search(r"at step 160: loss (\d\.\d{4}) ", capfd.readouterr().out)[1])
     assert printed == pytest.approx(state(short)["val_loss"], abs=1e-4)
     text = TokenStream.open(str(shards), "val", 257)
     losses = [
         evaluation.mean_loss(whole_model(short), text, evaluation.windows(text, T, 2048), T, ALONE)
         for T in (TRAINED, PRESENT)
     ]
-    assert losses[1] > losses[0] + 0.1  # though more context would help a model that had learned to use it
+    assert losses[1] > losses[0] + 0.2  # though more context would help a model that had learned to use it
 
 
 def test_eval_of_a_context_that_this_checkpoint_was_not_trained_on_takes_the_shorter(short, tmp_path, capfd):
@@ -79,7 +79,7 @@ def test_samples_read_the_run_s_context_while_training_and_afterwards(short, cap
         for T in (TRAINED, PRESENT)
     )
     assert wanted != others
-    assert (short / "samples.txt").read_text() == f"=== step 120 ===\n{wanted}\n\n"
+    assert (short / "samples.txt").read_text() == f"=== step 160 ===\n{wanted}\n\n"
     assert run("sample", "--run", str(short), "--prompt", "def ", "--max-new-tokens", "40", "--seed", "1") == 0
     assert capfd.readouterr().out == f"{wanted}\n"
 
@@ -116,8 +116,8 @@ def test_the_longest_context_of_a_run_s_past_counts(short, shards, tmp_path):
     out, changed = tmp_path / "run", ["--resume-changed", "--optim.lr", "1e-2", "--sample-tokens", "40"]
     shutil.copytree(short, out)
     assert state(out)["trained_positions"] == TRAINED
-    assert trained_after(out, shards, 121, 16, *changed) == 16
-    assert trained_after(out, shards, 122, 4, *changed) == 16
+    assert trained_after(out, shards, 161, 16, *changed) == 16
+    assert trained_after(out, shards, 162, 4, *changed) == 16
     assert trained_after(tmp_path / "next", shards, 1, 4, "--init-from", str(out)) == 16
     assert trained_after(tmp_path / "next", shards, 2, 4, "--init-from", str(out)) == 16  # resumed
 

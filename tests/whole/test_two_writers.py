@@ -1,5 +1,6 @@
 """Two processes, one directory: the first goes on as if it were alone, the second ends with code 2 and says why."""
 
+import errno
 import json
 import os
 import shutil
@@ -76,6 +77,22 @@ def test_a_run_that_was_taken_over_saves_nothing_more(shards, tmp_path, monkeypa
     assert "of host elsewhere (gpt2 train, since 2" in capfd.readouterr().err
     assert steps(out) == [2]
     assert json.loads((out / lock.NAME).read_text())["host"] == "elsewhere"
+
+
+def test_an_out_that_cannot_be_renamed_is_a_sentence_that_names_another(trained, shards, tmp_path, monkeypatch, capfd):
+    """A mount point, which a volume's --out often is."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+
+    def refuse(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(lock.Lock, "rename", refuse)
+    assert train(out, shards, "--num-steps", "2", "--resume", "never") == 2
+    error = capfd.readouterr().err
+    assert f"--resume never must rename --out to {out}.old1, got Device or resource busy for {out}" in error
+    assert f"such as {out / 'run2'}" in error
+    assert steps(out) == [2]
 
 
 def test_gpt2_plot_draws_beside_a_run_that_draws(tmp_path, monkeypatch):

@@ -126,6 +126,24 @@ def test_a_stuck_process_leaves_when_its_grace_is_over(number, code):
         )
 
 
+def test_a_run_that_has_saved_ends_with_its_own_code_when_the_grace_is_over(monkeypatch, capfd):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(stopping.os, "_exit", leave)
+    stop = Stop(25.0, None)
+    stop.signal, stop.last_saved = signal.SIGTERM, lambda: "saved up to step 9"
+    for is_over, code in ((False, 143), (True, 75)):
+        stop.is_over = lambda is_over=is_over: is_over
+        with pytest.raises(SystemExit, match=str(code)):
+            stop._leave("a reason")
+        assert "a reason: leaving at once; saved up to step 9" in capfd.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # which does not know what rank 0 saved
+    with pytest.raises(SystemExit):
+        stop._leave("a reason")
+    assert "leaving at once\n" in capfd.readouterr().err
+
+
 def test_a_repeated_signal_does_not_lengthen_the_grace():
     with Stuck(grace_seconds=0.6) as stuck:
         began = time.monotonic()

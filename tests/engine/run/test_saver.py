@@ -246,6 +246,15 @@ def test_a_good_save_in_between_begins_the_count_anew(tmp_path, monkeypatch, asy
     ]
 
 
+def test_a_save_counts_once_it_is_whole_not_when_the_next_begins(tmp_path):
+    run = Run(tmp_path)
+    run.saver.save({"step": 7})
+    run.saver._thread.join()
+    assert run.saver.last_saved() == "saved up to step 7"  # what a second signal says meanwhile
+    run.saver.close()
+    assert run.saver.is_closed
+
+
 @BOTH
 def test_the_last_save_must_not_fail(tmp_path, monkeypatch, async_save):
     Disk(monkeypatch, {3})
