@@ -9,9 +9,9 @@ directory holds besides. A new holder needs the consent of two rules:
                     ends it too, so nothing else there may open the file. Some file systems have no
                     such locks, or none that other hosts see.
     the file's      A holder on this kernel is alive if a process has its number and start time. One
-                    on another host, before a reboot or in another container cannot be seen. It is
-                    alive if its counter, which a thread of it raises every BEAT seconds, changes
-                    within STALE seconds.
+                    on another host or before a reboot cannot be seen, nor one in another container
+                    where the kernel's lock says nothing. It is alive if its counter, which a thread
+                    of it raises every BEAT seconds, changes within STALE seconds.
 
 The lock of a dead holder is taken over. If that holder was only suspended, it finds another's name
 in the file and exits at once with code 4. An exception would still write while it closes the run.
@@ -180,7 +180,7 @@ def _acquire(directory: Path, command: str) -> Lock:
                 continue
             if alive is False:
                 before, is_sure = holder or silent or {}, bool(locked) and silent is None
-                lock = Lock(path, file, _take(path, file, command, before, is_sure), command, made)
+                lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
                 return lock
         finally:
             if lock is None:
@@ -191,15 +191,16 @@ def _acquire(directory: Path, command: str) -> Lock:
     raise _refusal(path, command, holder)
 
 
-def _take(path: Path, file: int, command: str, before: dict, is_sure: bool) -> dict:
+def _take(path: Path, file: int, command: str, before: dict, is_sure: bool, locked: bool) -> dict:
     """Writes this process's name into the file, and returns it.
 
-    before: the dead holder. is_sure: whether no other process can do the same meanwhile. If one
-    can, the last to write has the lock.
+    before: the dead holder. locked: whether this process has the kernel's lock. is_sure: whether
+    no other process can do the same meanwhile. If one can, the last to write has the lock.
     """
     holder = {"beat": f"{0:010d}", "nonce": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     holder |= {"start": (_stat(os.getpid()) or ("", ""))[1], "boot": _boot(), "namespace": _namespace()}
     holder |= {"begun": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command, "file": _place(path, file)}
+    holder["kernel"] = locked
     line = json.dumps(holder).encode() + b"\n"
     os.pwrite(file, line, 0)
     os.ftruncate(file, len(line))
@@ -248,8 +249,11 @@ def _is_alive(holder: dict, path: Path, file: int, locked: bool | None) -> bool 
     """
     if not holder:  # a new file
         return False
-    if not _boot() or (holder.get("boot"), holder.get("namespace")) != (_boot(), _namespace()):
+    if not _boot() or holder.get("boot") != _boot():
         return None
+    if holder.get("namespace") != _namespace():
+        # Of another container, or a restart of this one. Its kernel is this one, which has ended its lock.
+        return False if locked and holder.get("kernel") is True else None
     # A copy of a directory has its holder's name too, but another path and inode.
     if locked and all(was != now for was, now in zip(holder["file"], _place(path, file), strict=True)):
         return False

@@ -160,7 +160,8 @@ class Heartbeat:
             is_refused = isinstance(error, BadInput) or self.ends[0] == "done"  # or a complete run, whose report failed
             if self._has_begun or self._was_running or not is_refused:
                 self.ends_with("failed", own.sentence)
-        other = verdict.within(verdict.LONGEST, lambda: verdict.settle(self.ranks, own))
+        limit = verdict.SHORTEST if is_lost else verdict.LONGEST
+        other = verdict.within(limit, lambda: verdict.settle(self.ranks, own))
         if other is not None and (is_lost or own.code != 1):  # a bug keeps its traceback
             raised = PeerFailed(other.rank, other.code, other.sentence)
             self._refer_to(other)

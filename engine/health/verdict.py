@@ -25,6 +25,7 @@ HEAD_START = 0.5  # seconds that rank 0 has to say first what all ranks say alik
 CAUSE = 2.0  # seconds in which a peer that is gone may have said why
 READERS = 10.0  # seconds in which the others must have read a verdict
 LONGEST = 20.0  # seconds for all of settle, if the store does not answer
+SHORTEST = 5.0  # the same for a rank that has lost a peer, whose host may be the store's
 ACCOUNTS = 5.0  # seconds in which all ranks must have said where they hang
 
 

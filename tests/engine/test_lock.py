@@ -166,7 +166,7 @@ ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
 @pytest.mark.parametrize("has_kernel_locks", [True, False])
 @pytest.mark.parametrize(
     "forged",
-    [ANOTHER_BOOT, {"namespace": "pid:[1]"}, {"boot": ""}],
+    [ANOTHER_BOOT, {"namespace": "pid:[1]", "kernel": False}, {"boot": ""}],
     ids=["another boot", "another container", "no boot"],
 )
 def test_a_holder_that_cannot_be_seen_is_alive_while_its_counter_moves(
@@ -199,6 +199,14 @@ def test_a_holder_that_cannot_be_seen_is_alive_while_its_counter_moves(
     assert waits.endswith("which cannot be seen from here; waiting up to 0.4 s for a sign of life")
     assert "taken over from process 4194305 of host elsewhere" in takes
     assert not (out / lock.NAME).exists()
+
+
+def test_a_container_that_is_started_again_does_not_wait_for_the_one_that_was_killed(out, quick, capfd):
+    """The kernel is the same, and has ended the lock of the process that cannot be seen."""
+    forge(out, boot=lock._boot(), namespace="pid:[1]", kernel=True)
+    with lock.acquire(out, "train"):
+        assert content(out)["kernel"] is True
+    assert "waiting" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("has_kernel_locks", [True, False])
