@@ -43,7 +43,9 @@ def test_every_command_is_in_the_summary(capsys):
     assert all(re.search(rf"^  {name} +\w", output, re.MULTILINE) for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["engine/cli.py", "engine/config.py", "engine/tokens/prepare.py", "model/presets.py"])
+@pytest.mark.parametrize(
+    "name", ["engine/commands.py", "engine/config.py", "engine/tokens/prepare.py", "model/presets.py"]
+)
 def test_every_flag_is_explained_where_help_looks_for_it(name):
     # Help shows the comment on the same line as a field. A formatter that wraps the line would hide it.
     source = (ROOT / name).read_text()

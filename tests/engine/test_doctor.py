@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from engine import cli, device
+from engine import cli, commands, device
 from kernels.dispatch import MODULES
 
 
@@ -68,11 +68,11 @@ def test_a_stranger_named_kernels_is_pointed_out(tmp_path):
 
 
 def test_a_package_that_is_missing_is_pointed_out(monkeypatch):
-    assert cli.shadowed_package() is None
+    assert commands.shadowed_package() is None
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "model" else find(name))
-    assert "`import model` must find" in cli.shadowed_package()
-    assert "got nothing" in cli.shadowed_package()
+    assert "`import model` must find" in commands.shadowed_package()
+    assert "got nothing" in commands.shadowed_package()
 
 
 def test_gpus_are_named_with_architecture_and_memory(monkeypatch):

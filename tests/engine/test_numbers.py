@@ -17,6 +17,7 @@ from runs import newest, run, train
 from safetensors.torch import load_file, save_file
 
 from engine import cli, evaluation
+from engine.errors import BadInput
 from engine.run import checkpoint, export
 from model.gpt2 import GPT2, GPT2Config
 
@@ -215,7 +216,7 @@ def test_no_float_flag_of_any_command_takes_infinity_or_nan(trained, tmp_path, m
 
     def remember(kind, **_):
         kinds[command] = kind
-        raise cli.BadInput("enough")
+        raise BadInput("enough")
 
     with monkeypatch.context() as patched:
         patched.setattr(tyro, "cli", remember)

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from engine import cli, config
+from engine import commands as subcommands
 from engine.errors import BadInput
 from engine.tokens.prepare import PrepareConfig
 from model.presets import PRESETS
@@ -134,7 +135,7 @@ def parse_gpt2(args: list[str], monkeypatch) -> None:
         config.parse(flags, "gpt2 train")
         return
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_parse", stopping(cli._parse))
+        patch.setattr(subcommands, "_parse", stopping(subcommands._parse))
         asked = parsed_by(cli.COMMANDS[command], flags, f"gpt2 {command}")
     assert getattr(asked, "preset", "gpt2") in PRESETS
 
@@ -273,7 +274,7 @@ def test_every_flag_in_the_text_exists(document):
     from torch.distributed.run import get_args_parser
 
     known = TRAINING | {f"--no-{flag[2:]}" for flag in TRAINING}
-    for kind in (PrepareConfig, cli.Sample, cli.Evaluate, cli.Export, cli.Doctor):
+    for kind in (PrepareConfig, subcommands.Sample, subcommands.Evaluate, subcommands.Export, subcommands.Doctor):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     known |= {"--help", "--shutdown-timeout"}  # the second is torchrun's, from torch 2.12 on

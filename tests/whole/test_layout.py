@@ -29,10 +29,11 @@ LAYERS = (
     {"run"},
     {"tuning"},
     {"start"},
-    {"train", "cli"},
+    {"train", "commands"},
+    {"cli"},
 )
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous"}
+FILES |= {"device", "rendezvous", "commands"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
