@@ -200,10 +200,11 @@ class Comparison:
 
 
 def summarize(trial: Trial, rows: dict[Peer, Row], samples: dict[Peer | str, list[float]]) -> None:
-    """Adds what the samples say to the rows: times, rates, and ratios within each round."""
+    """Adds what the samples say to the rows: times, rates, and ratios of time per token within each round."""
     measured = {peer: times for peer, times in samples.items() if peer in rows and not rows[peer].reason}
-    ours = min((t for p, t in measured.items() if p.is_ours), key=statistics.median, default=None)
-    fastest = min((t for p, t in measured.items() if not p.is_ours), key=statistics.median, default=None)
+    each = {peer: [time / rows[peer].facts["batch"] for time in times] for peer, times in measured.items()}
+    ours = min((t for p, t in each.items() if p.is_ours), key=statistics.median, default=None)
+    fastest = min((t for p, t in each.items() if not p.is_ours), key=statistics.median, default=None)
     flops = flops_per_token(trial.config, trial.config.n_positions)
     for peer, times in measured.items():
         row, step = rows[peer], spread(times, "s")
@@ -215,9 +216,9 @@ def summarize(trial: Trial, rows: dict[Peer, Row], samples: dict[Peer | str, lis
         if peak_flops := row.facts.pop("peak_flops"):
             row.figures["mfu"] = rate(step, tokens * flops / peak_flops, "%")
         if peer.is_ours and fastest:
-            row.figures["speed"] = spread([f / s for f, s in zip(fastest, times, strict=True)], "x")
+            row.figures["speed"] = spread([f / s for f, s in zip(fastest, each[peer], strict=True)], "x")
         elif ours:
-            row.figures["time / ours"] = spread([s / o for s, o in zip(times, ours, strict=True)], "x")
+            row.figures["time / ours"] = spread([s / o for s, o in zip(each[peer], ours, strict=True)], "x")
 
 
 def case_of(text: str) -> tuple[int, ...]:

@@ -18,6 +18,9 @@ REGION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTA
 NOT_MEASURED = "not yet measured"
 HEADLINE = "H200"  # the GPU of the goals
 GOAL_CASE = "L=4 C=256 T=256 B=8 fp32"  # the CPU's
+COMPILED = ("ours compiled", "reference compiled", "transformers compiled")  # the rest stand in docs/benchmarks.md
+STEP = ("step", "tokens", "mfu", "step memory", "time / ours", "loss difference")
+OP = ("forward", "backward", "forward_no_grad", "both", "both of ceiling", "peak memory", "error", "rate")
 TITLES = {"ours": "this engine", "reference": "plain PyTorch", "transformers": "`transformers`"}
 TRACK_3 = "modded-nanogpt, track 3 log, 2026-05, torch 2.11"
 OTHER_MODEL = "plain PyTorch trainer, another model with GPT-2's FLOPs per token"
@@ -57,16 +60,28 @@ def gpu() -> str:
     rows = []
     for _, facts, measured in found("gpu.json"):
         for row in measured:
-            if row.section == "step" and row.case.startswith("gpt2 ") and row.status == "measured":
+            if row.case == "gpt2 B=64 bf16" and row.peer in COMPILED and row.status == "measured":
                 who, *how = row.peer.split(" ", 1)
                 title = "**this engine**" if who == "ours" else TITLES[who]
                 what = f"{title}, {row.facts['precision']}, {' '.join(how)}, B = {row.facts['batch']}"
                 tokens = f"{row.value('tokens'):,.0f}"
-                rows.append((what, facts["gpu"], tokens, tables.cell(row, "mfu"), "measured: `python -m bench.gpu`"))
+                mfu = tables.amount(row.value("mfu"), "%") if "mfu" in row.figures else ""
+                rows.append((what, f"1 x {facts['gpu'].split()[-1]}", tokens, mfu, "measured: `python -m bench.gpu`"))
     if not rows:
         rows = [("**this engine**, bf16", HEADLINE, NOT_MEASURED, NOT_MEASURED, "`python -m bench.gpu --out DIR`")]
         rows += [("this engine, an estimate", *estimate) for estimate in ESTIMATES]
     return tables.markdown(["T = 1,024", "GPU", "tokens/s per GPU", "MFU", "source"], [*rows, *PUBLISHED])
+
+
+def gpu_all() -> str:
+    """All steps, ops and ceilings that bench.gpu measured."""
+    parts = []
+    for _, facts, rows in found("gpu.json"):
+        rows = [row for row in rows if row.status == "measured"]
+        parts.append(tables.of([row for row in rows if row.section == "step"], STEP))
+        parts.append(tables.of([row for row in rows if row.section in ("ceilings", "ops")], OP))
+        parts[-1] += note(facts, "bench.gpu")
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def cpu() -> str:
@@ -140,7 +155,7 @@ def suites() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-TABLES: dict[str, Callable[[], str]] = {"gpu": gpu, "cpu": cpu, "peers": peers, "scaling": scaling, "suites": suites}
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in (gpu, gpu_all, cpu, peers, scaling, suites)}
 
 
 def rewritten(text: str) -> str:

@@ -71,7 +71,7 @@ class TrainConfig:
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only
-    cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches; not yet run on a GPU
+    cuda_graphs: bool = False  # replay each micro-batch as CUDA graphs, for fewer launches
     deterministic: bool = False  # the same bits in every run on the same GPUs and versions; costs a little time
     strict: bool = False  # end the run, exit code 3, if what torch.compile made is wrong; if not, train uncompiled
     tuned: str = "auto"  # file of gpt2 tune, which sets what no flag sets; auto: this machine's, if any; never: none

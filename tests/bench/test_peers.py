@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 from bench import goals, peers, steps, tables
 from bench.peers import Comparison, Peer, Trial
 from bench.processes import Failed
-from bench.results import exact
+from bench.results import Row, exact
 from engine import optim
 from engine.config import OptimConfig
 from model.gpt2 import GPT2Config
@@ -104,6 +104,15 @@ def test_what_runs_out_of_memory_is_tried_at_a_smaller_batch_and_says_so(play):
     row = play({"ours": (10.0, [1.0]), "fits": 1}, trial)["ours"]
     assert row.status == "failed"
     assert row.reason.endswith("CUDA out of memory")
+
+
+def test_peers_of_different_batches_are_compared_per_token():
+    ours, half = Peer("ours", "eager"), Peer("reference", "eager")
+    rows = {
+        peer: Row("step", "", peer.who, facts={"batch": b, "peak_flops": None}) for peer, b in ((ours, 4), (half, 2))
+    }
+    peers.summarize(TRIAL, rows, {ours: [1.0, 2.0], half: [1.0, 2.0], "ceiling": [1e12, 1e12]})
+    assert rows[half].value("time / ours") == rows[ours].value("speed") == 2.0
 
 
 def test_goals_are_judged_by_the_fastest_and_the_leanest_peer(play):

@@ -42,7 +42,9 @@ def test_every_table_has_its_place_and_holds_what_the_results_give():
 
 
 def test_nothing_measured_is_said(write):
-    assert report.cpu() == report.peers() == report.scaling() == report.suites() == "not yet measured"
+    assert (
+        report.cpu() == report.peers() == report.scaling() == report.suites() == report.gpu_all() == "not yet measured"
+    )
     table = report.gpu().splitlines()
     assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
         *("**this engine**, bf16", "H200", "not yet measured", "not yet measured")
@@ -58,14 +60,16 @@ def test_a_measured_step_takes_the_place_of_the_promise(write):
 
     rows = [row("ours compiled", 123456.7, mfu=exact(0.456, "%")), row("reference compiled", 1000.0)]
     rows += [Row("step", "gpt2 B=64 bf16", "transformers compiled", "failed", "x")]
-    write("gpu.json", {"gpu": "NVIDIA H200"}, rows)
+    write("gpu.json", {"gpu": "NVIDIA H200", "machine": "NVIDIA H200"}, rows)
     table = report.gpu()
     assert "not yet measured" not in table
     assert "estimate" not in table
     cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()[2:4]]
-    assert cells[0] == ["**this engine**, bf16, compiled, B = 64", "NVIDIA H200", "123,457", "45.6%"]
-    assert cells[1] == ["plain PyTorch, bf16, compiled, B = 64", "NVIDIA H200", "1,000", ""]
+    assert cells[0] == ["**this engine**, bf16, compiled, B = 64", "1 x H200", "123,457", "45.6%"]
+    assert cells[1] == ["plain PyTorch, bf16, compiled, B = 64", "1 x H200", "1,000", ""]
     assert "`transformers`" not in table
+    assert "reference compiled" in report.gpu_all()
+    assert "transformers" not in report.gpu_all()
 
 
 def test_a_cpu_case_is_held_against_its_fastest_and_its_leanest_peer(write):
@@ -135,4 +139,4 @@ def test_a_table_without_a_place_is_a_sentence(root, capsys):
 def test_a_marker_that_names_no_table_is_a_sentence(root, capsys):
     (root / "README.md").write_text(region("cpus"))
     assert report.main([], root) == 2
-    assert "a table must be one of gpu, cpu, peers" in capsys.readouterr().err
+    assert "a table must be one of gpu, gpu_all, cpu, peers" in capsys.readouterr().err
