@@ -15,6 +15,7 @@ import os
 import statistics
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     asked: the preset's config; a micro_batch_size or precision that it sets is kept. Raises BadInput
     if no step can run here.
     """
+    warnings.filterwarnings("ignore", module=r"torch\.")  # of Inductor, and of the first product in a new thread
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, _ = devices.choose_precision(asked.precision, device, "tune")
