@@ -99,7 +99,7 @@ def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str]
     checkpoint, goes_back = branch.find(train.out, train.resume, warn)
     if checkpoint is None:
         return None
-    checkpoint.require("tokens", "identity", "config")
+    checkpoint.require("tokens")
     if not checkpoint.has_optimizer:
         raise BadInput(
             f"train: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; train "

@@ -105,8 +105,8 @@ def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:
     A field that the config does not hold yet has its default. Raises BadInput if they are no config
     of a run.
     """
-    checkpoint.require("config", "identity")
     try:
+        check_fields(checkpoint.state, {"config": dict, "identity": dict})
         past, identity = configs.from_dict(checkpoint.state["config"]), checkpoint.state["identity"]
         noted = directory.resolved(branch.run_of(checkpoint.path))  # where older versions noted it
         before = {name: noted.get(name) for name in ("precision", "micro_batch_size")}

@@ -71,12 +71,13 @@ def _npy_header(file: BinaryIO) -> dict:
     if start[:6] != NPY or start[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
         raise BadFile("no .npy file")
     length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
-    if length > MOST_NPY_HEADER:
-        raise BadFile(f"a header of {length:,} bytes")
+    content = file.read(length) if length <= MOST_NPY_HEADER else b""
+    if len(content) != length:
+        raise BadFile(f"a header of {length:,} bytes, which is cut short or too long")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's, of a damaged literal
-            header = ast.literal_eval(file.read(length).decode("latin1"))
+            header = ast.literal_eval(content.decode("latin1"))
         check_fields(header, {"descr": str, "fortran_order": bool})
         shape = header["shape"]
         if type(shape) is not tuple or not all(type(size) is int and 0 <= size < 2**63 for size in shape):

@@ -343,8 +343,9 @@ def of_whole_checkpoints(files: Path, here: Path) -> set[str]:
     return printed
 
 
-def fuzz(seed: int, seconds: float, only: str | None = None, patience: float = PATIENCE) -> list[str]:
+def fuzz(asked: argparse.Namespace) -> list[str]:
     """Runs cases until the time is over, kind after kind. Returns what was wrong."""
+    seed, only = asked.seed, asked.only
     rng, counts, problems, number = random.Random(seed), Counter(), [], 0
     with tempfile.TemporaryDirectory(prefix="gpt2_fuzz_") as place:
         root = Path(place)
@@ -353,10 +354,10 @@ def fuzz(seed: int, seconds: float, only: str | None = None, patience: float = P
         make_files(root / "files")
         allowed = of_whole_checkpoints(root / "files", root / "here")
         began = time.monotonic()
-        while time.monotonic() - began < seconds:
+        while time.monotonic() - began < asked.seconds and number < asked.cases:
             case = draw(only or list(KINDS)[number % len(KINDS)], root / "files", rng)
             number += 1
-            found, done = _one(case, root / "files", root / "here", allowed, patience)
+            found, done = _one(case, root / "files", root / "here", allowed, asked.patience)
             counts[case.kind, done.code] += 1
             if found is not None:
                 problems.append(f"{case}: {found}")
@@ -389,7 +390,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--cases", type=int, default=10**6)
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--patience", type=float, default=PATIENCE)
     asked = parser.parse_args()
-    sys.exit(bool(fuzz(asked.seed, asked.seconds, asked.only, asked.patience)))
+    sys.exit(bool(fuzz(asked)))
