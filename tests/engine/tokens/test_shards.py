@@ -135,6 +135,43 @@ def test_a_pickle_in_npy_clothes_is_refused_and_not_run(tmp_path, clothes):
     assert not mark.exists()
 
 
+def test_any_bit_of_an_npy_header_that_flips_is_a_sentence_or_changes_nothing(tmp_path):
+    path, refused = write(tmp_path, "x_train_000000.npy", range(1000)), 0
+    whole = path.read_bytes()
+    for bit in range(8 * 128):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert shards.open_shard(path).tolist() == list(range(1000)), bit
+        except BadInput as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 900
+
+
+HEADERS = ["(%d,)" % 2**62, "(-1,)", "(True,)", "(2**9,)", "(1e3,)", "1000", "[1000]", "(1000, 1)", "()", "('1',)", "("]
+
+
+@pytest.mark.parametrize("shape", [*HEADERS, "(" * 900, "(999,)", "(1001,)"])
+def test_an_npy_header_of_another_shape_is_refused(tmp_path, shape):
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path = tmp_path / "x_train_000000.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(2000))
+    with pytest.raises(BadInput, match=r"x_train_000000.npy: (must be|tokens must|\d+ tokens take)"):
+        shards.open_shard(path)
+
+
+def test_an_npy_shard_is_mapped_and_not_read(tmp_path):
+    path = write(tmp_path, "x_train_000000.npy", range(50))
+    for version in (1, 2, 3):
+        with path.open("wb") as file:
+            np.lib.format.write_array(file, np.arange(50, dtype=np.uint16), version=(version, 0))
+        tokens = shards.open_shard(path)
+        assert isinstance(tokens, np.memmap)
+        assert tokens.tolist() == list(range(50))
+
+
 @pytest.mark.parametrize("cut", [0, 5, 100, 140])
 def test_a_truncated_npy_is_refused(tmp_path, cut):
     path = write(tmp_path, "x_train_000000.npy", range(50))
