@@ -45,7 +45,8 @@ from engine.tuning import record
 from model.gpt2 import GPT2
 
 LIMIT = 10.0  # seconds of work of one command; on a busy machine it may wait longer
-PATIENCE = 30.0  # seconds after which a command hangs
+PATIENCE = 15.0  # seconds without work after which a command hangs
+TICKS = os.sysconf("SC_CLK_TCK")  # per second of work
 MOST = 1 << 30  # bytes of memory more than this process has
 CODES = {0, 1, 2, 3, 75}
 UNCAUGHT = 70  # exit code of a fork whose command raised
@@ -75,12 +76,14 @@ def run(args: list[str], patience: float = PATIENCE) -> Done:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if (child := os.fork()) == 0:
             _in_fork(args, out.fileno(), err.fileno())
-        ends, hung = time.monotonic() + patience, False
+        began, worked, hung = time.monotonic(), "", False
         while True:
             done, status, usage = os.wait4(child, os.WNOHANG)
             if done:
                 break
-            if not hung and time.monotonic() > ends:
+            if (work := _work_of(child)) != worked:
+                began, worked = time.monotonic(), work
+            if not hung and (time.monotonic() > began + patience or sum(map(int, work.split())) > 2 * TICKS * LIMIT):
                 hung = True
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.005)
@@ -90,6 +93,11 @@ def run(args: list[str], patience: float = PATIENCE) -> Done:
             texts.append(file.read().decode(errors="replace"))
         grown = 1024 * max(0, usage.ru_maxrss - before)
         return Done(os.waitstatus_to_exitcode(status), *texts, usage.ru_utime + usage.ru_stime, grown, hung)
+
+
+def _work_of(child: int) -> str:
+    """User and system time of a process, in ticks."""
+    return " ".join(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13])
 
 
 def _in_fork(args: list[str], out: int, err: int) -> None:
@@ -164,7 +172,7 @@ def make_files(root: Path) -> None:
 
 
 def _must(args: list[str]) -> str:
-    done = run(args, patience=120)
+    done = run(args)
     if done.code != 0:
         raise RuntimeError(f"fuzz: {args} must succeed, got {done.code}: {done.err}")
     return done.out

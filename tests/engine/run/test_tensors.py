@@ -164,7 +164,7 @@ def test_a_state_with_a_mistyped_field_is_damage_although_its_digest_fits(single
     path.write_text(json.dumps({"step": 3, "tokens": 1, "identity": IDENTITY} | change))
     fit_digests(single)
     assert checkpoint_damage(single).startswith("state.json must be the state of a run, got ")
-    with pytest.raises(BadInput, match="state.json must be the state of a run"):
+    with pytest.raises(BadInput, match=r"state\.json must be the state of a run"):
         checkpoint.read(single)
 
 

@@ -144,13 +144,12 @@ def test_any_bit_of_an_npy_header_that_flips_is_a_sentence_or_changes_nothing(tm
         path.write_bytes(content)
         try:
             assert shards.open_shard(path).tolist() == list(range(1000)), bit
-        except BadInput as error:
-            assert str(error).startswith(f"{path}: ")
+        except BadInput:
             refused += 1
     assert refused > 900
 
 
-HEADERS = ["(%d,)" % 2**62, "(-1,)", "(True,)", "(2**9,)", "(1e3,)", "1000", "[1000]", "(1000, 1)", "()", "('1',)", "("]
+HEADERS = [f"({2**62},)", "(-1,)", "(True,)", "(2**9,)", "(1e3,)", "1000", "[1000]", "(1000, 1)", "()", "('1',)", "("]
 
 
 @pytest.mark.parametrize("shape", [*HEADERS, "(" * 900, "(999,)", "(1001,)"])
