@@ -39,8 +39,8 @@ import tyro  # noqa: F401  (imported once, not in every fork)
 from damage import CONTENT, PLACE, Harm, fit_digests, gone, value
 
 from engine import cli, config, start
-from engine.run import checkpoint, plots  # noqa: F401
-from engine.tokens import prepare, shards
+from engine.run import checkpoint, plots
+from engine.tokens import shards
 from engine.tuning import record
 from model.gpt2 import GPT2
 
@@ -49,6 +49,7 @@ PATIENCE = 15.0  # seconds without work after which a command hangs
 TICKS = os.sysconf("SC_CLK_TCK")  # per second of work
 MOST = 1 << 30  # bytes of memory more than this process has
 CODES = {0, 1, 2, 3, 75}
+plots.Painter.draw = lambda self, rows: None  # in training; `gpt2 plot` draws
 UNCAUGHT = 70  # exit code of a fork whose command raised
 SMALL = ["tiny", "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--model.n-positions", "32"]
 SMALL += ["--tokens-per-step", "128", "--micro-batch-size", "2", "--eval-tokens", "128", "--sample-tokens", "4"]
@@ -87,10 +88,7 @@ def run(args: list[str], patience: float = PATIENCE) -> Done:
                 hung = True
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.005)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
+        texts = [os.pread(file.fileno(), 1 << 20, 0).decode(errors="replace") for file in (out, err)]
         grown = 1024 * max(0, usage.ru_maxrss - before)
         return Done(os.waitstatus_to_exitcode(status), *texts, usage.ru_utime + usage.ru_stime, grown, hung)
 
@@ -138,18 +136,13 @@ def make_files(root: Path) -> None:
     words = [f"line {i} of some text, {i * i}\n" for i in range(150)]
     (text / "a.txt").write_text("".join(words))
     (text / "b.jsonl").write_text("".join(json.dumps({"text": word * 9}) + "\n" for word in words))
-    try:
+    with contextlib.suppress(ImportError):
         import pyarrow
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.table({"text": words}), text / "c.parquet")
-    except ImportError:
-        pass
     shutil.copytree(text, root / "source")
-    for_data = prepare.PrepareConfig(
-        out=str(root / "data"), tokenizer="bytes", workers=1, val_fraction=0.3, shard_tokens=9000
-    )
-    prepare.prepare([str(root / "source")], for_data)
+    _must(["prepare", str(root / "source"), "--out", str(root / "data"), *PREPARE])
     (root / "npy").mkdir()
     for path in (root / "data").glob("*.bin"):
         shards.np.save(root / "npy" / f"{path.stem}.npy", shards.open_shard(path))
