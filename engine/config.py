@@ -6,14 +6,15 @@ fast.
 """
 
 import dataclasses
-import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from engine.errors import BadInput, nearest
+from model.files import check_fields, make, read_json
 from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
 
@@ -310,14 +311,11 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(fields: dict) -> TrainConfig:
-    """Inverse of to_dict. Ignores fields that this version does not know."""
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    nested = {"model": GPT2Config, "optim": OptimConfig}
-    values = {name: value for name, value in fields.items() if name in known}
-    for name, kind in nested.items():
-        names = {f.name for f in dataclasses.fields(kind)}
-        values[name] = kind(**{key: value for key, value in fields[name].items() if key in names})
-    return TrainConfig(**values)
+    """Inverse of to_dict. Ignores fields that this version does not know.
+
+    Raises ValueError if a field has another type or value.
+    """
+    return make(TrainConfig, check_fields(fields, {"model": dict, "optim": dict}))
 
 
 def load(run: str | Path) -> TrainConfig:
@@ -326,9 +324,12 @@ def load(run: str | Path) -> TrainConfig:
     Raises BadInput if it has no config.json, or one that cannot be read.
     """
     path = Path(run) / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")
     try:
-        return from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path}: must be the config of a run, got {error!r}") from error
+        config = from_dict(read_json(path))
+        if wrong := config.problems():
+            raise ValueError(wrong[0])
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: must be the config of a run, got {error}") from error
+    return config

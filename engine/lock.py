@@ -343,7 +343,7 @@ def _read(file: int) -> dict:
         kinds = {"nonce": str, "host": str, "pid": int, "start": str, "begun": str, "command": str, "file": list}
         if all(isinstance(holder[name], kind) for name, kind in kinds.items()) and len(holder["file"]) == 2:
             return holder
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     return {"text": text}
 
@@ -354,7 +354,7 @@ def _read_at(path: Path) -> dict | None:
     Ends a kernel's lock that this process has on it.
     """
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:

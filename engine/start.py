@@ -121,10 +121,7 @@ class Run:
         Raises BadInput if the checkpoint is another model's.
         """
         resume.restore(checkpoint, self.raw_model, self.update.optimizer, self.ranks)
-        state, scaler, guard = checkpoint.state, self.update.scaler, self.update.guard
-        if scaler.is_enabled() and state["scaler"]:  # the checkpoint may be of a run in another precision
-            scaler.load_state_dict(state["scaler"])
-        guard.load_state_dict(state.get("guard", guard.state_dict()))
+        resume.restore_counts(checkpoint, self.update.scaler, self.update.guard)
 
     @contextmanager
     def doing(self, what: Part, step: int) -> Iterator[None]:

@@ -4,15 +4,20 @@ Whatever lies at a path, the caller gets what it asked for or a BadFile. Its tex
 and fits behind "got": a sentence of the caller names the file and what must hold.
 """
 
+import dataclasses
 import json
 import os
 import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin
+
+Kind = TypeVar("Kind")
 
 MOST_JSON = 64 << 20  # bytes; the largest index or manifest in use has a few
+MOST_INT = 2**63 - 1
 KINDS = {
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a named pipe",
@@ -87,28 +92,85 @@ def read_json(path: str | Path, fields: Mapping[str, type | tuple[type, ...]] | 
 def check_fields(found: Any, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
     """Returns `found` if it is an object whose fields have these types. Raises BadFile.
 
-    A float may be written as an integer and must be finite; true and false are no integers.
-    `type(None)` stands for null.
+    A float may be written as an integer and must be finite; an integer has at most 64 bits; true and
+    false are no integers. `type(None)` stands for null.
     """
     if not isinstance(found, dict):
         raise BadFile(f"{_words(found)} instead of an object")
     for name, kinds in fields.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if name not in found:
             raise BadFile(f"no field {name}")
-        if not any(_is(found[name], kind) for kind in kinds):
-            wanted = " or ".join(WORDS.get(kind, "null") for kind in kinds)
-            raise BadFile(f"{_words(found[name])} in field {name}, which must be {wanted}")
+        _check(found[name], name, kinds)
     return found
 
 
-def _is(value: Any, kind: type) -> bool:
+def check_present(found: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Like `check_fields`, for fields that may be missing."""
+    return check_fields(found, {name: kinds for name, kinds in fields.items() if name in found})
+
+
+def make(kind: type[Kind], found: Any) -> Kind:
+    """Makes a dataclass of a JSON object, by the types of its fields. Fields that it does not know are ignored.
+
+    Raises BadFile, and whatever ValueError the dataclass raises itself.
+    """
+    check_fields(found, {})
+    values = {}
+    for field in dataclasses.fields(kind):
+        has_default = field.default is not field.default_factory  # both are MISSING where there is none
+        if field.name not in found and has_default:
+            continue
+        if dataclasses.is_dataclass(field.type):
+            values[field.name] = make(field.type, check_fields(found, {field.name: dict})[field.name])
+        else:
+            values[field.name] = check_fields(found, {field.name: field.type})[field.name]
+    return kind(**values)
+
+
+def shown(value: Any) -> str:
+    """A JSON value for a message, without the rest of a long one."""
+    text = json.dumps(value) if not isinstance(value, dict | list) else _words(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check(value: Any, name: str, kinds: Any) -> None:
+    if not _is(value, kinds):
+        raise BadFile(f"{_words(value)} in field {name}, which must be {_wanted(kinds)}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has a type: a class, several, or an annotation such as `dict[str, int] | None`."""
+    origin, args = get_origin(kind), kind if isinstance(kind, tuple) else get_args(kind)
+    if isinstance(kind, tuple) or origin is UnionType:
+        return any(_is(value, one) for one in args)
+    if origin is Literal:
+        return type(value) is str and value in args
+    if origin is list:
+        return type(value) is list and all(_is(each, args[0]) for each in value)
+    if origin is dict:
+        return type(value) is dict and all(_is(each, args[1]) for each in value.values())
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
-    return type(value) is kind
+    return type(value) is kind and not (kind is int and abs(value) > MOST_INT)
+
+
+def _wanted(kind: Any) -> str:
+    origin, args = get_origin(kind), kind if isinstance(kind, tuple) else get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(args)}"
+    return " or ".join(map(_wanted, args)) if isinstance(kind, tuple) or origin is UnionType else _name(kind)
+
+
+def _name(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (list, dict):
+        return f"{WORDS[origin]} of values that are each {_wanted(args[-1])}"
+    return "null" if kind is type(None) else WORDS[kind]
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, float) and not _is(value, float):
+    if type(value) is float and not _is(value, float):
         return str(value)
+    if type(value) is int and abs(value) > MOST_INT:
+        return "an integer of more than 64 bits"
     return "null" if value is None else WORDS.get(type(value), type(value).__name__)

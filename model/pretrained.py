@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from model.files import open_file, read_json, shown
 from model.presets import GPT2Config
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,6 +82,7 @@ def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) ->
     folder = _locate(str(dir_or_name))
     config = _read_config(folder, dropout)
     stored = _open_weights(folder)
+    _check_sizes(folder, config, stored)
     with torch.device("meta"):  # shapes only: no weights are allocated before the files are checked
         model = kind(config)
     if HEAD in stored:
@@ -185,37 +187,51 @@ def _locate(dir_or_name: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__}")
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"weights: {path} must hold a JSON object, got {error}; download it again") from error
-    return content
+        got = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"weights: {path} must hold a JSON object, got {got}; download it again") from error
 
 
 def _read_config(folder: Path, dropout: float) -> GPT2Config:
     """Reads the model's sizes from config.json. Raises ValueError if it describes another model."""
     fields = _read_json(folder / "config.json")
     sizes = {field: fields.get(field) for field in SIZES}
-    wrong = [f"{name} must be an integer, got {json.dumps(v)}" for name, v in sizes.items() if type(v) is not int]
+    wrong = [f"{name} must be an integer, got {shown(v)}" for name, v in sizes.items() if type(v) is not int]
     inner = {} if wrong else {"n_inner": (None, 4 * sizes["n_embd"])}
     for field, values in {**MEANS_GPT2, **inner}.items():
         if fields.get(field, values[0]) not in values:
             wanted = " or ".join(map(json.dumps, values))
-            wrong.append(f"{field} must be {wanted}, got {json.dumps(fields[field])}")
+            wrong.append(f"{field} must be {wanted}, got {shown(fields[field])}")
     if wrong:
         raise ValueError(f"weights: {folder / 'config.json'}: {'; '.join(wrong)}; only a GPT-2 can be loaded")
     return GPT2Config(**sizes, dropout=dropout)
 
 
+def _check_sizes(folder: Path, config: GPT2Config, stored: dict[str, Tensor]) -> None:
+    """Raises ValueError if the sizes ask for much more than the files hold: such a model is not even listed."""
+    C, L = config.n_embd, config.n_layer
+    needed = L * C * (12 * C + 13) + C * (config.vocab_size + config.n_positions + 2)  # as model.presets counts
+    present = sum(tensor.numel() for tensor in stored.values())
+    if L > len(stored) or needed > 2 * present + 2**16:
+        sizes = ", ".join(f"{name} {getattr(config, name):,}" for name in SIZES)
+        raise ValueError(
+            f"weights: {folder} must hold the tensors of the GPT-2 in its config.json, got {len(stored):,} tensors of "
+            f"{present:,} numbers for {sizes}; use config.json and model.safetensors of the same model"
+        )
+
+
 def open_tensors(path: Path) -> safe_open:
-    """Opens a safetensors file. safetensors takes names in UTF-8 only, so another goes by its number."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        with path.open("rb") as file:
+    """Opens a safetensors file. safetensors takes names in UTF-8 only, so another goes by its number.
+
+    Raises BadFile if it is no file that can be read: safetensors would wait for a pipe.
+    """
+    with open_file(path) as file:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
             return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
-    return safe_open(path, framework="pt")
+        return safe_open(path, framework="pt")
 
 
 def _open_weights(folder: Path) -> dict[str, Tensor]:
@@ -225,9 +241,10 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
         try:
             with open_tensors(path) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (file is no dict)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # safetensors raises many types for a header that is damaged
+            got = "none" if isinstance(error, FileNotFoundError) else error
             raise ValueError(
-                f"weights: {path} must be a complete safetensors file, got {error}; download or export it again"
+                f"weights: {path} must be a complete safetensors file, got {got}; download or export it again"
             ) from error
         for key, tensor in tensors.items():
             name = key.removeprefix(PREFIX)
@@ -240,10 +257,10 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Paths of model.safetensors, or of the files that model.safetensors.index.json names."""
-    if (folder / "model.safetensors").is_file():
+    if os.path.lexists(folder / "model.safetensors"):
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if os.path.lexists(index):
         weight_map = _read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and file == Path(file).name for file in files):

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from engine.checks import facts
+from model.files import BadFile, open_file
 
 FOLDER = "compile_cache"
 ARTIFACTS = "artifacts"  # name in the archive; all others are libraries, relative to Inductor's cache
@@ -36,11 +37,12 @@ class CompileCache:
     def load(self) -> bool:
         """Gives what is kept to PyTorch's caches. False if nothing was, or if it cannot be used."""
         try:
-            data = self.path.read_bytes()
+            with open_file(self.path) as file:
+                data = file.read()
         except FileNotFoundError:
             return False
-        except OSError as error:
-            return self._ignore(error.strerror or repr(error))
+        except (OSError, BadFile) as error:
+            return self._ignore(getattr(error, "strerror", None) or str(error))
         digest, archive = data[:DIGEST], data[DIGEST:]
         try:
             if not hmac.compare_digest(_digest(archive), digest):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from model.files import BadFile, read
+
 ROOT = Path(__file__).resolve().parents[2]  # where the packages lie
 NVIDIA_VERSION = "/proc/driver/nvidia/version"
 
@@ -60,8 +62,12 @@ def secret() -> bytes:
     Raises OSError if it can be neither read nor made.
     """
     path = cache_directory() / "secret"
-    with suppress(FileNotFoundError):
-        return path.read_bytes()
+    try:
+        return read(path, 1 << 10)
+    except FileNotFoundError:
+        pass
+    except BadFile as error:
+        raise OSError(f"{path} is {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".secret.{os.getpid()}.{secrets.token_hex(4)}")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

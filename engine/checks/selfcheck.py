@@ -27,6 +27,7 @@ from kernels import tiles
 from kernels.accuracy import failure
 from kernels.cases import Sizes
 from kernels.dispatch import Ops
+from model.files import read_json
 
 CHILD = ("-m", "engine.checks.selfcheck")
 LIMIT = 80.0  # seconds of one such process: most of it compiles kernels
@@ -137,10 +138,10 @@ def main(asked: dict) -> None:
 
 def recall(asked: dict) -> dict[str, str] | None:
     """The failures that the last check of the same found, or None if there is none that can be read."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        stored = json.loads(_path(asked).read_text())
+    with suppress(OSError, ValueError):
+        stored = read_json(_path(asked), {"facts": dict, "failed": dict[str, str]})
         if stored["facts"] == _facts(asked):
-            return {str(op): str(why) for op, why in stored["failed"].items()}
+            return stored["failed"]
     return None
 
 

@@ -29,6 +29,7 @@ from engine.distributed import Ranks
 from engine.errors import LOST, BadInput, PeerFailed, exit_code, warn
 from engine.health import failures, verdict
 from engine.health.verdict import Verdict
+from model.files import read_json
 
 HEARTBEAT = "heartbeat"
 WIDTH = 2048  # bytes of the file, always: it is overwritten in place, for which a full disk has room
@@ -180,8 +181,8 @@ class Heartbeat:
         """
         self.step = step
         if self.ranks.is_first:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                there = json.loads((Path(self.config.out) / HEARTBEAT).read_text())
+            with contextlib.suppress(OSError, ValueError):
+                there = read_json(Path(self.config.out) / HEARTBEAT, {"state": str})
                 self._was_running = there["state"] == "running"
             self._is_open = True
 

@@ -10,8 +10,10 @@ after a kill the next command finishes it.
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +22,11 @@ from engine.run import checkpoint as checkpoints
 from engine.run import durable, metrics
 from engine.run.checkpoint import Checkpoint
 from engine.run.verify import CHECKPOINTS, LATEST
+from model import files
 
 WENT_BACK = "went_back"
+LONGEST_NAME = 4096  # bytes
+NAME, ASIDE = re.compile(r"step_[^/]*"), re.compile(r"aside_[0-9]+")
 RECORD = (metrics.METRICS_FILE, metrics.SAMPLES_FILE)
 
 
@@ -67,9 +72,11 @@ def find(out: str | Path, resume: str, warn: Callable[[str], None]) -> tuple[Che
 
 
 def _latest(out: Path) -> str | None:
-    """Name of the newest checkpoint that was announced, or None."""
-    path = out / LATEST
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else None
+    """Name of the newest checkpoint that was announced, or None. Raises BadFile if it is no text file."""
+    try:
+        return files.read(out / LATEST, LONGEST_NAME).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def _check_announced(out: Path) -> list[str]:
@@ -89,6 +96,11 @@ def _check_announced(out: Path) -> list[str]:
         raise BadInput(
             f"train: the checkpoints of --out must be readable, got {error.filename}: {error.strerror}; make it "
             f"readable or mount it; {way_out}"
+        ) from error
+    except files.BadFile as error:
+        raise BadInput(
+            f"train: {out / LATEST} must be a file with the name of a checkpoint, got {error}; delete it, and the "
+            f"newest checkpoint counts; {way_out}"
         ) from error
     names = [name for name in (name.removeprefix(".replaced_") for name in names) if name.startswith("step_")]
     if latest is not None and not names:
@@ -163,7 +175,7 @@ def _set_aside(out: Path, aside: Path, moves: list[str]) -> None:
     aside.mkdir(parents=True, exist_ok=True)
     for name in RECORD:  # before the checkpoints: once they are moved the record may be cut
         if (out / name).exists() and not (aside / name).exists():
-            durable.write(aside / name, (out / name).read_bytes())
+            durable.write(aside / name, _content(out / name))
     for name in moves:
         if not (aside / name).exists():
             (root / name).rename(aside / name)
@@ -180,9 +192,18 @@ def _take_record(out: Path, to: Path) -> None:
     folder = path.parent if path.parent.name != CHECKPOINTS else run_of(path)
     for name in RECORD:
         if (folder / name).exists():
-            durable.write(out / name, (folder / name).read_bytes())
+            durable.write(out / name, _content(folder / name))
         else:
             (out / name).unlink(missing_ok=True)
+
+
+def _content(path: Path) -> bytes:
+    """A file's content. Raises OSError if it is no file that can be read."""
+    try:
+        with files.open_file(path) as file:
+            return file.read()
+    except files.BadFile as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
 
 
 def _name(out: Path, path: str | Path) -> str:
@@ -193,17 +214,17 @@ def _name(out: Path, path: str | Path) -> str:
 
 def _read(out: Path) -> dict | None:
     """What OUT/went_back notes, or None if OUT never went back. Raises BadInput if it is damaged."""
-    path, kinds = out / WENT_BACK, {"to": str, "aside": str | None, "moves": list, "is_own": bool, "done": bool}
+    path, kinds = out / WENT_BACK, {"to": str, "aside": str | None, "moves": list[str], "is_own": bool, "done": bool}
     try:
-        back = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in (back["aside"], *back["moves"]) if name is not None]
-        if not all(isinstance(back[name], kind) for name, kind in kinds.items()) or any("/" in name for name in names):
-            raise ValueError("a field with another value")
+        back = files.read_json(path, kinds)
+        wrong = [name for name in back["moves"] if not NAME.fullmatch(name)]
+        if wrong or not ASIDE.fullmatch(back["aside"] or "aside_1"):
+            raise files.BadFile(f"another name, {[*wrong, back['aside']][0]!r:.80}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(
-            f"train: {path} must be as gpt2 train wrote it, got {error!r}; delete it, then --resume PATH goes back "
+            f"train: {path} must be as gpt2 train wrote it, got {error}; delete it, then --resume PATH goes back "
             "to PATH anew"
         ) from error
     return back

@@ -19,7 +19,6 @@ import contextlib
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
 from engine.run import durable
-from engine.run.verify import LATEST, MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage
+from engine.run.tensors import check_sizes, fill
+from engine.run.verify import LATEST, MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage, read_state
 from engine.tokens.shards import sha256
-from model.pretrained import not_finite, open_tensors
+from model.files import make, read_json
+from model.presets import GPT2Config
+from model.pretrained import not_finite
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
 
@@ -61,6 +62,21 @@ class Checkpoint:
         Imported weights have none.
         """
         return (self.path / SHARDED).is_dir() or (self.path / OPTIMIZER).exists()
+
+    def require(self, *fields: str) -> None:
+        """Raises BadInput unless the state has these fields, whose types are known."""
+        if missing := [field for field in fields if self.state.get(field) is None]:
+            raise BadInput(
+                f"checkpoint: {self.path} must hold the state of a run, got none with {', '.join(missing)}; use an "
+                "older one"
+            )
+
+    def model_config(self) -> GPT2Config:
+        """Sizes of the model that it holds. Raises BadInput if they are not those of its tensors."""
+        self.require("identity")
+        config = make(GPT2Config, self.state["identity"]["model"])
+        check_sizes(self.path, config)
+        return config
 
 
 # ---- Write --------------------------------------------------------------------------------------------------------
@@ -248,8 +264,8 @@ def best(out: str | Path) -> Path | None:
     """Path of the checkpoint with the lowest validation loss, or None if no checkpoint has one."""
     losses = []
     for path in step_directories(Path(out) / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a damaged state.json may hold anything
-            loss = json.loads((path / STATE).read_text()).get("val_loss")
+        with contextlib.suppress(OSError, ValueError):  # a damaged state.json may hold anything
+            loss = read_json(path / STATE).get("val_loss")
             if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
                 losses.append((loss, path))
     return min(losses)[1] if losses else None
@@ -285,11 +301,9 @@ def read(path: str | Path) -> Checkpoint:
     if (reason := checkpoint_damage(path)) is not None:
         raise BadInput(f"checkpoint: {path} must be whole, but {reason}; use an older one")
     try:
-        return Checkpoint(path, json.loads((path / STATE).read_text()))
-    except ValueError as error:  # its digest verifies, but it was never JSON
-        raise BadInput(
-            f"checkpoint: {path} must be whole, but {STATE} is no JSON: {error}; use an older one"
-        ) from error
+        return Checkpoint(path, read_state(path))
+    except (OSError, ValueError) as error:  # it has changed since
+        raise BadInput(f"checkpoint: {path} must be whole, but {STATE}: {error}; use an older one") from error
 
 
 def newest(out: str | Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -344,39 +358,10 @@ def load_optimizer(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.op
 def _fill(checkpoint: Checkpoint, targets: dict[str, Tensor], prefix: str, what: str) -> None:
     """Copies the saved tensors whose names begin with prefix into targets, by name.
 
-    what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names or
-    shapes differ, or if a number is not finite.
+    Raises BadInput if names, shapes or dtypes differ, or if a number is not finite.
     """
-    path = checkpoint.path
-    if is_sharded := (path / SHARDED).is_dir():
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-        reader = HuggingFaceStorageReader(str(path / SHARDED))
-        shapes = {name: tuple(meta.size) for name, meta in reader.read_metadata().state_dict_metadata.items()}
-    else:
-        try:
-            file = open_tensors(path / f"{prefix}safetensors")
-        except SafetensorError as error:  # its digest verifies, but it was never a safetensors file
-            raise BadInput(f"checkpoint: {path} must hold safetensors, got {prefix}safetensors: {error}") from error
-        shapes = {prefix + name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    shapes = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-    wrong = sorted(set(shapes) ^ set(targets)) or [n for n in targets if shapes[n] != tuple(targets[n].shape)]
-    if wrong:
-        differing = wrong[0].removeprefix(prefix)
-        raise BadInput(f"checkpoint: {path} must hold this model's {what}, but {differing} differs")
-    if is_sharded:
-        import torch.distributed.checkpoint as dcp
-
-        is_alone = not any(isinstance(target, DTensor) for target in targets.values())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PyTorch warns if there is no process group
-            dcp.load(dict(targets), storage_reader=reader, no_dist=is_alone)
-    for name, target in [] if is_sharded else targets.items():
-        saved = file.get_tensor(name.removeprefix(prefix))
-        if isinstance(target, DTensor):  # each process reads the whole tensor and keeps its shard
-            saved = distribute_tensor(
-                saved.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-            )
-        target.copy_(saved)
+    fill(checkpoint.path, targets, prefix, what)
     if odd := not_finite({name.removeprefix(prefix): local(target) for name, target in targets.items()}):
-        raise BadInput(f"checkpoint: {path} must hold finite {what}, got NaN or infinity: {odd}; use an older one")
+        raise BadInput(
+            f"checkpoint: {checkpoint.path} must hold finite {what}, got NaN or infinity: {odd}; use an older one"
+        )

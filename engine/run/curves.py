@@ -1,5 +1,6 @@
 """Curves of a run in bounded memory: what a picture can show of any number of rows."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def read(run: str | Path) -> list[dict[str, float]]:
     """
     path, curves = Path(run) / rows.METRICS_FILE, Curves()
     try:
-        for _, row in rows.read(path) if path.exists() else ():
+        for _, row in rows.read(path) if os.path.lexists(path) else ():
             if row is not None:
                 curves.add(row)
     except OSError as error:

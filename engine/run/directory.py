@@ -15,6 +15,7 @@ from engine.lock import Lock
 from engine.run import checkpoint as checkpoints
 from engine.run import durable, metrics, plots
 from engine.run.verify import CHECKPOINTS
+from model.files import check_present, read_json
 from model.presets import GPT2Config, parameter_shapes
 
 _REST_OF_A_RUN = 2**20  # bytes reserved for metrics, samples and plots
@@ -69,17 +70,22 @@ def write_config(train: TrainConfig, tokenizer_name: str, resolved: dict, histor
 
 
 def tokenizer_name(run: str | Path) -> str:
-    """Name of a run's tokenizer, from its config.json."""
-    return json.loads((Path(run) / CONFIG_FILE).read_text()).get("tokenizer", "gpt2")
+    """Name of a run's tokenizer, from its config.json. Raises BadInput if that cannot be read."""
+    path = Path(run) / CONFIG_FILE
+    try:
+        return check_present(read_json(path), {"tokenizer": str}).get("tokenizer", "gpt2")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: must be the config of a run, got {error}") from error
 
 
 def resolved(run: str | Path) -> dict:
     """What `auto` was resolved to in a run; {} if that is not known."""
     try:
-        found = json.loads((Path(run) / CONFIG_FILE).read_text()).get("resolved", {})
-    except (OSError, ValueError, AttributeError):
+        found = check_present(read_json(Path(run) / CONFIG_FILE), {"resolved": dict}).get("resolved", {})
+        kinds = {"precision": str, "micro_batch_size": int, "device": str, "tuned": str | None}
+        return check_present(found, kinds)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def report(train: TrainConfig, unit: str, outcome: str, step: int, val_loss: float | None) -> str:

@@ -29,7 +29,7 @@ from engine.run.checkpoint import Checkpoint
 from engine.tokens import shards
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.tokenizer import END_OF_TEXT, Tokenizer, gpt2_ranks
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2
 
 
 def load_model(
@@ -70,12 +70,18 @@ def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> 
             f"run: {run} must hold a checkpoint with a validation loss to have a best one, got none; leave out --best "
             f"to take the newest, of step {checkpoint.step}"
         )
-    identity = checkpoint.state["identity"]
-    model = GPT2(GPT2Config(**identity["model"]))
+    model_config = checkpoint.model_config()
+    tokenizer = tokenizers.load(checkpoint.state["identity"]["tokenizer"])
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise BadInput(
+            f"checkpoint: {checkpoint.path} must hold a model of the {tokenizer.vocab_size} tokens of its tokenizer "
+            f"{tokenizer.name}, got {model_config.vocab_size}; use an older one"
+        )
+    model = GPT2(model_config)
     checkpoints.load_weights(checkpoint, model)
     if torch.cuda.is_available():
         model.to("cuda")  # its ops stay PyTorch's, which need no self-check
-    return model, tokenizers.load(identity["tokenizer"]), checkpoint
+    return model, tokenizer, checkpoint
 
 
 def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:

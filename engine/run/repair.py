@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.run import rows
+from model.files import BadFile, open_file
 
 SAMPLE_HEADING = re.compile(rb"^=== step ([0-9]{1,18}) ===\n", re.MULTILINE)
 CHUNK = 1 << 16  # bytes read or copied at a time
@@ -92,7 +93,7 @@ def last_sample(path: Path, step: int | None = None) -> str:
     Reads no more than the file's end.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = start = file.seek(0, os.SEEK_END)
             while start > 0:
                 start = max(0, 2 * start - size - CHUNK)  # twice as much as before, and a chunk
@@ -102,7 +103,7 @@ def last_sample(path: Path, step: int | None = None) -> str:
                 if found:
                     is_wanted = step is None or int(found[-1][1]) == step
                     return text[found[-1].end() :].decode(errors="replace").strip("\n") if is_wanted else ""
-    except OSError:
+    except (OSError, BadFile):
         pass
     return ""
 

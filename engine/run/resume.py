@@ -15,6 +15,8 @@ from engine.optim import allocate_state
 from engine.run import branch, directory, settings
 from engine.run import checkpoint as checkpoints
 from engine.run.checkpoint import Checkpoint
+from engine.step import Guard
+from model.files import BadFile, check_fields
 from model.gpt2 import GPT2
 
 PACKAGES = [Path(__file__).resolve().parents[2] / name for name in ("kernels", "model", "engine")]
@@ -97,6 +99,7 @@ def find_checkpoint(train: TrainConfig, run_identity: dict, warn: Callable[[str]
     checkpoint, goes_back = branch.find(train.out, train.resume, warn)
     if checkpoint is None:
         return None
+    checkpoint.require("tokens")
     if not checkpoint.has_optimizer:
         raise BadInput(
             f"train: {checkpoint.path} must hold the optimizer's state to go on training, got weights alone; train "
@@ -163,6 +166,23 @@ def restore(checkpoint: Checkpoint, raw_model: GPT2, optimizer: torch.optim.Opti
     if not is_sharded:
         allocate_state(optimizer)
         ranks.broadcast(list(checkpoints.named_tensors(raw_model, optimizer).values()))
+
+
+def restore_counts(checkpoint: Checkpoint, scaler: torch.amp.GradScaler, guard: Guard) -> None:
+    """Fills the loss scale and the guard. Raises BadInput if the checkpoint's are not such states."""
+    scaled, guarded = checkpoint.state.get("scaler"), checkpoint.state.get("guard", guard.state_dict())
+    try:
+        if scaler.is_enabled() and scaled:  # the checkpoint may be of a run in another precision
+            check_fields(scaled, dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float))
+            scaler.load_state_dict(check_fields(scaled, dict.fromkeys(("growth_interval", "_growth_tracker"), int)))
+        if len(guarded) != len(guard.state_dict()):
+            raise BadFile(f"{len(guarded)} numbers of the guard")
+        guard.load_state_dict([float(number) for number in guarded])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadInput(
+            f"checkpoint: {checkpoint.path} must hold the loss scale and the guard of a run, got {error}; use an "
+            "older one"
+        ) from error
 
 
 def check_shared_out(out: str | Path, parallel: str, ranks: Ranks) -> None:

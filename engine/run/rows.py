@@ -16,7 +16,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
+
+from model.files import BadFile, open_file
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
@@ -45,10 +47,8 @@ class Line(NamedTuple):
 
 def lines(path: Path) -> Iterator[Line]:
     """The lines of a file, without the byte order mark of its first."""
-    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
-        raise OSError(errno.EINVAL, "it is no file", str(path))
     end = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         while text := file.readline(LONGEST_LINE):
             start, end, piece = end, end + len(text), text
             while not piece.endswith(b"\n") and (piece := file.readline(LONGEST_LINE)):
@@ -56,6 +56,14 @@ def lines(path: Path) -> Iterator[Line]:
             if start == 0 and text.startswith(BOM):
                 start, text = len(BOM), text.removeprefix(BOM)
             yield Line(start, end, text)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_file(path)
+    except BadFile as error:
+        text = str(error) if error.__cause__ else f"it is {error}"
+        raise OSError(errno.EINVAL, text, str(path)) from error
 
 
 def parse(text: bytes) -> dict[str, Any] | None:

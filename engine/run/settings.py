@@ -4,7 +4,6 @@ Each field of TrainConfig is in one list below, nested ones dotted. Not in FREE 
 numbers by more than rounding, as another number of processes does.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from engine.config import CONFIG_FILE, TrainConfig
 from engine.errors import BadInput
 from engine.run import branch, directory
 from engine.run.checkpoint import Checkpoint
+from model.files import check_fields, check_present, read_json
 
 # Never change: the weights and the optimizer's state have their shapes and meaning from these.
 FIXED = ("model.n_layer", "model.n_head", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name")
@@ -76,6 +76,7 @@ FREE = (
 )
 # What is resolved from fields: --data to its tokenizer and digest, "auto" or None to a precision and a size.
 RESOLVED = ("tokenizer", "data_digest", "precision", "micro_batch_size")
+NOTED_FIELDS = {name: str | None for name in RESOLVED} | {"micro_batch_size": int | None}
 NEVER = (*FIXED, "tokenizer")  # not with --resume-changed either
 
 
@@ -105,13 +106,14 @@ def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:
     of a run.
     """
     try:
+        check_fields(checkpoint.state, {"config": dict, "identity": dict})
         past, identity = configs.from_dict(checkpoint.state["config"]), checkpoint.state["identity"]
         noted = directory.resolved(branch.run_of(checkpoint.path))  # where older versions noted it
         before = {name: noted.get(name) for name in ("precision", "micro_batch_size")}
         return past, before | {name: identity[name] for name in RESOLVED if name in identity}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise BadInput(
-            f"checkpoint: {checkpoint.path} must hold the config of the run that made it, got {error!r}; use an older "
+            f"checkpoint: {checkpoint.path} must hold the config of the run that made it, got {error}; use an older "
             "one, or set that run aside with --resume never"
         ) from error
 
@@ -160,11 +162,10 @@ def _is_of(entry: dict, train: TrainConfig, resolved: dict) -> bool:
 def _read(run: Path) -> list[dict]:
     """The history in a run's config.json, or [] if an older version wrote it or it is damaged."""
     try:
-        entries = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["history"]
+        entries = read_json(run / CONFIG_FILE, {"history": list})["history"]
         for entry in entries:
+            check_present(check_fields(entry, {"config": dict, "step": int | None}), NOTED_FIELDS)
             configs.from_dict(entry["config"])
-            if not isinstance(entry["step"], int | None):
-                return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return []
     return entries

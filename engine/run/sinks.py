@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine import config
 from engine.config import TrainConfig
+from model.files import read
 
 WANDB_PROJECT = "gpt2"
 WANDB_ID_FILE = "wandb_id"
@@ -122,7 +123,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=WANDB_PROJECT,
             name=train.name,
-            id=path.read_text().strip(),
+            id=read(path, 1 << 10).decode(errors="replace").strip(),
             resume="allow",
             dir=train.out,
             config=config.to_dict(train),

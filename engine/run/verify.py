@@ -7,7 +7,8 @@ Run: config.json and metrics.jsonl must be readable, and each checkpoint's manif
 The check reads every byte and changes none.
 """
 
-import json
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from engine.run import rows
 from engine.run.rows import METRICS_FILE
 from engine.tokens import shards, tokenizer
 from engine.tokens.shards import sha256
+from model.files import BadFile, check_fields, check_present, make, open_file, read_json
+from model.presets import GPT2Config
 
 SCANNED_TOKENS = 1 << 24  # tokens compared with the vocabulary size at a time
 CHECKPOINTS = "checkpoints"
@@ -24,6 +27,11 @@ CHECKPOINTS = "checkpoints"
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, SHARDED = "model.safetensors", "optimizer.safetensors", "sharded"
 VERSION = 1  # of a checkpoint's layout
+# Types of a checkpoint's state, and of its identity: see engine.run.resume. Older versions wrote fewer fields.
+STATE_FIELDS = {"step": int, "tokens": int, "trained_positions": int, "world_size": int, "config": dict}
+STATE_FIELDS |= {"identity": dict, "scaler": dict, "guard": list}
+IDENTITY_FIELDS = {"sequence_length": int, "tokenizer": str, "data_digest": str}
+IDENTITY_FIELDS |= {"precision": str | None, "micro_batch_size": int | None}
 LATEST = "latest"  # in the run directory: name of the newest checkpoint that was announced
 
 
@@ -123,8 +131,8 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
             wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {digest[:12]}...")
     except BadInput as error:
         wrong.append(_without_path(path, error))
-    except OSError as error:
-        wrong.append(f"cannot be read: {error.strerror or error}")
+    except (OSError, BadFile) as error:
+        wrong.append(f"cannot be read: {getattr(error, 'strerror', None) or error}")
     return "; ".join(wrong) or None
 
 
@@ -142,8 +150,8 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
         config.load(directory)
         yield path, None
     except BadInput as error:
-        yield path, _without_path(path, error) if path.exists() else "is missing"
-    if (path := directory / METRICS_FILE).exists():
+        yield path, _without_path(path, error) if os.path.lexists(path) else "is missing"
+    if os.path.lexists(path := directory / METRICS_FILE):
         yield path, _metrics_damage(path)
     saved = [path for depth in ("step_*", "aside_*/step_*") for path in sorted((directory / CHECKPOINTS).glob(depth))]
     for path in saved:
@@ -153,29 +161,67 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def checkpoint_damage(path: Path) -> str | None:
-    """Describes the damage to a checkpoint directory, or returns None if every digest verifies."""
+    """Describes the damage to a checkpoint directory, or returns None if every digest verifies.
+
+    Then all that is loaded of it has a digest, and its state has the types of STATE_FIELDS.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST, {"version": int, "files": dict})
         if manifest["version"] != VERSION:
             return f"{MANIFEST} must have version {VERSION}, got {manifest['version']!r}"
         files = manifest["files"]
         for name, expected in files.items():
-            num_bytes = (path / name).stat().st_size
-            if num_bytes != expected["bytes"]:
-                return f"{name} must have {expected['bytes']} bytes, got {num_bytes}"
-            if sha256(path / name) != expected["sha256"]:
-                return f"{name} does not match its sha256"
+            if (reason := _file_damage(path, name, check_fields(expected, {"bytes": int, "sha256": str}))) is not None:
+                return reason
         weights = SHARDED if (path / SHARDED).is_dir() else MODEL
         listed = {name.partition("/")[0] for name in files}
         if missing := {weights, STATE} - listed:
             return f"{MANIFEST} must list {' and '.join(sorted(missing))}"
-        if unlisted := {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")} - set(files):
+        found = {f"{SHARDED}/{file.name}" for file in (path / SHARDED).glob("*")}
+        found |= {name for name in (MODEL, OPTIMIZER) if os.path.lexists(path / name)}
+        if unlisted := found - set(files):
             return f"{MANIFEST} must list {' and '.join(sorted(unlisted))}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read: {error}"
+    try:
+        read_state(path)
+    except (OSError, ValueError) as error:  # its digest verifies, but no run wrote it
+        return f"{STATE} must be the state of a run, got {error}"
     return None
+
+
+def _file_damage(path: Path, name: str, expected: dict) -> str | None:
+    """Damage to one file of a checkpoint. Raises FileNotFoundError or OSError if it cannot be read."""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return f"{MANIFEST} must list files of its directory, got {name[:80]}"
+    try:
+        with open_file(path / name) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != expected["bytes"]:
+                return f"{name} must have {expected['bytes']} bytes, got {num_bytes}"
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} does not match its sha256"
+    except BadFile as error:
+        return f"{name} must be a file that can be read, got {error}"
+    return None
+
+
+def read_state(path: Path) -> dict:
+    """The state.json of a checkpoint. Raises FileNotFoundError, or BadFile if a field has another type or value."""
+    state = check_present(read_json(path / STATE, {"step": int}), STATE_FIELDS)
+    if type(state.get("val_loss")) not in (float, int, type(None)):  # NaN is one that older versions wrote
+        raise BadFile("no number in field val_loss")
+    counts = {name: state.get(name, 1) for name in ("step", "tokens", "trained_positions")}
+    if (identity := state.get("identity")) is not None:
+        check_present(identity, IDENTITY_FIELDS)
+        make(GPT2Config, check_fields(identity, {"model": dict, "sequence_length": int, "tokenizer": str})["model"])
+        counts["sequence_length"] = identity["sequence_length"]
+    for name, count in counts.items():
+        if count < (0 if name in ("step", "tokens") else 1):
+            raise BadFile(f"{count} in field {name}")
+    return state
 
 
 def _metrics_damage(path: Path) -> str | None:

@@ -8,15 +8,19 @@ inputs. A window's targets are its inputs shifted by one token, so neighbouring 
 token.
 """
 
+import ast
 import hashlib
 import json
+import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from engine.errors import BadInput
+from model.files import BadFile, check_fields, check_present, open_file, read_json
 
 if TYPE_CHECKING:  # prepare, its workers and --help import this file and must not wait for PyTorch
     from torch import Tensor
@@ -25,6 +29,8 @@ HEADER_INTS = 256
 MAGIC = 20240520
 VERSION = 1
 MANIFEST = "manifest.json"
+NPY = b"\x93NUMPY"  # before two bytes of version, and the header's length in 2 bytes, from version 2 on in 4
+MOST_NPY_HEADER = 10_000  # bytes; numpy reads no longer one either
 BUILDING = ".building"  # temporary directory of `prepare`, inside its --out
 CHECKED_TOKENS = 1 << 20  # first tokens of a shard checked for range when it is opened; the rest, when read
 
@@ -38,39 +44,73 @@ def open_shard(path: Path) -> np.ndarray:
     Raises BadInput if the header, size or dtype is wrong.
     """
     try:
-        if path.suffix == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(tokens, np.ndarray):
-                raise ValueError("an archive of arrays")
-            if tokens.dtype != np.uint16 or tokens.ndim != 1:
-                raise BadInput(f"{path}: tokens must be (n,) uint16, got {tokens.shape} {tokens.dtype}")
-        else:
-            tokens = _open_bin(path)
-    except (OSError, ValueError, EOFError) as error:
+        tokens = open_array(path) if path.suffix == ".npy" else _open_bin(path)
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: must be a readable token shard, got {error}") from error
     if len(tokens) == 0:
         raise BadInput(f"{path}: a shard must hold at least one token, got none")
     return tokens
 
 
+def open_array(path: Path) -> np.ndarray:
+    """The tokens of a .npy file, (n,) uint16, memory-mapped. Raises BadFile, OSError or BadInput.
+
+    numpy's own reader believes the header, and raises errors of a dozen types.
+    """
+    with open_file(path) as file:
+        header = _npy_header(file)
+        kind, shape = header["descr"], header["shape"]
+        if kind not in ("<u2", "=u2", "u2") or len(shape) != 1:
+            kind = "uint16" if kind == "<u2" else kind[:40]
+            raise BadInput(f"{path}: tokens must be (n,) uint16, got {str(shape)[:80]} {kind}")
+        return _mapped(path, file, shape[0], file.tell())
+
+
+def _npy_header(file: BinaryIO) -> dict:
+    start = file.read(8)
+    if start[:6] != NPY or start[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
+        raise BadFile("no .npy file")
+    length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
+    content = file.read(length) if length <= MOST_NPY_HEADER else b""
+    if len(content) != length:
+        raise BadFile(f"a header of {length:,} bytes, which is cut short or too long")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, of a damaged literal
+            header = ast.literal_eval(content.decode("latin1"))
+        check_fields(header, {"descr": str, "fortran_order": bool})
+        shape = header["shape"]
+        if type(shape) is not tuple or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+            raise BadFile("another shape")
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+        raise BadFile("a damaged header") from error
+    return header
+
+
 def _open_bin(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        header = np.frombuffer(file.read(4 * HEADER_INTS), dtype="<i4")
-    if len(header) < HEADER_INTS:
-        raise BadInput(f"{path}: the header must be {4 * HEADER_INTS} bytes, got {4 * len(header)}")
-    if header[0] != MAGIC:
-        raise BadInput(f"{path}: the magic number must be {MAGIC}, got {header[0]}; this is not a token shard")
-    if header[1] != VERSION:
-        raise BadInput(f"{path}: the version must be {VERSION}, got {header[1]}")
-    expected, num_bytes = 4 * HEADER_INTS + 2 * int(header[2]), path.stat().st_size
+    with open_file(path) as file:
+        header = np.frombuffer(file.read(4 * HEADER_INTS), dtype=np.uint8)
+        if len(header) < 4 * HEADER_INTS:
+            raise BadInput(f"{path}: the header must be {4 * HEADER_INTS} bytes, got {len(header)}")
+        header = header.view("<i4")
+        if header[0] != MAGIC:
+            raise BadInput(f"{path}: the magic number must be {MAGIC}, got {header[0]}; this is not a token shard")
+        if header[1] != VERSION:
+            raise BadInput(f"{path}: the version must be {VERSION}, got {header[1]}")
+        return _mapped(path, file, int(header[2]), 4 * HEADER_INTS)
+
+
+def _mapped(path: Path, file: BinaryIO, count: int, offset: int) -> np.ndarray:
+    """`count` tokens from `offset` to the end of an open file. Raises BadInput if its size is another."""
+    expected, num_bytes = offset + 2 * count, os.fstat(file.fileno()).st_size
     if num_bytes != expected:
         raise BadInput(
-            f"{path}: {header[2]} tokens take {expected} bytes, got {num_bytes}; "
+            f"{path}: {count} tokens take {expected} bytes, got {num_bytes}; "
             "the file is cut short or damaged: copy or prepare it again"
         )
-    if header[2] == 0:
+    if count == 0:
         return np.empty(0, dtype=np.uint16)
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
+    return np.memmap(file, dtype="<u2", mode="r", offset=offset)
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -83,8 +123,8 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
+    """SHA-256 of a file, 64 hex digits. Raises BadFile or OSError if it cannot be read."""
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -94,15 +134,21 @@ def read_manifest(directory: Path) -> dict | None:
     Raises BadInput if the file is not a manifest.
     """
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        manifest = json.loads(path.read_text())
-        values = [shard[field] for shard in manifest["shards"] for field in ("file", "split", "sha256")]
-        if not all(isinstance(value, str) for value in [manifest["tokenizer"], *values]):
-            raise TypeError("a tokenizer, file, split or sha256 that is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: must be a manifest of shards, got {error!r}; prepare the data again") from error
+        manifest = read_json(path, {"tokenizer": str, "shards": list})
+        for shard in manifest["shards"]:
+            check_fields(shard, {"file": str, "split": str, "sha256": str})
+            check_present(shard, {"bytes": int, "tokens": int})
+            if Path(shard["file"]).name != shard["file"]:
+                raise BadFile(f"a shard in another directory, {shard['file'][:80]}")
+        if "request" in manifest:  # made by `prepare`, which prints these
+            check_fields(manifest, {"text_bytes": int, "split": str, "skipped": dict[str, int]})
+            for name in ("documents", "tokens"):
+                check_fields(check_fields(manifest, {name: dict})[name], {"train": int, "val": int})
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: must be a manifest of shards, got {error}; prepare the data again") from error
     return manifest
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import BadInput, nearest
+from model.files import read
 
 VOCABULARY = Path(__file__).parent / "assets" / "r50k_base.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -42,7 +43,12 @@ def gpt2_ranks() -> dict[bytes, int]:
 
     Raises BadInput if the packaged file is not the released one.
     """
-    content = VOCABULARY.read_bytes()
+    try:
+        content = read(VOCABULARY)
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"tokenizer: {VOCABULARY} must be GPT-2's vocabulary, got {error}; install the package again"
+        ) from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != VOCABULARY_SHA256:
         raise BadInput(

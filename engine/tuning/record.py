@@ -7,16 +7,19 @@ another GPU, driver, PyTorch, Triton or version of this code: then nothing in it
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from engine.checks import facts
 from engine.config import TrainConfig
 from engine.errors import BadInput
+from model.files import BadFile, make, read_json
 from model.presets import GPT2Config
 
 CODE = ("kernels/*.py", "model/gpt2.py", "engine/step.py", "engine/tuning/*.py")  # what a tuning's figures depend on
@@ -26,9 +29,9 @@ CODE = ("kernels/*.py", "model/gpt2.py", "engine/step.py", "engine/tuning/*.py")
 class Setup:
     """How a training step runs: all that is tuned."""
 
-    precision: str  # as engine.device has them
+    precision: Literal["bf16", "fp16", "tf32", "fp32"]
     micro_batch_size: int
-    recompute: str = "none"  # activations recomputed in the backward
+    recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward
     compile: bool = False
     ops: dict[str, str] = field(default_factory=dict)  # op -> implementation; an op that is missing: the shipped one
     tiles: dict[str, dict[str, int]] = field(default_factory=dict)  # "kernel/kind size" -> launch keywords
@@ -110,13 +113,16 @@ def save(tuning: Tuning, path: Path) -> None:
 def load(path: Path) -> Tuning:
     """The tuning of a file. Raises ValueError if it is damaged."""
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path, {"digest": str})
         digest = fields.pop("digest")
         if digest != facts.key(fields):
-            raise ValueError("its digest is not that of its content")
-        return Tuning(**fields | {name: Setup(**fields[name]) for name in ("shipped", "setup")})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(str(error)) from error
+            raise BadFile("another digest than its content has")
+        tuning = make(Tuning, fields)
+        if min(tuning.setup.micro_batch_size, tuning.setup.threads or 1, tuning.shipped_tokens_per_s) <= 0:
+            raise BadFile("a number that must be above 0")
+    except OSError as error:
+        raise BadFile(error.strerror or str(error)) from error
+    return tuning
 
 
 # ---- In a run -----------------------------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def find(config: TrainConfig, device: torch.device) -> tuple[Tuning | None, str]
         return None, ""
     shape = shape_of(config.model, config.sequence_length)
     path = path_of(shape, device) if config.tuned == "auto" else Path(config.tuned)
-    if not path.is_file():
+    if not os.path.lexists(path):
         if config.tuned == "auto":
             return None, ""
         raise BadInput(

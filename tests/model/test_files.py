@@ -1,11 +1,14 @@
 """Files that others wrote: whatever lies there is read whole or refused in words, at once."""
 
 import os
+import re
 import threading
+from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
-from model.files import BadFile, open_file, read, read_json
+from model.files import BadFile, make, open_file, read, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def test_a_file_is_read_up_to_its_bound(tmp_path):
         (b'{"n": true}', "true or false in field n"),
         (b'{"n": NaN}', "nan in field n"),
         (b'{"n": 1e999}', "inf in field n"),
-        (b'{"n": ' + b"9" * 400 + b"}", "an integer in field n"),
+        (b'{"n": ' + b"9" * 400 + b"}", "an integer of more than 64 bits in field n"),
     ],
     ids=lambda value: str(value[:12]),
 )
@@ -78,6 +81,39 @@ def test_json_that_is_not_what_was_asked_for_is_refused_in_words(tmp_path, conte
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(BadFile, match=words):
         read_json(tmp_path / "file", {"n": float})
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: Literal["one", "two"]
+    inner: Inner
+    rate: float = 0.5
+    most: int | None = None
+    named: dict[str, int] = field(default_factory=dict)
+
+
+def test_a_dataclass_is_made_of_json_by_the_types_of_its_fields():
+    found = {"name": "one", "inner": {"size": 3, "other": 0}, "rate": 1, "most": None, "named": {"x": 1}, "more": []}
+    assert make(Outer, found) == Outer("one", Inner(3), 1.0, None, {"x": 1})
+    for change, words in (
+        ({"name": "three"}, "text in field name, which must be one of one, two"),
+        ({"name": ["one"]}, "a list in field name"),
+        ({"inner": 1}, "an integer in field inner, which must be an object"),
+        ({"inner": {"size": True}}, "true or false in field size, which must be an integer"),
+        ({"rate": float("nan")}, "nan in field rate, which must be a number"),
+        ({"most": 1.0}, "a number in field most, which must be an integer or null"),
+        ({"most": 2**63}, "an integer of more than 64 bits in field most"),
+        ({"named": {"x": "1"}}, "an object in field named, which must be an object of values that are each an integer"),
+    ):
+        with pytest.raises(BadFile, match=re.escape(words)):
+            make(Outer, found | change)
+    with pytest.raises(BadFile, match="no field inner"):
+        make(Outer, {"name": "one"})
 
 
 def test_json_is_returned_as_it_is(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -124,7 +125,31 @@ def test_a_directory_without_weights_or_config_says_what_is_missing(directory):
         GPT2.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"n_layer": 2', b"\xff\xfe"])
+@pytest.mark.parametrize("field", ["n_layer", "n_embd", "n_positions", "vocab_size"])
+def test_sizes_beyond_the_files_are_refused_at_once(field, directory):
+    began = time.monotonic()
+    for value in (10**7, 2**40, 2**62):
+        rewrite_config(directory, **{field: value})
+        with pytest.raises(
+            ValueError, match=rf"must hold the tensors of the GPT-2 in its config.json, .*{field} {value:,}"
+        ):
+            GPT2.from_pretrained(directory)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_pipe_or_a_device_is_not_waited_for(directory, name):
+    if "index" in name:
+        (directory / "model.safetensors").unlink()
+    path = directory / name
+    for make, got in ((os.mkfifo, "a named pipe"), (lambda path: os.symlink("/dev/zero", path), "a device")):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(ValueError, match=rf"weights: .*{name} must .*, got {got}; download"):
+            GPT2.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"", b"[1]", b'{"n_layer": 2', b"\xff\xfe"])
 def test_a_damaged_config_is_refused(content, directory):
     (directory / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):

@@ -37,7 +37,7 @@ FILES |= {"device", "rendezvous", "commands"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
-    | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
+    | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},

@@ -352,7 +352,7 @@ def test_plot_of_a_record_that_is_no_file_is_a_sentence(trained, tmp_path, capsy
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "metrics.jsonl").mkdir()
     assert cli.main(["plot", "--run", str(tmp_path / "run")]) == BAD_INPUT
-    assert "metrics.jsonl must be a file of rows that can be read, got: it is no file" in capsys.readouterr().err
+    assert "metrics.jsonl must be a file of rows that can be read, got: it is a directory" in capsys.readouterr().err
 
 
 # ---- Curves -------------------------------------------------------------------------------------------------------

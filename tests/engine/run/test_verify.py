@@ -153,10 +153,14 @@ def test_a_shard_that_is_not_listed_is_a_warning(corpus):
     assert f"{corpus / 'stray_train_000000.bin'}: not in manifest.json, so nothing reads it" in lines
 
 
+OF_SHARDS = "must be a manifest of shards, got "
 MANIFESTS = [
-    pytest.param(lambda m: m.clear(), "must be a manifest of shards, got KeyError", id="empty"),
-    pytest.param(lambda m: m["shards"][0].pop("sha256"), "must be a manifest of shards, got KeyError", id="no digest"),
-    pytest.param(lambda m: m["shards"][0].update(file=7), "must be a manifest of shards, got TypeError", id="a number"),
+    pytest.param(lambda m: m.clear(), OF_SHARDS + "no field tokenizer", id="empty"),
+    pytest.param(lambda m: m["shards"][0].pop("sha256"), OF_SHARDS + "no field sha256", id="no digest"),
+    pytest.param(lambda m: m["shards"][0].update(file=7), OF_SHARDS + "an integer", id="a number"),
+    pytest.param(lambda m: m["shards"][0].update(file="../x"), OF_SHARDS + "a shard in ", id="outside"),
+    pytest.param(lambda m: m.update(text_bytes="1"), OF_SHARDS + "text in ", id="a summary"),
+    pytest.param(lambda m: m["tokens"].pop("val"), OF_SHARDS + "no field val", id="no summary"),
     pytest.param(lambda m: m.update(tokenizer="byte"), "the tokenizer must be one that exists, got 'byte'", id="name"),
 ]
 

@@ -94,7 +94,7 @@ def test_a_bad_shard_is_named_with_found_and_expected(tmp_path, content, sentenc
 
 
 BAD_ARRAYS = [
-    pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) int64", id="int64"),
+    pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) <i8", id="int64"),
     pytest.param(np.arange(9, dtype=">u2"), r"must be \(n,\) uint16, got \(9,\) >u2", id="big-endian"),
     pytest.param(np.zeros((3, 3), np.uint16), r"must be \(n,\) uint16, got \(3, 3\) uint16", id="two axes"),
     pytest.param(np.zeros((), np.uint16), r"must be \(n,\) uint16, got \(\) uint16", id="no axis"),
@@ -135,11 +135,47 @@ def test_a_pickle_in_npy_clothes_is_refused_and_not_run(tmp_path, clothes):
     assert not mark.exists()
 
 
+def test_any_bit_of_an_npy_header_that_flips_is_a_sentence_or_changes_nothing(tmp_path):
+    path, refused = write(tmp_path, "x_train_000000.npy", range(1000)), 0
+    whole = path.read_bytes()
+    for bit in range(8 * 128):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert shards.open_shard(path).tolist() == list(range(1000)), bit
+        except BadInput:
+            refused += 1
+    assert refused > 900
+
+
+HEADERS = [f"({2**62},)", "(-1,)", "(True,)", "(2**9,)", "(1e3,)", "1000", "[1000]", "(1000, 1)", "()", "('1',)", "("]
+
+
+@pytest.mark.parametrize("shape", [*HEADERS, "(" * 900, "(999,)", "(1001,)"])
+def test_an_npy_header_of_another_shape_is_refused(tmp_path, shape):
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path = tmp_path / "x_train_000000.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(2000))
+    with pytest.raises(BadInput, match=r"x_train_000000.npy: (must be|tokens must|\d+ tokens take)"):
+        shards.open_shard(path)
+
+
+def test_an_npy_shard_is_mapped_and_not_read(tmp_path):
+    path = write(tmp_path, "x_train_000000.npy", range(50))
+    for version in (1, 2, 3):
+        with path.open("wb") as file:
+            np.lib.format.write_array(file, np.arange(50, dtype=np.uint16), version=(version, 0))
+        tokens = shards.open_shard(path)
+        assert isinstance(tokens, np.memmap)
+        assert tokens.tolist() == list(range(50))
+
+
 @pytest.mark.parametrize("cut", [0, 5, 100, 140])
 def test_a_truncated_npy_is_refused(tmp_path, cut):
     path = write(tmp_path, "x_train_000000.npy", range(50))
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(BadInput, match=r"x_train_000000.npy: must be a readable token shard, got "):
+    with pytest.raises(BadInput, match=r"npy: (must be a readable token shard, |50 tokens take 228 bytes, got 140)"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
@@ -231,7 +267,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, "x_train_000000.bin", range(9))
     (tmp_path / shards.MANIFEST).mkdir()
-    with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got IsADirectoryError"):
+    with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got a directory"):
         TokenStream.open(tmp_path, "train", VOCAB)
 
 
