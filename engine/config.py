@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import BadInput, nearest
+from engine.tokens import foreign
 from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
 
@@ -326,8 +327,10 @@ def load(run: str | Path) -> TrainConfig:
     Raises BadInput if it has no config.json, or one that cannot be read.
     """
     path = Path(run) / CONFIG_FILE
-    if not path.is_file():
-        raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")
+    if not path.is_file() or foreign.what(run).kind == "weights":  # which have a config.json too
+        raise BadInput(
+            f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}{foreign.hint(run)}"
+        )
     try:
         return from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -8,7 +8,8 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,6 +101,12 @@ def check_fields(found: Any, fields: Mapping[str, type | tuple[type, ...]]) -> d
             wanted = " or ".join(WORDS.get(kind, "null") for kind in kinds)
             raise BadFile(f"{_words(found[name])} in field {name}, which must be {wanted}")
     return found
+
+
+def few(words: Collection[str], most: int = 6, between: str = ", ") -> str:
+    """The first of many words, and how many more there are: "a, b, c and 40 more"."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return between.join(islice(words, most)) + more
 
 
 def _is(value: Any, kind: type) -> bool:
