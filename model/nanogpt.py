@@ -8,6 +8,8 @@ The file does not say which. The two differ by at most 0.00048, at inputs of +-2
 Source: model.py and train.py in github.com/karpathy/nanoGPT.
 """
 
+import pickle
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,19 +67,23 @@ def _read(path: str | Path) -> dict:
     except BadFile as error:
         raise ValueError(f"weights: {path} must be a file, got {error}") from error
     except Exception as error:  # a damaged file can end in any exception of pickle, zipfile or PyTorch
-        reason = " ".join(str(error).split())
-        reason = (
-            f"one that makes other objects, which could run code: {reason[:160]}" if "nsupported" in reason else reason
-        )
         raise ValueError(
-            f"weights: {path} must be a checkpoint of tensors and plain values, got {reason[:240] or type(error).__name__}; "
-            f"{ADVICE}"
+            f"weights: {path} must be a checkpoint of tensors and plain values, got {_reason(error)}; {ADVICE}"
         ) from error
     wanted = {"model": dict, "model_args": dict}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(n), k) for n, k in wanted.items()):
         got = f"one with {few([*map(str, checkpoint)])}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"weights: {path} must be a checkpoint with model and model_args, got {got}; {ADVICE}")
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load found, in a few words."""
+    if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+        return f"one that makes {found[1]} objects, which could run code"
+    if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+        return "one that does other things, which could run code"
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _tensors(path: str | Path, state: dict) -> dict[str, Tensor]:
@@ -111,10 +117,8 @@ def _config(path: str | Path, arguments: dict, stored: dict[str, Tensor]) -> GPT
     ]
     if type(arguments.get("n_head")) is not int:
         wrong.append(f"n_head must be an integer, got {arguments.get('n_head')!r}")
-    others = {str(name): value for name, value in arguments.items() if name not in ARGUMENTS and value}
-    wrong += [
-        f"{name} must be off, got {str(value)[:40]}: it changes what is computed" for name, value in others.items()
-    ]
+    others = [(str(name), str(value)) for name, value in arguments.items() if name not in ARGUMENTS and value]
+    wrong += [f"{name[:40]} must be off, got {value[:40]}: it changes what is computed" for name, value in others]
     if wrong:
         raise ValueError(f"weights: {path}: in model_args, {few(wrong, between='; ')}; {ADVICE}")
     return GPT2Config(shown["n_layer"], arguments["n_head"], shown["n_embd"], shown["block_size"], shown["vocab_size"])

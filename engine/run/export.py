@@ -21,7 +21,7 @@ import torch
 
 from engine import config, lock
 from engine.config import TrainConfig
-from engine.errors import BadInput, warn
+from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
 from engine.run import resume, vocabulary
@@ -137,10 +137,10 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     if rows > (present := tokenizers.TOKENIZERS[name].vocab_size):
         model.crop_vocabulary(present)
         notes.append(
-            f"of {rows:,} rows for tokens, the {rows - present} after {name}'s {present:,} are padding, left out"
+            f"the last {rows - present} of {rows:,} token rows are padding after {name}'s {present:,}: left out"
         )
     for note in filter(None, notes):
-        warn(f"{who}: {note}")
+        print(f"{who}: {note}", flush=True)
     return model, name
 
 

@@ -48,8 +48,8 @@ def tokenizer_of(who: str, source: str, rows: int) -> str:
         known = " or ".join(f"the {kind.vocab_size:,} tokens of {name}" for name, kind in TOKENIZERS.items())
         padded = ", ".join(f"{size:,}" for size in sorted(PADDED))
         raise BadInput(
-            f"{who}: the vocabulary must be {known} (gpt2's may be padded to {padded}), got {rows:,} in {source}; weights "
-            "of another tokenizer cannot be used here"
+            f"{who}: the vocabulary must be {known} (gpt2's may be padded to {padded}), got {rows:,} in {source}; "
+            "weights of another tokenizer cannot be used here"
         )
     return sizes[rows]
 
@@ -78,8 +78,9 @@ def check(who: str, folder: Path, name: str, rows: int) -> str | None:
         return None
     kind = _class(folder / FILES[2])
     if (folder / "tokenizer.model").exists() or kind not in (None, *OURS, *ANY_CLASS):
+        got = kind or "tokenizer.model"
         raise BadInput(
-            f"{who}: the weights in {folder} must be of the tokenizer {name}, got another's: {kind or 'tokenizer.model'}; "
+            f"{who}: the weights in {folder} must be of the tokenizer {name}, got another's, {got}; "
             "with other ids they would read and write nonsense"
         )
     return f"no tokenizer lies beside the weights in {folder}: it is taken to be {name}'s"
@@ -120,5 +121,5 @@ def _difference(ours: dict[str, int], theirs: dict[str, int], rows: int) -> str:
     if (token := next(differing, None)) is None:
         extra, i = next((token, i) for token, i in theirs.items() if i < rows and token not in ours)
         return f"{extra!r} is {i} there and no token here"
-    there = theirs[token] if token in theirs else "no token"
+    there = theirs.get(token, "no token")
     return f"{token.replace('Ġ', ' ')!r} is {ours[token]} here and {there} there"
