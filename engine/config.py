@@ -329,7 +329,8 @@ def load(run: str | Path) -> TrainConfig:
     path = Path(run) / CONFIG_FILE
     if not path.is_file() or foreign.what(run).kind == "weights":  # which have a config.json too
         raise BadInput(
-            f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}{foreign.hint(run)}"
+            f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}"
+            f"{foreign.hint(run, 'make one with gpt2 train')}"
         )
     try:
         return from_dict(json.loads(path.read_text()))

@@ -60,19 +60,25 @@ def load(kind: type[Model], path: str | Path) -> tuple[Model, list[str]]:
 
 def _read(path: str | Path) -> dict:
     try:
-        files.open_file(path).close()  # no pipe is waited for
+        with files.open_file(path) as file:  # no pipe is waited for
+            if file.read(4) != b"PK\x03\x04":
+                raise BadFile("no zip file, which torch.save writes")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"weights: {path} must exist, got no file") from error
     except BadFile as error:
-        raise ValueError(f"weights: {path} must be a file, got {error}") from error
+        raise ValueError(f"weights: {path} must be a checkpoint, got {error}; {ADVICE}") from error
     except Exception as error:  # a damaged file can end in any exception of pickle, zipfile or PyTorch
         raise ValueError(
             f"weights: {path} must be a checkpoint of tensors and plain values, got {_reason(error)}; {ADVICE}"
         ) from error
     wanted = {"model": dict, "model_args": dict}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(n), k) for n, k in wanted.items()):
-        got = f"one with {few([*map(str, checkpoint)])}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        got = (
+            f"one with {few([str(key)[:40] for key in checkpoint], 3)}"
+            if isinstance(checkpoint, dict)
+            else type(checkpoint).__name__
+        )
         raise ValueError(f"weights: {path} must be a checkpoint with model and model_args, got {got}; {ADVICE}")
     return checkpoint
 
@@ -83,7 +89,7 @@ def _reason(error: Exception) -> str:
         return f"one that makes {found[1]} objects, which could run code"
     if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
         return "one that does other things, which could run code"
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return f"a damaged file: {' '.join(str(error).split()).partition('. ')[0][:160] or type(error).__name__}"
 
 
 def _tensors(path: str | Path, state: dict) -> dict[str, Tensor]:

@@ -274,6 +274,11 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check(folder: Path, shapes: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
     """Raises ValueError, naming each tensor that is missing, unknown or of wrong shape or dtype."""
     expected = shapes | {HEAD: shapes["wte.weight"]}
+    if not shapes.keys() & stored.keys() and (ends := [n for n in stored if n.endswith("wte.weight")]):
+        raise ValueError(
+            f"weights: {folder} must hold tensors of GPT-2's names, such as wte.weight, got {ends[0][:80]}; write them "
+            f"without what stands before, {ends[0].removesuffix('wte.weight')[:80]!r}"
+        )
     wrong = [f"{name} is missing" for name in shapes if name not in stored]
     for name, tensor in stored.items():
         if name not in expected:

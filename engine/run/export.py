@@ -119,7 +119,7 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     """
     found = foreign.what(source)
     if found.kind not in ("weights", "pickle", "missing"):
-        raise BadInput(f"{who}: must be GPT-2 weights, got {source}{foreign.hint(source)}")
+        raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}")
     folder = Path(source).absolute().parent
     notes = []
     try:
@@ -137,7 +137,7 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     if rows > (present := tokenizers.TOKENIZERS[name].vocab_size):
         model.crop_vocabulary(present)
         notes.append(
-            f"the last {rows - present} of {rows:,} token rows are padding after {name}'s {present:,}: left out"
+            f"the last {rows - present} of {rows:,} token rows are padding after {name}'s {present:,}, left out"
         )
     for note in filter(None, notes):
         print(f"{who}: {note}", flush=True)

@@ -83,7 +83,7 @@ def check(who: str, folder: Path, name: str, rows: int) -> str | None:
             f"{who}: the weights in {folder} must be of the tokenizer {name}, got another's, {got}; "
             "with other ids they would read and write nonsense"
         )
-    return f"no tokenizer lies beside the weights in {folder}: it is taken to be {name}'s"
+    return f"no tokenizer lies beside the weights in {folder}: their tokens are taken to be those of {name}"
 
 
 def _read(path: Path) -> dict[str, int]:

@@ -22,6 +22,7 @@ MOST_ENTRIES = 10_000  # of a directory that are looked at
 MOST_CHILDREN = 200  # directories inside a directory that are looked into
 TEXT = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".zst")
 PICKLES = (".pt", ".pth", ".ckpt")
+HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files
 RUN_FILES = ("metrics.jsonl", "samples.txt", "config.json", "latest")
 SHARD_MAGIC, LLMC_WEIGHTS, LLMC_EVALUATION = 20240520, 20240326, 20240522
 
@@ -95,7 +96,9 @@ def _entries(path: Path) -> list[str]:
 def _directory(path: Path, entries: list[str]) -> Found:
     if not entries:
         return Found("other", "an empty directory")
-    found = _recognise(path, entries) or _inside(path, entries)
+    found = _recognise(path, entries)
+    if found is None or found.kind == "text":  # a text beside runs or data is a README
+        found = _inside(path, entries, ("data", "run")) or found or _inside(path, entries, ("weights", "text"))
     return found or Found("other", f"a directory with {few(entries, 3)} in it")
 
 
@@ -104,14 +107,15 @@ def _recognise(path: Path, entries: list[str]) -> Found | None:
     return next((found for found in kinds if found is not None), None)
 
 
-def _inside(path: Path, entries: list[str]) -> Found | None:
-    """Of a directory whose own directories are of a known kind: which ones."""
+def _inside(path: Path, entries: list[str], wanted: tuple[str, ...]) -> Found | None:
+    """Of a directory whose own directories are of a wanted kind: which ones."""
     kinds: dict[str, list[str]] = {}
     for child in islice((path / name for name in entries), MOST_CHILDREN):
         if child.is_dir() and os.access(child, os.R_OK | os.X_OK) and (found := _recognise(child, _entries(child))):
             kinds.setdefault(found.kind, []).append(str(child))
-    for kind, words in {"data": "token shards", "run": "runs", "weights": "weights", "text": "text"}.items():
+    for kind in wanted:
         if kind in kinds:
+            words = {"data": "token shards", "run": "runs"}.get(kind, kind)
             way = _prepare(path, path) if kind == "text" else f"give one of them: {few(kinds[kind], 3)}"
             return Found("other", f"a directory with {words} in its own directories", way)
     return None
@@ -120,7 +124,7 @@ def _inside(path: Path, entries: list[str]) -> Found | None:
 def _data(path: Path, entries: list[str]) -> Found | None:
     if any(names.NUMBERED.fullmatch(name) for name in entries):
         return Found("data", "a directory of token shards", "give it as --data")
-    if "meta.pkl" in entries and {"train.bin", "val.bin"} <= {*entries}:
+    if "meta.pkl" in entries and {*HEADERLESS} <= {*entries}:
         return Found(
             "nanogpt",
             "nanoGPT's data with a vocabulary of its own (meta.pkl)",
@@ -168,7 +172,10 @@ def _text(path: Path, entries: list[str]) -> Found | None:
             "a dataset of the datasets library",
             "write it with its to_json or to_parquet, and make token shards of that with gpt2 prepare",
         )
-    counts = Counter(name[name.rfind(".") :] for name in entries if not name.startswith(".") and name.endswith(TEXT))
+    texts = [
+        name for name in entries if name.endswith(TEXT) and not name.lower().startswith((".", "readme", "license"))
+    ]
+    counts = Counter(name[name.rfind(".") :] for name in texts)
     if not counts:
         return None
     return Found(
@@ -210,8 +217,8 @@ def is_nanogpt(directory: Path) -> bool:
     try:
         if (directory / "meta.pkl").exists():
             return False
-        for split in names.SPLITS:
-            with files.open_file(directory / f"{split}.bin") as file:
+        for name in HEADERLESS:
+            with files.open_file(directory / name) as file:
                 head, size = file.read(4096), os.fstat(file.fileno()).st_size
             has_header = len(head) >= 1024 and struct.unpack("<i", head[:4])[0] // 10_000 == 2024
             if size == 0 or size % 2 or has_header or (head.isascii() and 0 not in head):
@@ -223,7 +230,7 @@ def is_nanogpt(directory: Path) -> bool:
 
 def is_headerless(path: Path) -> bool:
     """Whether a file is one of nanoGPT's two."""
-    return path.name in ("train.bin", "val.bin") and is_nanogpt(path.parent)
+    return path.name in HEADERLESS and is_nanogpt(path.parent)
 
 
 def _config(path: Path) -> dict:

@@ -20,6 +20,7 @@ import numpy as np
 
 from engine.errors import BadInput
 from engine.tokens import foreign, names
+from engine.tokens.foreign import HEADERLESS
 from model.files import few
 
 if TYPE_CHECKING:  # prepare, its workers and --help import this file and must not wait for PyTorch
@@ -81,10 +82,11 @@ def open_tokens(path: Path) -> np.ndarray:
     """The tokens of a shard as in open_shard, or of nanoGPT's train.bin or val.bin."""
     if not foreign.is_headerless(path):
         return open_shard(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    if (largest := int(tokens[:CHECKED_TOKENS].max())) < 256:  # text has " the", which is 262, in its first lines
+    tokens, *others = (np.memmap(path.with_name(name), dtype="<u2", mode="r") for name in (path.name, *HEADERLESS))
+    largest = max(int(part[:CHECKED_TOKENS].max()) for part in others)
+    if largest < 256:  # text has " the", which is 262, in its first lines
         raise BadInput(
-            f"{path}: without a header, tokens must be GPT-2's, got none above {largest}: they are characters or bytes;"
+            f"{path}: without a header, tokens must be GPT-2's, got none above {largest}: these are characters or bytes;"
             " make token shards of the text with gpt2 prepare"
         )
     return tokens
