@@ -74,11 +74,9 @@ def _read(path: str | Path) -> dict:
         ) from error
     wanted = {"model": dict, "model_args": dict}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(n), k) for n, k in wanted.items()):
-        got = (
-            f"one with {few([str(key)[:40] for key in checkpoint], 3)}"
-            if isinstance(checkpoint, dict)
-            else type(checkpoint).__name__
-        )
+        got = type(checkpoint).__name__
+        if isinstance(checkpoint, dict):
+            got = f"one with {few([str(key)[:40] for key in checkpoint], 3)}"
         raise ValueError(f"weights: {path} must be a checkpoint with model and model_args, got {got}; {ADVICE}")
     return checkpoint
 

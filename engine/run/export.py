@@ -129,8 +129,9 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
             folder = pretrained.locate(source)
             model = GPT2.from_pretrained(folder)
     except ValueError as error:
-        near = foreign.hint(source) if found.kind == "missing" and found.way else ""
-        raise BadInput(f"{who}: {error}{near and f' ({source}{near})'}") from error
+        if found.kind == "missing" and found.way:  # a path with a typo, rather than a name on the Hub
+            raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}") from error
+        raise BadInput(f"{who}: {error}") from error
     rows = model.config.vocab_size
     name = vocabulary.tokenizer_of(who, source, rows)
     notes.append(vocabulary.check(who, folder, name, rows))

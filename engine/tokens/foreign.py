@@ -22,6 +22,7 @@ MOST_ENTRIES = 10_000  # of a directory that are looked at
 MOST_CHILDREN = 200  # directories inside a directory that are looked into
 TEXT = (".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".csv", ".gz", ".zst")
 PICKLES = (".pt", ".pth", ".ckpt")
+PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
 HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files
 RUN_FILES = ("metrics.jsonl", "samples.txt", "config.json", "latest")
 SHARD_MAGIC, LLMC_WEIGHTS, LLMC_EVALUATION = 20240520, 20240326, 20240522
@@ -148,7 +149,9 @@ def _run(path: Path, entries: list[str]) -> Found | None:
     if "tokens_per_step" in config or "metrics.jsonl" in entries or "checkpoints" in entries:
         data = config.get("data")
         way = "give it as --run, or as --init-from to train from it"
-        return Found("run", "a run", way + (f"; its data is {data}" if isinstance(data, str) else ""))
+        return Found(
+            "run", "a run", way + (f"; its data is {data}" if isinstance(data, str) and os.path.isdir(data) else "")
+        )
     return None
 
 
@@ -172,9 +175,8 @@ def _text(path: Path, entries: list[str]) -> Found | None:
             "a dataset of the datasets library",
             "write it with its to_json or to_parquet, and make token shards of that with gpt2 prepare",
         )
-    texts = [
-        name for name in entries if name.endswith(TEXT) and not name.lower().startswith((".", "readme", "license"))
-    ]
+    notes = (".", "readme", "license")  # say nothing of the rest
+    texts = [name for name in entries if name.endswith(TEXT) and not name.lower().startswith(notes)]
     counts = Counter(name[name.rfind(".") :] for name in texts)
     if not counts:
         return None
@@ -211,8 +213,7 @@ def _file(path: Path) -> Found:
 def is_nanogpt(directory: Path) -> bool:
     """Whether a directory holds nanoGPT's tokens: train.bin and val.bin, uint16 without a header.
 
-    Not with a meta.pkl beside, which is a vocabulary of its own. A text under this name is told by
-    its bytes: none is above 127, and none is 0.
+    Not with a meta.pkl beside, which is a vocabulary of its own, nor if the files hold ASCII text.
     """
     try:
         if (directory / "meta.pkl").exists():
@@ -221,7 +222,7 @@ def is_nanogpt(directory: Path) -> bool:
             with files.open_file(directory / name) as file:
                 head, size = file.read(4096), os.fstat(file.fileno()).st_size
             has_header = len(head) >= 1024 and struct.unpack("<i", head[:4])[0] // 10_000 == 2024
-            if size == 0 or size % 2 or has_header or (head.isascii() and 0 not in head):
+            if size == 0 or size % 2 or has_header or not head.translate(None, PRINTABLE):
                 return False
     except (OSError, ValueError):
         return False

@@ -86,8 +86,8 @@ def open_tokens(path: Path) -> np.ndarray:
     largest = max(int(part[:CHECKED_TOKENS].max()) for part in others)
     if largest < 256:  # text has " the", which is 262, in its first lines
         raise BadInput(
-            f"{path}: without a header, tokens must be GPT-2's, got none above {largest}: these are characters or bytes;"
-            " make token shards of the text with gpt2 prepare"
+            f"{path}: without a header, tokens must be GPT-2's, got none above {largest}, as characters or "
+            "bytes have; make token shards of the text with gpt2 prepare"
         )
     return tokens
 
@@ -126,7 +126,7 @@ def read_manifest(directory: Path) -> dict | None:
 
 
 def _require_directory(directory: str | Path) -> Path:
-    if not os.path.isdir(directory) or foreign.what(directory).kind in ("run", "checkpoint", "weights"):
+    if not os.path.isdir(directory) or foreign.what(directory).kind in ("run", "checkpoint", "weights", "nanogpt"):
         raise BadInput(
             f"data: must be a directory of token shards, got {directory}"
             f"{foreign.hint(directory, 'make one with gpt2 prepare')}"
