@@ -47,12 +47,6 @@ def hint(path: str | Path, otherwise: str = "") -> str:
     return f", which {verb}{found.words}" + (f"; {way}" if way else "")
 
 
-def instead(directory: Path) -> str:
-    """What a directory without a split's shards holds, such as ": it is a run; ..."; "" if those of another split."""
-    found = what(directory)
-    return "" if found.kind == "data" else f": it is {found.words}" + (f"; {found.way}" if found.way else "")
-
-
 def what(path: str | Path) -> Found:
     """Recognises what lies at a path. Never raises."""
     path = Path(path)
