@@ -117,7 +117,8 @@ def _inside(path: Path, entries: list[str], wanted: tuple[str, ...]) -> Found | 
 
 
 def _data(path: Path, entries: list[str]) -> Found | None:
-    if any(names.NUMBERED.fullmatch(name) for name in entries):
+    has_manifest = "manifest.json" in entries and not {"state.json", "model.safetensors"} & {*entries}
+    if has_manifest or any(names.NUMBERED.fullmatch(name) for name in entries):
         return Found("data", "a directory of token shards", "give it as --data")
     if "meta.pkl" in entries and {*HEADERLESS} <= {*entries}:
         return Found(
@@ -141,11 +142,10 @@ def _run(path: Path, entries: list[str]) -> Found | None:
         return Found("checkpoint", "the checkpoints of a run", f"give the run, {path.parent}")
     config = _config(path) if "config.json" in entries else {}
     if "tokens_per_step" in config or "metrics.jsonl" in entries or "checkpoints" in entries:
-        data = config.get("data")
-        way = "give it as --run, or as --init-from to train from it"
-        return Found(
-            "run", "a run", way + (f"; its data is {data}" if isinstance(data, str) and os.path.isdir(data) else "")
-        )
+        way, data = "give it as --run, or as --init-from to train from it", config.get("data")
+        if isinstance(data, str) and os.path.isdir(data):
+            way += f"; its data is {data}"
+        return Found("run", "a run", way)
     return None
 
 

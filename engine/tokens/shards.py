@@ -126,7 +126,7 @@ def read_manifest(directory: Path) -> dict | None:
 
 
 def _require_directory(directory: str | Path) -> Path:
-    if not os.path.isdir(directory) or foreign.what(directory).kind in ("run", "checkpoint", "weights", "nanogpt"):
+    if foreign.what(directory).kind != "data" or not os.path.isdir(directory):
         raise BadInput(
             f"data: must be a directory of token shards, got {directory}"
             f"{foreign.hint(directory, 'make one with gpt2 prepare')}"
@@ -167,7 +167,7 @@ class TokenStream:
             paths = [path for path in paths if path.name in listed]
         if not paths:
             pattern = names.PATTERN.format(split=split)
-            raise BadInput(f"{directory}: must hold shards named {pattern}, got none{foreign.instead(directory)}")
+            raise BadInput(f"{directory}: must hold shards named {pattern}, got none")
         if len(paths) > 1 and not names.NUMBERED.fullmatch(paths[0].name):
             raise BadInput(
                 f"{directory}: must hold one set of tokens where their names have no numbers, got "

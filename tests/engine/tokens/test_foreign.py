@@ -112,13 +112,7 @@ def test_every_command_names_what_was_given_in_place_of_what_it_takes(tmp_path, 
     texts = fill(tmp_path / "texts", PLACES["text"][0])
     checkpoint = next((trained / "checkpoints").glob("step_*"))
     asked = {
-        (
-            "sample",
-            "--run",
-            "hf",
-            "--prompt",
-            "a",
-        ): "weights in the Hugging Face layout; make a run of it: gpt2 import hf ",
+        ("sample", "--run", "hf", "--prompt", "a"): "Hugging Face layout; make a run of it: gpt2 import hf --out",
         ("eval", "--run", str(checkpoint)): f"a checkpoint of a run; give the run, {trained}",
         ("eval", "--run", str(trained), "--data", str(trained)): "which is a run; give it as --run",
         ("eval", "--run", str(trained), "--data", "texts"): "which is text (2 .txt, 1 .jsonl); make token shards of it",
@@ -130,12 +124,12 @@ def test_every_command_names_what_was_given_in_place_of_what_it_takes(tmp_path, 
     }
     for args, sentence in asked.items():
         assert run(*args) == 2, args
-        assert sentence in capfd.readouterr().err.replace(": it is", ", which is"), args
+        assert sentence in capfd.readouterr().err, args
     with pytest.raises(BadInput, match="which is weights in the Hugging Face layout"):
         config.load(weights)
     with pytest.raises(BadInput, match="which is a checkpoint of a run; give the run"):
         shards.tokenizer_name(checkpoint)
-    with pytest.raises(BadInput, match=r"got none: it is text .*gpt2 prepare "):
+    with pytest.raises(BadInput, match=r"which is text .*gpt2 prepare "):
         TokenStream.open(texts, "train", VOCAB)
 
 
@@ -179,9 +173,7 @@ def test_llmc_s_names_without_a_number_are_read_where_no_other_is(tmp_path):
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 9).tolist() == list(range(9))
     assert TokenStream.open(tmp_path, "val", VOCAB).read(0, 9).tolist() == list(range(50, 59))
     write(tmp_path, "other_train.bin", 100)
-    with pytest.raises(
-        BadInput, match=r"must hold one set .* got other_train.bin, tiny_shakespeare_train.bin; put each"
-    ):
+    with pytest.raises(BadInput, match=r"must hold one set .* got other_train.bin, tiny_shakespeare_train.bin; p"):
         TokenStream.open(tmp_path, "train", VOCAB)
     write(tmp_path, "x_train_000000.bin", 200)
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 9).tolist() == list(range(200, 209))
