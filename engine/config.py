@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.errors import BadInput, nearest
+from engine.tokens import foreign
 from model.files import check_fields, make, read_json
 from model.presets import PRESETS as MODEL_PRESETS
 from model.presets import GPT2Config
@@ -324,8 +325,11 @@ def load(run: str | Path) -> TrainConfig:
     Raises BadInput if it has no config.json, or one that cannot be read.
     """
     path = Path(run) / CONFIG_FILE
-    if not os.path.lexists(path):
-        raise BadInput(f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}")
+    if not os.path.lexists(path) or foreign.what(run).kind == "weights":  # which have one too
+        raise BadInput(
+            f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}"
+            f"{foreign.hint(run, 'make one with gpt2 train')}"
+        )
     try:
         config = from_dict(read_json(path))
         if wrong := config.problems():

@@ -379,7 +379,7 @@ def summary(run: Run) -> str:
     unit = data.tokenizer.unit
     return (
         f"{config.name}: {run.raw_model.num_parameters():,} parameters; {len(data.train_stream):,} training and "
-        f"{len(data.val_stream):,} validation {unit}s in {config.data}\n"
+        f"{len(data.val_stream):,} validation {unit}s in {config.data}{data.train_stream.origin}\n"
         f"step: {config.tokens_per_step:,} {unit}s = {data.micro_batch_size} sequences x {config.sequence_length} x "
         f"{data.accumulation} micro-batches x {ranks.world_size} processes on {ranks.device.type}\n"
     )

@@ -9,7 +9,8 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin
@@ -102,6 +103,12 @@ def check_fields(found: Any, fields: Mapping[str, type | tuple[type, ...]]) -> d
             raise BadFile(f"no field {name}")
         _check(found[name], name, kinds)
     return found
+
+
+def few(words: Collection[str], most: int = 6, between: str = ", ") -> str:
+    """The first of many words, and how many more there are: "a, b, c and 40 more"."""
+    more = f" and {len(words) - most:,} more" if len(words) > most else ""
+    return between.join(islice(words, most)) + more
 
 
 def check_present(found: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

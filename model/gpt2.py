@@ -252,6 +252,13 @@ class GPT2(nn.Module):
         self.config = replace(self.config, n_positions=n_positions)
         self.wpe = nn.Embedding.from_pretrained(self.wpe.weight.detach()[:n_positions].clone(), freeze=False)
 
+    def crop_vocabulary(self, vocab_size: int) -> None:
+        """Keeps the first vocab_size tokens. Call it before an optimizer is made."""
+        self.config = replace(self.config, vocab_size=vocab_size)
+        rows = self.wte.weight.detach()[: self.config.padded_vocab_size].clone()
+        rows[vocab_size:] = 0.0
+        self.wte = nn.Embedding.from_pretrained(rows, freeze=False)
+
     def num_parameters(self) -> int:
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)

@@ -1,6 +1,7 @@
 """Import and export of GPT-2 weights in the Hugging Face layout: config.json and model.safetensors.
 
-The stored names are the model's, with or without the prefix `transformer.`. Two things differ: a
+The stored names are the model's, with or without the prefix `transformer.`, and those that
+torch.compile and DDP add. Two things differ: a
 linear layer's weight is stored as (in, out), and the token embedding has V rows instead of Vp.
 `released_views` converts between the two, for reading and for writing. Weights are float32 in
 memory and in written files; float16 and bfloat16 files can be read. Only safetensors are read,
@@ -22,15 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.files import open_file, read_json, shown
+from model.files import few, open_file, read_json, shown
 from model.presets import GPT2Config
 
 Model = TypeVar("Model", bound=nn.Module)
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name on the Hub
 DOWNLOADED = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+DOWNLOADED += ["tokenizer.json", "vocab.json", "tokenizer_config.json"]  # to compare with the tokenizer here
 
 PREFIX = "transformer."  # before every name but the head's in a GPT2LMHeadModel; not in the released files
+WRAPPERS = re.compile(r"(?:(?:_orig_mod|module)\.)*(?:transformer\.)?")  # torch.compile's and DDP's, before PREFIX
 HEAD = "lm_head.weight"  # the tied head, which some files store too
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants that older versions saved with the weights
 
@@ -63,10 +66,15 @@ def released_views(model: nn.Module) -> dict[str, Tensor]:
     return views
 
 
+def plain_name(key: str) -> str:
+    """A stored tensor's name without what the library or a wrapper of the model put before it."""
+    return WRAPPERS.sub("", key, count=1)
+
+
 def not_finite(tensors: dict[str, Tensor]) -> str:
     """Names tensors with NaN or infinite numbers, and how many: "1 in ln_f.bias"; "" if there are none."""
     odd = {name: ~tensor.isfinite() for name, tensor in tensors.items() if not tensor.isfinite().all()}
-    return ", ".join(f"{int(mask.sum())} in {name}" for name, mask in odd.items())
+    return few([f"{int(mask.sum())} in {name}" for name, mask in odd.items()])
 
 
 def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) -> Model:
@@ -79,7 +87,7 @@ def load(kind: type[Model], dir_or_name: str | Path, *, dropout: float = 0.0) ->
     is neither read nor changed. Raises ValueError, naming everything that is wrong, if the files
     are not those of a GPT-2, or hold numbers that are not finite.
     """
-    folder = _locate(str(dir_or_name))
+    folder = locate(str(dir_or_name))
     config = _read_config(folder, dropout)
     stored = _open_weights(folder)
     _check_sizes(folder, config, stored)
@@ -162,7 +170,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _locate(dir_or_name: str) -> Path:
+def locate(dir_or_name: str) -> Path:
     """Path of the directory of that name, or of the download of the repository of that name."""
     if Path(dir_or_name).is_dir():
         return Path(dir_or_name)
@@ -247,7 +255,7 @@ def _open_weights(folder: Path) -> dict[str, Tensor]:
                 f"weights: {path} must be a complete safetensors file, got {got}; download or export it again"
             ) from error
         for key, tensor in tensors.items():
-            name = key.removeprefix(PREFIX)
+            name = plain_name(key)
             if name in stored:
                 raise ValueError(f"weights: {folder} must hold {name} once, got it twice; remove one of the two")
             if not CAUSAL_MASK.fullmatch(name):
@@ -282,6 +290,11 @@ def _weight_files(folder: Path) -> list[Path]:
 def _check(folder: Path, shapes: dict[str, torch.Size], stored: dict[str, Tensor]) -> None:
     """Raises ValueError, naming each tensor that is missing, unknown or of wrong shape or dtype."""
     expected = shapes | {HEAD: shapes["wte.weight"]}
+    if not shapes.keys() & stored.keys() and (ends := [n for n in stored if n.endswith("wte.weight")]):
+        raise ValueError(
+            f"weights: {folder} must hold tensors of GPT-2's names, such as wte.weight, got {ends[0][:80]}; write them "
+            f"without what stands before, {ends[0].removesuffix('wte.weight')[:80]!r}"
+        )
     wrong = [f"{name} is missing" for name in shapes if name not in stored]
     for name, tensor in stored.items():
         if name not in expected:
@@ -292,6 +305,6 @@ def _check(folder: Path, shapes: dict[str, torch.Size], stored: dict[str, Tensor
             wrong.append(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if wrong:
         raise ValueError(
-            f"weights: {folder} must hold the tensors of the GPT-2 in its config.json: {'; '.join(wrong)}; "
+            f"weights: {folder} must hold the tensors of the GPT-2 in its config.json: {few(wrong, between='; ')}; "
             "use config.json and model.safetensors of the same model"
         )

@@ -24,11 +24,13 @@ from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
-from engine.run import resume
+from engine.run import resume, vocabulary
 from engine.run.checkpoint import Checkpoint
-from engine.tokens import shards
+from engine.run.vocabulary import byte_characters
+from engine.tokens import foreign, shards
 from engine.tokens import tokenizer as tokenizers
-from engine.tokens.tokenizer import END_OF_TEXT, Tokenizer, gpt2_ranks
+from engine.tokens.tokenizer import END_OF_TEXT, Tokenizer
+from model import nanogpt, pretrained
 from model.gpt2 import GPT2
 
 
@@ -85,8 +87,8 @@ def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> 
 
 
 def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
-    """(model, trained positions) of --init-from: a run directory, a directory in the Hugging Face
-    layout, or a GPT-2 name. None without the flag.
+    """(model, trained positions) of --init-from: a run directory, weights as import takes them, or a
+    GPT-2 name. None without the flag.
 
     Raises BadInput if the source cannot be read or is a model of another shape.
     """
@@ -96,10 +98,7 @@ def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
         loaded, _, checkpoint = _load_whole(source, print, is_best=False)
         positions = trained_positions(checkpoint)
     else:
-        try:
-            loaded = GPT2.from_pretrained(source)
-        except ValueError as error:
-            raise BadInput(f"train: --init-from: {error}") from error
+        loaded, _ = released_weights("train: --init-from", source)
         positions = loaded.config.n_positions
     for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
         ours, theirs = getattr(train.model, name), getattr(loaded.config, name)
@@ -117,26 +116,50 @@ def check_tokenizer(data_directory: str, expected: str) -> None:
         )
 
 
+def released_weights(who: str, source: str) -> tuple[GPT2, str]:
+    """(model, name of its tokenizer) of weights in the Hugging Face layout, by directory or name, or of
+    nanoGPT's ckpt.pt.
+
+    who: first words of an error message. Padding of the vocabulary is left out: its rows are not
+    tokens. Raises BadInput if the weights cannot be read, or are of another tokenizer than ours.
+    """
+    found = foreign.what(source)
+    if found.kind not in ("weights", "pickle", "missing"):
+        raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}")
+    folder = Path(source).absolute().parent
+    notes = []
+    try:
+        if found.kind == "pickle":
+            model, notes = nanogpt.load(GPT2, source)
+        else:
+            folder = pretrained.locate(source)
+            model = GPT2.from_pretrained(folder)
+    except ValueError as error:
+        if found.kind == "missing" and found.way:  # a path with a typo, rather than a name on the Hub
+            raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}") from error
+        raise BadInput(f"{who}: {error}") from error
+    rows = model.config.vocab_size
+    name = vocabulary.tokenizer_of(who, source, rows)
+    notes.append(vocabulary.check(who, folder, name, rows))
+    if rows > (present := tokenizers.TOKENIZERS[name].vocab_size):
+        model.crop_vocabulary(present)
+        notes.append(
+            f"the last {rows - present} of {rows:,} token rows are padding after {name}'s {present:,}, left out"
+        )
+    for note in filter(None, notes):
+        print(f"{who}: {note}", flush=True)
+    return model, name
+
+
 def import_weights(source: str, out: str) -> Path:
-    """Makes a run directory whose one checkpoint holds weights in the Hugging Face layout. Returns
+    """Makes a run directory whose one checkpoint holds weights as released_weights reads them. Returns
     the checkpoint.
 
-    Raises BadInput if the weights cannot be read, no tokenizer has their vocabulary, or `out` is
-    not new or empty.
+    Raises BadInput if it cannot, or if `out` is not new or empty.
     """
     _check_new("import", out)
-    try:
-        model = GPT2.from_pretrained(source)
-    except ValueError as error:
-        raise BadInput(f"import: {error}") from error
-    sizes = {kind.vocab_size: name for name, kind in tokenizers.TOKENIZERS.items()}
-    if model.config.vocab_size not in sizes:
-        raise BadInput(
-            f"import: the vocabulary must be that of a tokenizer here, {sizes}, got "
-            f"{model.config.vocab_size} in {source}"
-        )
+    model, name = released_weights("import", source)
     train = TrainConfig(out=str(out), model=model.config)
-    name = sizes[model.config.vocab_size]
     identity = resume.identity(train, name, "none")
     state = {"step": 0, "tokens": 0, "identity": identity, "config": config.to_dict(train)}
     state["trained_positions"] = train.model.n_positions
@@ -200,13 +223,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    ranks = gpt2_ranks() if tokenizer.name == "gpt2" else {bytes([byte]): byte for byte in range(256)}
     characters = byte_characters()
-    vocabulary = {_to_characters(token, characters): rank for token, rank in ranks.items()}
-    vocabulary[END_OF_TEXT] = tokenizer.end_of_text
-    lines = [f"{_to_characters(left, characters)} {_to_characters(right, characters)}" for left, right in merges(ranks)]
+    pairs = merges(vocabulary.ranks_of(tokenizer.name))
+    lines = [f"{_to_characters(left, characters)} {_to_characters(right, characters)}" for left, right in pairs]
     contents = {
-        "vocab.json": json.dumps(vocabulary),
+        "vocab.json": json.dumps(vocabulary.written(tokenizer.name)),
         "merges.txt": "\n".join(["#version: 0.2", *lines, ""]),  # readers skip the first line
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
@@ -222,13 +243,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length
         raise BadInput(
             f"tokenizer: {folder} must be a directory that can be written, got {error}; choose another or make room"
         ) from error
-
-
-def byte_characters() -> list[str]:
-    """GPT-2's printable character of each byte: itself where it has one, else the next from U+0100 up."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -16,7 +16,7 @@ from engine import config
 from engine.errors import BadInput, nearest
 from engine.run import rows
 from engine.run.rows import METRICS_FILE
-from engine.tokens import shards, tokenizer
+from engine.tokens import foreign, names, shards, tokenizer
 from engine.tokens.shards import sha256
 from model.files import BadFile, check_fields, check_present, make, open_file, read_json
 from model.presets import GPT2Config
@@ -55,27 +55,18 @@ def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> in
 
 
 def _check_for(path: Path) -> Callable[[Path], Iterator[tuple[Path, str | None]]]:
-    if path.is_dir():
-        if (path / shards.MANIFEST).exists() or (path / shards.BUILDING).exists() or _shards(path):
+    if os.path.isdir(path) and foreign.what(path).kind not in ("checkpoint", "weights"):
+        if (path / shards.MANIFEST).exists() or (path / shards.BUILDING).exists() or names.find(path):
             return _check_data
         if any((path / name).exists() for name in (CHECKPOINTS, METRICS_FILE)):
             return _check_run
     raise BadInput(
         f"verify: a path must be a directory of token shards, made by gpt2 prepare, or of a run, made by gpt2 train, "
-        f"got {path}"
+        f"got {path}{foreign.hint(path)}"
     )
 
 
 # ---- Data ---------------------------------------------------------------------------------------------------------
-
-
-def _shards(directory: Path) -> list[Path]:
-    return sorted(
-        path
-        for split in ("train", "val")
-        for suffix in ("bin", "npy")
-        for path in directory.glob(f"*_{split}_*.{suffix}")
-    )
 
 
 def _unlisted_shards(directory: Path) -> list[Path]:
@@ -84,13 +75,13 @@ def _unlisted_shards(directory: Path) -> list[Path]:
     except BadInput:
         return []
     listed = None if manifest is None else {shard["file"] for shard in manifest["shards"]}
-    return [path for path in _shards(directory) if listed is not None and path.name not in listed]
+    return [path for path in names.find(directory) if listed is not None and path.name not in listed]
 
 
 def _check_data(directory: Path) -> Iterator[tuple[Path, str | None]]:
     """Yields (file, damage or None) for the manifest and each shard."""
     path, vocab_size = directory / shards.MANIFEST, tokenizer.GPT2Tokenizer.vocab_size
-    listed: list[dict] = [{"file": shard.name} for shard in _shards(directory)]
+    listed: list[dict] = [{"file": shard.name} for shard in names.find(directory)]
     try:
         manifest = shards.read_manifest(directory)
     except BadInput as error:
@@ -114,7 +105,7 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         return "is missing"
     wrong = []
     try:
-        tokens = shards.open_shard(path)
+        tokens = shards.open_tokens(path)
         for field, count in (("bytes", path.stat().st_size), ("tokens", len(tokens))):
             if listed.get(field, count) != count:
                 wrong.append(f"must have {listed[field]} {field}, got {count}")

@@ -32,6 +32,7 @@ from engine import lock
 from engine.errors import BadInput
 from engine.lock import Lock
 from engine.tokens import tokenizer
+from engine.tokens.names import NUMBERED
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
 from engine.tokens.sources import find_files, parse, raw_documents
 
@@ -267,8 +268,9 @@ def _replace(sources: list[str], files: list[Path], request: str, config: Prepar
         held.check()
         if config.overwrite:
             (out / MANIFEST).unlink(missing_ok=True)
-            for stale in [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")]:
-                stale.unlink()
+            for stale in out.iterdir():
+                if stale.suffix == ".bin" and NUMBERED.fullmatch(stale.name):
+                    stale.unlink()
         for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
             os.replace(building / name, out / name)
     finally:

@@ -2,7 +2,8 @@
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, then zeros),
 then the tokens as little-endian uint16. The published pre-tokenised FineWeb shards have this
-format. One-dimensional uint16 .npy files are read too.
+format. One-dimensional uint16 .npy files are read too, and nanoGPT's train.bin and val.bin, which
+have no header. engine/tokens/names.py says which names are read.
 A split's shards, in the order of their names, form one stream. The stream is cut into windows of T
 inputs. A window's targets are its inputs shifted by one token, so neighbouring windows share one
 token.
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from engine.errors import BadInput
-from model.files import BadFile, check_fields, check_present, open_file, read_json
+from engine.tokens import foreign, names
+from engine.tokens.foreign import HEADERLESS
+from model.files import BadFile, check_fields, check_present, few, open_file, read_json
 
 if TYPE_CHECKING:  # prepare, its workers and --help import this file and must not wait for PyTorch
     from torch import Tensor
@@ -113,6 +116,20 @@ def _mapped(path: Path, file: BinaryIO, count: int, offset: int) -> np.ndarray:
     return np.memmap(file, dtype="<u2", mode="r", offset=offset)
 
 
+def open_tokens(path: Path) -> np.ndarray:
+    """The tokens of a shard as in open_shard, or of nanoGPT's train.bin or val.bin."""
+    if not foreign.is_headerless(path):
+        return open_shard(path)
+    tokens, *others = (np.memmap(path.with_name(name), dtype="<u2", mode="r") for name in (path.name, *HEADERLESS))
+    largest = max(int(part[:CHECKED_TOKENS].max()) for part in others)
+    if largest < 256:  # text has " the", which is 262, in its first lines
+        raise BadInput(
+            f"{path}: without a header, tokens must be GPT-2's, got none above {largest}, as characters or "
+            "bytes have; make token shards of the text with gpt2 prepare"
+        )
+    return tokens
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Writes tokens (n,) uint16 as a shard."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
@@ -153,10 +170,12 @@ def read_manifest(directory: Path) -> dict | None:
 
 
 def _require_directory(directory: str | Path) -> Path:
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise BadInput(f"data: must be a directory of token shards, got {directory}; make one with gpt2 prepare")
-    return directory
+    if foreign.what(directory).kind != "data" or not os.path.isdir(directory):
+        raise BadInput(
+            f"data: must be a directory of token shards, got {directory}"
+            f"{foreign.hint(directory, 'make one with gpt2 prepare')}"
+        )
+    return Path(directory)
 
 
 @dataclass
@@ -174,13 +193,12 @@ class TokenStream:
 
     @classmethod
     def open(cls, directory: str | Path, split: str, vocab_size: int) -> "TokenStream":
-        """Opens the shards `<name>_<split>_<number>` of a directory.
+        """Opens a split's shards in a directory, which have the names of engine/tokens/names.py.
 
         Raises BadInput if there is none or one is bad.
         """
         directory = _require_directory(directory)
-        matches = [path for suffix in ("bin", "npy") for path in directory.glob(f"*_{split}_*.{suffix}")]
-        paths = sorted(matches, key=lambda path: path.name)
+        paths = names.find(directory, split)
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
             raise BadInput(
@@ -189,11 +207,17 @@ class TokenStream:
         if manifest is not None:
             listed = [shard["file"] for shard in manifest["shards"] if shard["split"] == split]
             if missing := sorted(set(listed) - {path.name for path in paths}):
-                raise BadInput(f"{directory}: every shard of {MANIFEST} must be there, missing {', '.join(missing)}")
+                raise BadInput(f"{directory}: every shard of {MANIFEST} must be there, missing {few(missing)}")
             paths = [path for path in paths if path.name in listed]
         if not paths:
-            raise BadInput(f"{directory}: must hold shards named <name>_{split}_<number>.bin or .npy, got none")
-        shards = [open_shard(path) for path in paths]
+            pattern = names.PATTERN.format(split=split)
+            raise BadInput(f"{directory}: must hold shards named {pattern}, got none")
+        if len(paths) > 1 and not names.NUMBERED.fullmatch(paths[0].name):
+            raise BadInput(
+                f"{directory}: must hold one set of tokens where their names have no numbers, got "
+                f"{few([path.name for path in paths])}; put each set into a directory of its own"
+            )
+        shards = [open_tokens(path) for path in paths]
         counts = {shard["file"]: shard.get("tokens") for shard in (manifest or {"shards": []})["shards"]}
         for path, shard in zip(paths, shards, strict=True):
             if (count := counts.get(path.name)) not in (None, len(shard)):
@@ -205,6 +229,12 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def origin(self) -> str:
+        """Text such as ", nanoGPT's files", or "" for shards."""
+        is_ours = not foreign.is_headerless(self.paths[0])
+        return "" if is_ours else ", nanoGPT's train.bin and val.bin, taken to be GPT-2's tokens"
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start to start + count - 1 of the stream, across shards: (count,) uint16."""

@@ -20,7 +20,8 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 LAYERS = (
     {"errors", "output"},
     {"lock"},
-    {"config", "tokens"},
+    {"tokens"},
+    {"config"},
     {"optim", "device", "rendezvous"},
     {"distributed"},
     {"evaluation", "health"},
@@ -35,9 +36,9 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "commands"}
 FOLDERS = {
-    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
+    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches", "names", "foreign"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
-    | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors"},
+    | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},

@@ -200,7 +200,8 @@ def test_a_bad_token_deep_inside_a_large_shard_is_found_when_it_is_read(tmp_path
 
 def test_a_missing_directory_says_how_to_make_one(tmp_path):
     with pytest.raises(
-        BadInput, match=r"must be a directory of token shards, got .*nowhere; make one with gpt2 prepare"
+        BadInput,
+        match=r"must be a directory of token shards, got .*nowhere, which does not exist; make one with gpt2 prepare",
     ):
         TokenStream.open(tmp_path / "nowhere", "train", VOCAB)
 

@@ -1,0 +1,28 @@
+"""Names of token shards: `<name>_<split>_<number>.bin` or `.npy`. The split is what stands before the number.
+
+So my_train_set_val_000000.bin is of the validation split. Some sets of one file per split have no
+number, as llm.c's tiny_shakespeare_train.bin, or no name, as nanoGPT's train.bin. They are read
+where no shard of the split has a number.
+"""
+
+import os
+import re
+from pathlib import Path
+
+SPLITS = ("train", "val")
+NUMBERED = re.compile(r".*_(train|val)_[0-9]+\.(?:bin|npy)", re.DOTALL)
+UNNUMBERED = re.compile(r"(?:.*_)?(train|val)\.bin", re.DOTALL)
+PATTERN = "<name>_{split}_<number>.bin or .npy"
+
+
+def find(directory: Path, split: str | None = None) -> list[Path]:
+    """Paths of a split's shards, or of both splits', in the order of their names; [] if none can be listed."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    found: list[str] = []
+    for one in SPLITS if split is None else (split,):
+        tiers = ([n for n in names if (m := p.fullmatch(n)) and m[1] == one] for p in (NUMBERED, UNNUMBERED))
+        found += next(filter(None, tiers), [])
+    return [directory / name for name in sorted(found)]
