@@ -29,6 +29,7 @@ import time
 import uuid
 from pathlib import Path
 
+from engine import system
 from engine.errors import LOST, BadInput, warn
 
 try:
@@ -57,8 +58,8 @@ class Lock:
         self._file: int | None = file
         self._made, self._pid = made, os.getpid()
         self._mutex, self._ended = threading.Lock(), threading.Event()
-        _live[self.nonce] = self
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        _live[self.nonce] = self
 
     def __enter__(self) -> "Lock":
         return self
@@ -148,7 +149,7 @@ def acquire(directory: str | Path, command: str) -> Lock:
         except OSError as error:
             raise BadInput(
                 f"{command}: --out must be a directory that can be written, got {directory}: {error.strerror}; "
-                "choose another --out"
+                f"{system.advice(error, 'another --out')}"
             ) from error
 
 
@@ -180,7 +181,15 @@ def _acquire(directory: Path, command: str) -> Lock:
                 continue
             if alive is False:
                 before, is_sure = holder or silent or {}, bool(locked) and silent is None
-                lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
+                try:
+                    lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
+                except (OSError, RuntimeError):  # a full disk, or no thread can be started
+                    with contextlib.suppress(OSError):
+                        if locked:
+                            path.unlink()
+                        if made:
+                            directory.rmdir()
+                    raise
                 return lock
         finally:
             if lock is None:

@@ -19,6 +19,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
     {"errors", "output"},
+    {"system"},
     {"lock"},
     {"config", "tokens"},
     {"optim", "device", "rendezvous"},
@@ -33,9 +34,9 @@ LAYERS = (
     {"cli"},
 )
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "commands"}
+FILES |= {"device", "rendezvous", "commands", "system"}
 FOLDERS = {
-    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
+    "tokens": {"sources", "tokenizer", "prepare", "workers", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
