@@ -144,9 +144,15 @@ def acquire(directory: str | Path, command: str) -> Lock:
     if another process holds the lock, or the directory cannot be written.
     """
     with _acquiring:
+        was_there = os.path.isdir(directory)
         try:
             return _acquire(Path(directory), command)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            with contextlib.suppress(OSError):
+                if not was_there:
+                    os.rmdir(directory)
+            if isinstance(error, RuntimeError):
+                raise
             raise BadInput(
                 f"{command}: --out must be a directory that can be written, got {directory}: {error.strerror}; "
                 f"{system.advice(error, 'another --out')}"
@@ -184,11 +190,8 @@ def _acquire(directory: Path, command: str) -> Lock:
                 try:
                     lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
                 except (OSError, RuntimeError):  # a full disk, or no thread can be started
-                    with contextlib.suppress(OSError):
-                        if locked:
-                            path.unlink()
-                        if made:
-                            directory.rmdir()
+                    if locked:
+                        path.unlink(missing_ok=True)
                     raise
                 return lock
         finally:

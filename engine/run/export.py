@@ -169,10 +169,11 @@ def _filling(command: str, out: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a disk that has become read-only, or no file can be opened
             for path in lock.others(out):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        refused = error.__cause__ if isinstance(error, ValueError) else error
+        if isinstance(refused, OSError):
             raise BadInput(
-                f"{command}: --out must be a directory that can be written, got {error.filename or out}: "
-                f"{system.reason(error)}; {system.advice(error, 'another --out')}"
+                f"{command}: --out must be a directory that can be written, got {refused.filename or out}: "
+                f"{system.reason(refused)}; {system.advice(refused, 'another --out')}"
             ) from error
         if isinstance(error, ValueError):  # of the weights, as a sentence
             raise BadInput(f"{command}: {error}") from error

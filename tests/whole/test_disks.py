@@ -1,0 +1,199 @@
+"""Disks that refuse at any point: a sentence, exit code 2, and the same command succeeds afterwards.
+
+One operation of a command fails after the other: each opening of a file for writing, each directory
+made, each rename, each fsync. Then every file ends at a size, as on a disk that is full.
+"""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from runs import ENVIRONMENT, run, save_filled, train
+
+from engine import cli, lock, system
+from engine.errors import BadInput
+from engine.run import durable, export, plots
+from engine.tokens import prepare, workers
+from engine.tokens.tokenizer import load as load_tokenizer
+from engine.tuning import record
+from engine.tuning.record import Setup, Tuning
+from model.gpt2 import GPT2, GPT2Config
+
+REFUSALS = [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.EACCES, errno.EFBIG]
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Fault:
+    """Makes one operation below a directory fail. Python's audit events come before the operation."""
+
+    def __init__(self):
+        self.below, self.number, self.seen = None, None, 0
+        self.hit = False
+
+    def arm(self, below: Path | None, number: int | None) -> None:
+        """number: of the operation that fails, from 1; None: none does."""
+        self.below, self.number, self.seen, self.hit = below and str(below), number, 0, False
+
+    def audit(self, event: str, arguments: tuple) -> None:
+        """The hook: counts what changes the disk."""
+        if self.below is None or event not in ("open", "os.mkdir", "os.rename", "os.link"):
+            return
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
+            return
+        if event != "os.mkdir" or not os.path.isdir(arguments[0]):  # which makes nothing
+            self.count(arguments[0])
+
+    def count(self, path: object) -> None:
+        if self.below is None or not isinstance(path, str | Path) or not str(path).startswith(self.below):
+            return
+        self.seen += 1
+        if self.seen == self.number:
+            self.hit = True
+            number = REFUSALS[self.seen % len(REFUSALS)]
+            raise OSError(number, os.strerror(number), str(path))
+
+
+FAULT = Fault()
+sys.addaudithook(FAULT.audit)  # for the life of the process; does nothing while it is not armed
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        FAULT.count(os.readlink(f"/proc/self/fd/{descriptor}"))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    yield FAULT
+    FAULT.arm(None, None)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"{number} is a number\n" * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """Weights in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("released") / "hf"
+    torch.manual_seed(0)
+    GPT2(GPT2Config(1, 1, 8, 16, 257)).save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def fails_at_each_operation(fault: Fault, folder: Path, command, undo=lambda: None) -> int:
+    """Number of operations. Each in turn fails with a sentence, leaves nothing, and the command then succeeds.
+
+    command: raises BadInput, as a command does. undo: removes what a success has left.
+    """
+    before, number = contents(folder), 0
+    while True:
+        number += 1
+        fault.arm(folder, number)
+        try:
+            command()
+        except BadInput as error:
+            assert fault.hit and "must be" in str(error) and "\n" not in str(error)
+            assert "Errno" not in str(error)
+        else:
+            assert not fault.hit, f"operation {number} failed and the command did not say so"
+            fault.arm(None, None)
+            undo()
+            return number - 1
+        finally:
+            fault.arm(None, None)
+        assert contents(folder) == before, f"operation {number} left something"
+        if number % 3 == 1:
+            command()
+            undo()
+
+
+def test_prepare_fails_at_each_write_and_then_succeeds(text, tmp_path, fault, monkeypatch):
+    config = prepare.PrepareConfig(out=str(tmp_path / "out"), tokenizer="bytes", workers=1, shard_tokens=9000)
+    whole = prepare.prepare([str(text)], config)
+    shutil.rmtree(tmp_path / "out")
+    count = fails_at_each_operation(
+        fault,
+        tmp_path,
+        lambda: prepare.prepare([str(text)], config),
+        lambda: shutil.rmtree(tmp_path / "out"),
+    )
+    assert count >= 3 + 2 * len(whole["shards"])  # the directory, the lock, the manifest; each is written and renamed
+    assert prepare.prepare([str(text)], config) == whole
+
+
+def test_import_fails_at_each_write_and_then_succeeds(released, tmp_path, fault):
+    fails_at_each_operation(
+        fault,
+        tmp_path,
+        lambda: export.import_weights(str(released), str(tmp_path / "out")),
+        lambda: shutil.rmtree(tmp_path / "out"),
+    )
+
+
+def test_export_fails_at_each_write_and_then_succeeds(trained, tmp_path, fault):
+    loaded = export.load_model(trained)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "load_model", lambda *_, **__: loaded)
+        fails_at_each_operation(
+            fault,
+            tmp_path,
+            lambda: export.export(str(trained), str(tmp_path / "out")),
+            lambda: shutil.rmtree(tmp_path / "out"),
+        )
+
+
+def test_a_plot_and_a_tuning_fail_at_each_write_and_keep_the_old_file(tmp_path, fault):
+    figure, _ = plots._figure("a", "b", "c", "d")
+    setup = Setup("fp32", 1)
+    tuning = Tuning("tiny", {}, {"device": "x"}, "2026-01-01", setup, setup, 1.0, 1.0)
+    for write, path in [
+        (lambda: plots._save(figure, tmp_path / "a.png"), tmp_path / "a.png"),
+        (lambda: record.save(tuning, tmp_path / "a.json"), tmp_path / "a.json"),
+        (lambda: record.check_writable(tmp_path / "a.json"), tmp_path / "a.json"),
+    ]:
+        path.write_text("old")
+        assert fails_at_each_operation(fault, tmp_path, write, lambda path=path: path.write_text("old")) >= 1
+
+
+@pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
+def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(
+    text, released, tmp_path, limit, monkeypatch
+):
+    config = prepare.PrepareConfig(out=str(tmp_path / "a"), tokenizer="bytes", workers=1)
+    commands = [
+        lambda: prepare.prepare([str(text)], config),
+        lambda: export.import_weights(str(released), str(tmp_path / "b")),
+        lambda: durable.write(tmp_path / "c", bytes(limit + 1)),
+    ]
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in commands:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores SIGXFSZ
+        try:
+            with pytest.raises((BadInput, OSError), match="File too large") as info:
+                command()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+        assert info.type is BadInput or info.value.filename == str(tmp_path / "c")
+        assert contents(tmp_path) == set()
+    for command in commands:
+        command()
