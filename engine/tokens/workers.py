@@ -56,9 +56,9 @@ def map_in_order(
             with _starting(workers):
                 pending.append(pool.submit(encode, batch))
             if len(pending) >= max_pending:
-                yield _result(pending.popleft(), workers, set(threading.enumerate()) - threads)
+                yield _result(pending.popleft(), workers, threads)
         while pending:
-            yield _result(pending.popleft(), workers, set(threading.enumerate()) - threads)
+            yield _result(pending.popleft(), workers, threads)
         pool.shutdown()
     except BaseException:  # GeneratorExit too: the caller failed
         for child in set(multiprocessing.active_children()) - others:
@@ -68,8 +68,11 @@ def map_in_order(
         raise
 
 
-def _result(future: Future, workers: int, threads: set[threading.Thread]) -> Result:
-    """Waits for a result, or until one of the pool's threads has died, without which none comes."""
+def _result(future: Future, workers: int, others: set[threading.Thread]) -> Result:
+    """Waits for a result, or until the pool's threads have died, without which none comes.
+
+    others: threads of this process that are not the pool's.
+    """
     while True:
         try:
             return future.result(timeout=POLL)
@@ -77,8 +80,8 @@ def _result(future: Future, workers: int, threads: set[threading.Thread]) -> Res
             raise _refusal(workers, "one that was killed or could not start") from error
         except TimeoutError:
             pass
-        if not future.done() and not all(thread.is_alive() for thread in threads):
-            raise _refusal(workers, "a thread of theirs that ended")
+        if not future.done() and not set(threading.enumerate()) - others:
+            raise _refusal(workers, "a thread of this process that could not start")
 
 
 @contextlib.contextmanager

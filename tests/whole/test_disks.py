@@ -197,3 +197,66 @@ def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(
         assert contents(tmp_path) == set()
     for command in commands:
         command()
+
+
+# ---- What no caller turned into a sentence ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/d/a"), "/d/a must lie on a disk with room, got No space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/d/a"), "/d/a must be open to this user, got Permission"),
+        (OSError(errno.EMFILE, "Too many open files", "/d/a"), "raise the limit on open files"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", b"/d/a"), "choose a shorter name"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "needs memory and processes"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "set TMPDIR"),
+        (MemoryError(), "its work must fit into memory"),
+        (RuntimeError("can't start new thread"), "must be able to start threads"),
+        (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "its work must fit into memory"),
+        (ImportError("a.so: failed to map segment from shared object"), "its work must fit into memory"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_system_refuses_is_a_sentence_of_the_command(error, said, monkeypatch, capfd):
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "plot", refused)
+    assert run("plot") == 2
+    message = capfd.readouterr().err.strip()
+    assert message.startswith("gpt2 plot: ") and said in message and "\n" not in message and "; " in message
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("x"), ConnectionResetError(104, "x"), OSError("x")])
+def test_a_bug_keeps_its_traceback(error, monkeypatch):
+    def buggy(*_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "plot", buggy)
+    with pytest.raises(type(error)):
+        run("plot")
+
+
+def _end(batch: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3], ids=["a worker", "the pool's thread", "the thread of its queue"])
+def test_workers_that_cannot_work_are_a_sentence_and_none_of_them_stays(failing, monkeypatch):
+    started, plain = [], threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread)
+        if len(started) == failing - 1:
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+    before = children.read_text().split()
+    with pytest.raises(BadInput, match="its 2 worker processes must be able to run, got .*; use --workers 1"):
+        list(workers.map_in_order(_end if failing == 1 else abs, range(9), 2, max_pending=4))
+    for child in set(children.read_text().split()) - set(before):
+        os.waitpid(int(child), 0)  # a worker that waits for work would never end
