@@ -47,6 +47,7 @@ NO_THREAD = re.compile(r"can't (start|allocate)( new)? (thread|lock)|[Rr]esource
 NO_MEMORY = re.compile(
     r"[Cc]annot allocate memory|[Nn]ot enough memory|failed to map segment|bad[_ ]alloc|bad allocation"
 )
+FILE_OF_PYTORCH = re.compile(r"unable to .*?<(.+)>.*: (.+) \((\d+)\)$")
 NO_TEMPORARY = "No usable temporary directory"
 
 
@@ -81,6 +82,8 @@ def sentence(error: BaseException, command: str) -> str | None:
     """
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error, command)
+    if isinstance(error, RuntimeError) and (found := FILE_OF_PYTORCH.match(str(error))):
+        error = OSError(int(found[3]), found[2], found[1])
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(str(error))
     ):
