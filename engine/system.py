@@ -84,12 +84,11 @@ def sentence(error: BaseException, command: str) -> str | None:
         return missing_package(error, command)
     if isinstance(error, RuntimeError) and (found := FILE_OF_PYTORCH.match(str(error))):
         error = OSError(int(found[3]), found[2], found[1])
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(str(error))
-    ):
+    lines = [line.strip() for line in str(error).splitlines() if NO_MEMORY.search(line)]  # NumPy adds a page of advice
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | ImportError) and lines):
         return (
-            f"{command}: its work must fit into memory, got {reason(error)}; free memory, raise this process's limit "
-            "(ulimit -v, or the container's), or use a machine with more"
+            f"{command}: its work must fit into memory, got {lines[0] if lines else 'out of memory'}; free memory, "
+            "raise this process's limit (ulimit -v, or the container's), or use a machine with more"
         )
     if isinstance(error, RuntimeError) and NO_THREAD.search(str(error)):
         return (

@@ -10,13 +10,15 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from runs import run
+from runs import ENVIRONMENT, run
 
 from engine import cli
 from engine.errors import BadInput
@@ -182,6 +184,21 @@ def test_a_plot_and_a_tuning_fail_at_each_write_and_keep_the_old_file(tmp_path, 
         assert fails_at_each_operation(fault, tmp_path, write, lambda path=path: path.write_text("old")) >= 1
 
 
+def test_a_run_and_its_data_are_read_without_a_write(trained, shards, fault, capfd):
+    count = 0
+    for folder in (trained, shards):
+        for command in (
+            ["sample", "--run", str(trained), "--prompt", "def", "--max-new-tokens", "1"],
+            ["eval", "--run", str(trained)],
+            ["verify", str(trained), str(shards)],
+        ):
+            fault.arm(folder, None)
+            assert run(*command) == 0
+            fault.arm(None, None)
+            count += fault.seen
+    assert count == 0
+
+
 @pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
 def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(
     text, released, tmp_path, limit, monkeypatch
@@ -222,7 +239,7 @@ def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(
         (RuntimeError("can't start new thread"), "must be able to start threads"),
         (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), "its work must fit into memory"),
         (RuntimeError("unable to open file </d/a> in read-only mode: Too many open files (24)"), "/d/a must be opened"),
-        (ImportError("a.so: failed to map segment from shared object"), "its work must fit into memory"),
+        (ImportError("Advice\n\na.so: failed to map segment from shared object\n"), "its work must fit into memory"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -271,3 +288,31 @@ def test_workers_that_cannot_work_are_a_sentence_and_none_of_them_stays(failing,
     for child in set(multiprocessing.active_children()) - before:
         child.join(10)
         assert not child.is_alive()  # as one that waits for work is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_FSIZE, 20_000),
+        (resource.RLIMIT_NOFILE, 5),
+        (resource.RLIMIT_NOFILE, 10),
+        (resource.RLIMIT_AS, 60_000_000),
+        (resource.RLIMIT_AS, 120_000_000),
+    ],
+)
+@pytest.mark.parametrize("command", ["prepare", "import"])
+def test_a_small_limit_is_a_sentence_and_without_it_the_same_command_succeeds(
+    text, released, tmp_path, command, kind, limit
+):
+    source = text if command == "prepare" else released
+    flags = ["--tokenizer", "bytes", "--workers", "2"] if command == "prepare" else []
+    line = [sys.executable, "-m", "engine.cli", command, str(source), "--out", str(tmp_path / "out"), *flags]
+    options = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
+    refused = subprocess.run(line, preexec_fn=lambda: resource.setrlimit(kind, (limit, limit)), **options)
+    assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+    assert "must be" in refused.stderr or "must fit" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert contents(tmp_path) == set()
+    assert subprocess.run(line, **options).returncode == 0
