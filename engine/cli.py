@@ -2,9 +2,9 @@
 
 import sys
 
-from engine import output
+from engine import output, system
 from engine.commands import COMMANDS
-from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, missing_package, nearest
+from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, nearest
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
@@ -45,20 +45,25 @@ def main(args: list[str] | None = None) -> int:
     except (BadInput, Diverged) as error:
         print(error, file=sys.stderr)
         return exit_code(error)
-    except (ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            message = missing_package(error, f"gpt2 {args[0]}")
-        else:
-            from engine.health import failures
-
-            message = failures.no_room_for_the_model(error, f"gpt2 {args[0]}")
-        if message is None:
+    except (OSError, ImportError, MemoryError, RuntimeError) as error:
+        message = _refusal(error, f"gpt2 {args[0]}")
+        if message is None:  # a bug, which keeps its traceback
             raise
         print(message, file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ngpt2 {args[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _refusal(error: Exception, command: str) -> str | None:
+    """Error message for what the machine refused and no caller turned into one; None for a bug."""
+    message = None
+    if "torch" in sys.modules:  # whose errors tell how much was asked for
+        from engine.health import failures
+
+        message = failures.no_room_for_the_model(error, command)
+    return message or system.sentence(error, command)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import time
 import uuid
 from pathlib import Path
 
+from engine import system
 from engine.errors import LOST, BadInput, warn
 
 try:
@@ -57,8 +58,8 @@ class Lock:
         self._file: int | None = file
         self._made, self._pid = made, os.getpid()
         self._mutex, self._ended = threading.Lock(), threading.Event()
-        _live[self.nonce] = self
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        _live[self.nonce] = self
 
     def __enter__(self) -> "Lock":
         return self
@@ -143,12 +144,18 @@ def acquire(directory: str | Path, command: str) -> Lock:
     if another process holds the lock, or the directory cannot be written.
     """
     with _acquiring:
+        was_there = os.path.isdir(directory)
         try:
             return _acquire(Path(directory), command)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            with contextlib.suppress(OSError):
+                if not was_there:
+                    os.rmdir(directory)
+            if isinstance(error, RuntimeError):
+                raise
             raise BadInput(
                 f"{command}: --out must be a directory that can be written, got {directory}: {error.strerror}; "
-                "choose another --out"
+                f"{system.advice(error, 'another --out')}"
             ) from error
 
 
@@ -180,7 +187,12 @@ def _acquire(directory: Path, command: str) -> Lock:
                 continue
             if alive is False:
                 before, is_sure = holder or silent or {}, bool(locked) and silent is None
-                lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
+                try:
+                    lock = Lock(path, file, _take(path, file, command, before, is_sure, locked is True), command, made)
+                except (OSError, RuntimeError):  # a full disk, or no thread can be started
+                    if locked:
+                        path.unlink(missing_ok=True)
+                    raise
                 return lock
         finally:
             if lock is None:

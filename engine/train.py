@@ -15,7 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 import torch.distributed as dist
 
-from engine import device, distributed, optim, output, start
+from engine import device, distributed, optim, output, start, system
 from engine.config import TrainConfig, parse
 from engine.distributed import Ranks
 from engine.errors import (
@@ -28,7 +28,6 @@ from engine.errors import (
     Lost,
     PeerFailed,
     exit_code,
-    missing_package,
     warn,
 )
 from engine.health.heartbeat import Heartbeat
@@ -139,7 +138,7 @@ def main(args: list[str]) -> int:
         print("\ngpt2 train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return distributed.leave(INTERRUPTED)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (message := missing_package(error, "gpt2 train")) is not None:
+        if (message := system.sentence(error, "gpt2 train")) is not None:
             warn(message)
             return distributed.leave(BAD_INPUT)
         if not dist.is_initialized():

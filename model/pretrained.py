@@ -150,7 +150,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
             weights_path.chmod(config_path.stat().st_mode)  # save_file makes a file that only its owner can read
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"weights: {folder} must be a directory that can be written, got {error}; choose another or make room"
+            f"weights: {folder} must be a directory that can be written, got "
+            f"{getattr(error, 'strerror', None) or error}; choose another or make room"
         ) from error
 
 

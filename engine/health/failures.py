@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from engine import system
 from engine.config import TrainConfig
 from engine.device import describe, format_bytes
 from engine.distributed import Ranks
@@ -55,7 +56,8 @@ def explain(
             "(NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME name the interface); the same command goes on from the last "
             "checkpoint"
         )
-    return None
+    message = None if isinstance(error, ImportError) else system.sentence(error, "train")
+    return None if message is None else BadInput(f"{message}; the same command goes on from the last checkpoint")
 
 
 # ---- Lost peers ---------------------------------------------------------------------------------------------------

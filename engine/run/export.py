@@ -9,22 +9,21 @@ end-of-text id, and here that is ordinary text. Source: encoder.py in github.com
 (characters and files).
 """
 
+import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from engine import config, lock
+from engine import config, lock, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
-from engine.run import resume, vocabulary
+from engine.run import durable, resume, vocabulary
 from engine.run.checkpoint import Checkpoint
 from engine.run.vocabulary import byte_characters
 from engine.tokens import foreign, shards
@@ -185,7 +184,7 @@ def _check_new(command: str, out: str) -> None:
         raise BadInput(f"{command}: --out must be new or empty, got {out}, which is not; choose another --out")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _filling(command: str, out: str) -> Iterator[None]:
     """Around writing into `out`, which must be new or empty: a failure leaves nothing there, so nothing
     blocks the next try.
@@ -196,13 +195,17 @@ def _filling(command: str, out: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for path in lock.others(out):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if isinstance(error, OSError | ValueError):
+        with contextlib.suppress(OSError):  # a disk that has become read-only, or no file can be opened
+            for path in lock.others(out):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        refused = error.__cause__ if isinstance(error, ValueError) else error
+        if isinstance(refused, OSError):
             raise BadInput(
-                f"{command}: --out must be a directory that can be written, got {out}: {error}; make room there or "
-                "choose another --out"
+                f"{command}: --out must be a directory that can be written, got {refused.filename or out}: "
+                f"{system.reason(refused)}; {system.advice(refused, 'another --out')}"
             ) from error
+        if isinstance(error, ValueError):  # of the weights, as a sentence
+            raise BadInput(f"{command}: {error}") from error
         raise
 
 
@@ -236,12 +239,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, model_max_length
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(content, encoding="utf-8", newline="\n")
-            os.replace(temporary, folder / name)
+            durable.write(folder / name, content)
     except OSError as error:
         raise BadInput(
-            f"tokenizer: {folder} must be a directory that can be written, got {error}; choose another or make room"
+            f"tokenizer: {folder} must be a directory that can be written, got {system.reason(error)} for "
+            f"{error.filename}; {system.advice(error, 'another directory')}"
         ) from error
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import optim
+from engine import optim, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run.rows import number
@@ -211,10 +211,12 @@ def _save(figure, path: Path) -> Path:
     try:
         figure.savefig(temporary, dpi=110, format="png")
         return temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise BadInput(
-            f"plots: {path} must be a file that can be written, got {error.strerror or error}; move away what is in "
-            "its place, or make room"
+            f"plots: {path} must be a file that can be written, got {system.reason(error)}; "
+            f"{system.advice(error, 'a run directory that can be written')}"
         ) from error

@@ -16,11 +16,9 @@ import hashlib
 import json
 import os
 import shutil
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +26,16 @@ from typing import Literal
 
 import numpy as np
 
-from engine import lock
+from engine import lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.tokens import tokenizer
+from engine.tokens import tokenizer, workers
 from engine.tokens.names import NUMBERED
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
 from engine.tokens.sources import find_files, parse, raw_documents
 
 BATCH_BYTES = 1 << 20  # bytes of text per batch handed to a worker
+LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
 
 
 @dataclass(frozen=True)
@@ -133,35 +132,6 @@ def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str,
         yield batch
 
 
-def _exit_with_parent() -> None:
-    """Exits this worker soon after its parent dies.
-
-    A killed parent cannot stop its workers, and they would wait forever.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _map_in_order(pool: Executor | None, encode, batches, max_pending: int) -> Iterator[Encoded]:
-    """Yields encode(batch) for every batch, in order; at most max_pending are in memory."""
-    if pool is None:
-        yield from map(encode, batches)
-        return
-    pending: deque[Future] = deque()
-    for batch in batches:
-        pending.append(pool.submit(encode, batch))
-        if len(pending) >= max_pending:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
 # ---- Tokens to shards ---------------------------------------------------------------------------------------------
 
 
@@ -191,7 +161,8 @@ class ShardWriter:
         if not self.buffered:
             return
         path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
-        write_shard(path, np.concatenate(self.pieces))
+        with system.naming(path):
+            write_shard(path, np.concatenate(self.pieces))
         self.records.append(
             {
                 "file": path.name,
@@ -249,11 +220,6 @@ def _replace(sources: list[str], files: list[Path], request: str, config: Prepar
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    except OSError as error:
-        raise BadInput(
-            f"prepare: --out must be a directory that can be written, got {out}: {error.strerror}"
-        ) from error
-    try:
         manifest = _build(files, config, building, by_tail=False)
         if not all(manifest["tokens"].values()):
             manifest = _build(files, config, building, by_tail=True)
@@ -264,7 +230,8 @@ def _replace(sources: list[str], files: list[Path], request: str, config: Prepar
                 f"{_skipped_note(manifest['skipped'])}; give more text or a larger --val-fraction"
             )
         manifest |= {"request": request, "sources": sources}
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        with system.naming(building / MANIFEST):
+            (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         held.check()
         if config.overwrite:
             (out / MANIFEST).unlink(missing_ok=True)
@@ -273,8 +240,14 @@ def _replace(sources: list[str], files: list[Path], request: str, config: Prepar
                     stale.unlink()
         for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
             os.replace(building / name, out / name)
+    except OSError as error:  # of a source it is BadInput already
+        raise BadInput(
+            f"prepare: --out must be a directory that can be written, got {error.filename or out}: "
+            f"{system.reason(error)}; {system.advice(error, 'another --out')}"
+        ) from error
     finally:
-        _remove_orphans(out, building)
+        with suppress(OSError):  # what cannot be removed now, the same command removes when it begins
+            _remove_orphans(out, building)
         shutil.rmtree(building, ignore_errors=True)
     return manifest
 
@@ -310,8 +283,8 @@ def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> st
 
 def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bool) -> dict:
     """Writes all shards into `building`. Returns the manifest, which it does not write."""
-    workers = config.workers or os.cpu_count() or 1
-    name = Path(config.out).name or "data"
+    count = config.workers or os.cpu_count() or 1
+    name = _stem(Path(config.out).name) or "data"
     writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
     documents, skipped, text_bytes = Counter(), Counter(), 0
     encode = partial(
@@ -321,10 +294,9 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         text_field=config.text_field,
         by_tail=by_tail,
     )
-    pool = ProcessPoolExecutor(workers, initializer=_exit_with_parent) if workers > 1 else None
-    try:
-        batches = _batches(raw_documents(files, config.text_field))
-        for encoded in _map_in_order(pool, encode, batches, max_pending=2 * workers):
+    batches = _batches(raw_documents(files, config.text_field))
+    with closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
+        for encoded in results:
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
             documents += encoded.documents
@@ -332,9 +304,6 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
             text_bytes += encoded.text_bytes
             if skipped and config.on_bad_text == "fail":
                 raise BadInput(f"prepare: every document must be text{_skipped_note(skipped)}; see --on-bad-text")
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
     for writer in writers.values():
         writer.flush()
     chosen = tokenizer.load(config.tokenizer)
@@ -350,6 +319,11 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         "skipped": dict(skipped),
         "shards": [record for writer in writers.values() for record in writer.records],
     }
+
+
+def _stem(name: str) -> str:
+    """The name, or so much of it that a shard's name fits into the 255 bytes that a name may have."""
+    return os.fsencode(name)[:LONGEST_STEM].decode(errors="ignore") if len(os.fsencode(name)) > LONGEST_STEM else name
 
 
 def _skipped_note(skipped: dict[str, int]) -> str:

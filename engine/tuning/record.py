@@ -6,22 +6,26 @@ another GPU, driver, PyTorch, Triton or version of this code: then nothing in it
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from engine import system
 from engine.checks import facts
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from model.files import BadFile, make, read_json
 from model.presets import GPT2Config
 
+LARGEST = 2**14  # bytes of a tuning's file, a few times those of one in use
 CODE = ("kernels/*.py", "model/gpt2.py", "engine/step.py", "engine/tuning/*.py")  # what a tuning's figures depend on
 
 
@@ -99,15 +103,34 @@ def path_of(shape: dict, device: torch.device) -> Path:
 def save(tuning: Tuning, path: Path) -> None:
     """Writes the file, replacing an old one at once. Raises BadInput if it cannot."""
     fields = dataclasses.asdict(tuning)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _written(path) as temporary:
         temporary.write_text(json.dumps(fields | {"digest": facts.key(fields)}, indent=1) + "\n")
         temporary.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises BadInput, before minutes are spent, if `save` could not write there."""
+    with _written(path) as temporary:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.write_bytes(bytes(LARGEST))
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which is gone afterwards. Raises BadInput in place of OSError."""
+    temporary = path.with_name(f".tune.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
+        raise BadInput(
+            f"tune: --out must be a file that can be written, got {path}: {system.reason(error)}; "
+            f"{system.advice(error, 'another --out')}"
+        ) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise BadInput(f"tune: --out must be a file that can be written, got {path}: {error.strerror}") from error
 
 
 def load(path: Path) -> Tuning:
@@ -137,7 +160,8 @@ def find(config: TrainConfig, device: torch.device) -> tuple[Tuning | None, str]
         return None, ""
     shape = shape_of(config.model, config.sequence_length)
     path = path_of(shape, device) if config.tuned == "auto" else Path(config.tuned)
-    if not os.path.lexists(path):
+    is_there = os.path.isfile if config.tuned == "auto" else os.path.lexists  # not where this user may not look
+    if not is_there(path):
         if config.tuned == "auto":
             return None, ""
         raise BadInput(

@@ -27,7 +27,7 @@ from engine.config import PRESETS, TrainConfig, batch_shape
 from engine.errors import BadInput
 from engine.tuning import steps
 from engine.tuning.ops import OPS, Bench
-from engine.tuning.record import Setup, Tuning, machine_of, path_of, save, shape_of
+from engine.tuning.record import Setup, Tuning, check_writable, machine_of, path_of, save, shape_of
 from engine.tuning.search import ENOUGH, Race, descend, one_line, race
 from kernels.cases import Sizes
 from kernels.dispatch import select
@@ -62,6 +62,8 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     batch = batch_shape(asked, 1, most)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)
+    path = path_of(shape, device) if out is None else Path(out)
+    check_writable(path)
     if device.type == "cpu":
         devices.tune_malloc()  # as in a run
     show(f"{preset} on {machine['device']}: at most {minutes:g} minute{'s' * (minutes != 1)}")
@@ -83,7 +85,6 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     speeds = (tokens / shipped_s, tokens / found_s)
     tuning = Tuning(preset, shape, machine, date, search.shipped, found, *speeds)
-    path = path_of(shape, device) if out is None else Path(out)
     save(tuning, path)
     show(summary(tuning, path, time.monotonic() - began))
     return path

@@ -19,6 +19,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
     {"errors", "output"},
+    {"system"},
     {"lock"},
     {"tokens"},
     {"config"},
@@ -34,9 +35,9 @@ LAYERS = (
     {"cli"},
 )
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "commands"}
+FILES |= {"device", "rendezvous", "commands", "system"}
 FOLDERS = {
-    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches", "names", "foreign"},
+    "tokens": {"sources", "tokenizer", "prepare", "workers", "shards", "batches", "names", "foreign"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
