@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sys
 import threading
 from pathlib import Path
 
