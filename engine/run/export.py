@@ -134,7 +134,8 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
             folder = pretrained.locate(source)
             model = GPT2.from_pretrained(folder)
     except ValueError as error:
-        if found.kind == "missing" and found.way:  # a path with a typo, rather than a name on the Hub
+        is_name = source in pretrained.RELEASED or not Path(source).parent.is_dir()
+        if found.way and not is_name and found.kind == "missing":  # a path with a typo, not a name on the Hub
             raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}") from error
         raise BadInput(f"{who}: {error}") from error
     rows = model.config.vocab_size

@@ -172,3 +172,20 @@ def test_nanogpt_s_checkpoint_becomes_a_run_that_samples(tmp_path, capfd):
     assert tokenizer.name == "gpt2"
     tokens = torch.arange(16)[None]
     assert torch.equal(loaded(tokens), model(tokens)[..., :50257])
+
+
+def test_a_path_with_a_typo_is_told_from_a_name_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("the network is not reachable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt-2", "runs/gpt2", "openapi"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"got runs/gtp2, which does not exist; did you mean runs/gpt2\?"):
+        export.released_weights("import", "runs/gtp2")
+    for name in ("gpt2", "openai/gpt2"):
+        with pytest.raises(BadInput, match="the network is not reachable"):
+            export.released_weights("import", name)
