@@ -35,7 +35,8 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "commands"}
 FOLDERS = {
-    "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
+    "tokens": {"sources", "formats", "documents", "encode", "prepare", "progress", "summary"}
+    | {"tokenizer", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
