@@ -51,7 +51,9 @@ class Losses:
     _last: Loss | None = None
 
     def add(self, loss: Loss) -> None:
-        """Adds a loss. Those of one file must follow each other."""
+        """Adds a loss. Those of one file must follow each other. One of no bytes is none."""
+        if not loss.bytes:
+            return
         self.bytes += loss.bytes
         if self._last is not None and self._last.file == loss.file:
             self._last.bytes += loss.bytes
@@ -172,9 +174,11 @@ def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) ->
     replaced = text.count("\ufffd") - raw.count(b"\xef\xbf\xbd") if is_replacing else 0
     if kind == "json":
         text = _field(text, text_field)
-        if (lone := re.search("[\ud800-\udfff]", text)) is not None:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
             if not is_replacing:
-                raise NotText("not UTF-8", f"at character {lone.start():,} of the field, a lone surrogate")
+                raise NotText("not UTF-8", f"at character {error.start:,} of the field, a lone surrogate") from error
             text, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
             replaced += count
     elif kind == "file" and "\0" in text:
@@ -201,7 +205,7 @@ def _field(line: str, name: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise NotText("not JSON", f"at character {error.pos:,} ({error.msg})") from error
+        raise NotText("not JSON", f"at character {error.pos:,} ({error.msg.removesuffix(' at')})") from error
     except (ValueError, RecursionError) as error:
         raise NotText("not JSON", "(too many digits or brackets)") from error
     if isinstance(record, dict) and name in record and record[name] is None:

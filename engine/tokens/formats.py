@@ -21,7 +21,7 @@ FORMATS = (
     (b"PK\x03\x04", "a zip archive", "unzip {old} -d {stem}"),
     (b"PAR1", "a parquet file", "mv {old} {stem}.parquet"),
     (b"ARROW1", "an Arrow file", None),
-    (b"%PDF-", "a PDF document", "pdftotext {old} {new}"),
+    (b"%PDF", "a PDF document", "pdftotext {old} {new}"),
     (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {old} > {new}"),
     (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
     (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
@@ -30,6 +30,7 @@ FORMATS = (
     (b"\x93NUMPY", "a NumPy array", None),
     (b"SQLite format 3\0", "an SQLite database", None),
     (b"\x7fELF", "a program", None),
+    (b"\x18\xd9\x34\x01", "a token shard, which needs no preparation: gpt2 train takes its directory as --data", None),
 )
 ARRAY = "a JSON array", "jq -c '.[]' {old} > {new}l"
 
@@ -57,7 +58,7 @@ def _with_command(name: str, command: str | None, path: Path) -> str:
     bare = path.with_suffix("")
     new = bare if path.suffix.lower() in UNPACKED else path.with_name(f"{bare.name}_text{path.suffix or '.txt'}")
     old, new, stem = (shlex.quote(str(one)) for one in (path, new, bare))
-    return f"{name}; make text of it: {command.format(old=old, new=new, stem=stem)}"
+    return f"{name}; try: {command.format(old=old, new=new, stem=stem)}"
 
 
 def _is_array(head: bytes) -> bool:

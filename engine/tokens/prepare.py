@@ -169,7 +169,7 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     read, the directory cannot be used, or a split would be empty.
     """
     found, out = find(sources, config.text_field), Path(config.out)
-    request = _request(sources, found.files, config)
+    request = _request(sources, found, config)
     if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
     with lock.acquire(out, "prepare") as held:
@@ -187,11 +187,18 @@ def _existing(out: Path, request: str, config: PrepareConfig) -> dict | None:
     """
     try:
         manifest = read_manifest(out)
+        if manifest is None or manifest.get("request") != request or not _is_complete(out, manifest):
+            return None
+        describe(manifest, "")  # shows that all counts are there
     except BadInput:
         if not config.overwrite:
             raise
         return None
-    if manifest is None or manifest.get("request") != request or not _is_complete(out, manifest):
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a manifest that was edited
+        if not config.overwrite:
+            raise BadInput(
+                f"{out / MANIFEST}: must be as prepare wrote it, got {error!r}; add --overwrite to make the data again"
+            ) from error
         return None
     if config.on_bad_text == "fail" and manifest["skipped"]:
         raise BadInput(
@@ -219,9 +226,9 @@ def _replace(sources: list[str], found: Found, request: str, config: PrepareConf
             f"prepare: --out must be a directory that can be written, got {out}: {error.strerror}"
         ) from error
     try:
-        manifest = _build(found.files, config, building, by_tail=False)
+        manifest = _build(found, config, building, by_tail=False)
         if not all(manifest["tokens"].values()):
-            manifest = _build(found.files, config, building, by_tail=True)
+            manifest = _build(found, config, building, by_tail=True)
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
@@ -262,15 +269,16 @@ def _is_complete(out: Path, manifest: dict) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
-def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
-    """Digest of the options, and of each file's path, size and time.
+def _request(sources: list[str], found: Found, config: PrepareConfig) -> str:
+    """Digest of the options, and of each file's path, size and time. Sets found.num_bytes.
 
     Equal requests make the same bytes.
     """
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
-    stats = [(str(path), (found := _stat(path)).st_size, found.st_mtime_ns) for path in files]
+    stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
+    found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
 
 
@@ -281,7 +289,7 @@ def _stat(path: Path) -> os.stat_result:
         raise unreadable(path, error) from error
 
 
-def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bool) -> dict:
+def _build(found: Found, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
     """Writes all shards into `building`. Returns the manifest, which it does not write."""
     workers = config.workers or os.cpu_count() or 1
     name = Path(config.out).name or "data"
@@ -295,10 +303,10 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         by_tail=by_tail,
         is_replacing=config.on_bad_text == "replace",
     )
-    progress = Progress(sum(_stat(path).st_size for path in files), " of the second pass" if by_tail else "")
+    progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
     pool = ProcessPoolExecutor(workers, initializer=_exit_with_parent) if workers > 1 else None
     try:
-        batches = _batches(raw_documents(files, config.text_field))
+        batches = _batches(raw_documents(found.files, config.text_field))
         for encoded in _map_in_order(pool, encode, batches, max_pending=2 * workers):
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
@@ -325,7 +333,7 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         "documents": {split: totals.documents[split] for split in writers},
         "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
         "text_bytes": totals.text_bytes,
-        "files": dict(Counter(path.suffix.lower() for path in files)),
+        "files": dict(Counter(path.suffix.lower() for path in found.files)),
         "source_bytes": totals.source_bytes,
         "skipped": dict(totals.skipped),
         "left_out": {"bytes": losses.bytes, "files": losses.largest()},

@@ -35,16 +35,15 @@ class Progress:
             print(f"prepare: {self.line(now)}", file=self.stream, flush=True)
 
     def line(self, now: float) -> str:
-        """Text such as "12 of 48 MB, 5.8 MB/s, 3,456,789 tokens, 0:06 left"."""
+        """Text such as "12 of 48 MB, 5.8 MB/s, 0:06 left, 3.5M tokens". The most wanted comes first."""
         rate = self.done / max(now - self._began, 1e-9)  # bytes/s
         left = round(max(self.total - self.done, 0) / max(rate, 1.0))
         hours, minutes = left // 3600, left // 60 % 60
         time_left = f"{hours}:{minutes:02d}:{left % 60:02d}" if hours else f"{minutes}:{left % 60:02d}"
-        done = min(self.done, self.total)
-        return (
-            f"{done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s, {self.tokens:,} tokens, "
-            f"{time_left} left{self.note}"
-        )
+        unit, digits, name = (1e9, 1, "GB") if self.total >= 1e10 else (1e6, 0, "MB")
+        done, total = (f"{size / unit:,.{digits}f}" for size in (min(self.done, self.total), self.total))
+        tokens = f"{self.tokens / 1e9:,.2f}B" if self.tokens >= 1e9 else f"{self.tokens / 1e6:,.1f}M"
+        return f"{done} of {total} {name}, {rate / 1e6:,.1f} MB/s, {time_left} left, {tokens} tokens{self.note}"
 
     def _show(self, now: float) -> None:
         if self._bar is None:

@@ -24,9 +24,9 @@ RECORDS = (".jsonl", ".parquet")  # beside them a README is the card of the data
 STDLIB = "stdlib"
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 TOOLS = {"__MACOSX", "__pycache__", "node_modules"}  # directories; .git, .venv and the like are hidden
-TRAIN, HELD_OUT = {"train", "training"}, {"test", "validation", "valid", "val", "dev", "eval"}
+TRAIN, TESTS = {"train", "training"}, {"test", "validation", "valid", "val", "dev", "eval"}
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation"}
-HELD_OUT_NOTE = "test or validation beside train"
+HELD_OUT = "test or validation beside train, such as"
 LOOKED_AT = 16  # files of a source that are looked into before anything is read
 
 
@@ -37,6 +37,7 @@ class Found:
     files: list[Path] = field(default_factory=list)
     not_read: Counter = field(default_factory=Counter)  # by suffix, or by reason
     examples: dict[str, Path] = field(default_factory=dict)  # one file of each
+    num_bytes: int = 0  # of the files to read
 
     def leave_out(self, why: str, path: Path) -> None:
         """Counts a file or directory that is not read."""
@@ -64,11 +65,13 @@ def find(sources: Iterable[str], text_field: str = "text") -> Found:
         found.files += files
         problems = [_look(file, text_field) for file in files[:LOOKED_AT]]
         if problems and None not in problems:
-            raise BadInput(f"{files[0]}: must be text in UTF-8, got {problems[0]}")
+            raise BadInput(f"{files[0]}: must hold text, got {problems[0]}")
     if not found.files:
         raise BadInput(
             f"prepare: the sources must hold files in {', '.join(SUFFIXES)}, got none in {list(sources)}{_got(found)}"
         )
+    if count := found.not_read.pop(HELD_OUT, 0):
+        found.not_read[f"{HELD_OUT} {found.examples[HELD_OUT].name}"] = count
     return found
 
 
@@ -141,7 +144,7 @@ def _library(root: Path) -> list[Path]:
 
 def _walk(root: Path, found: Found) -> list[Path]:
     """The files of a directory that are to be read. Counts the others in `found`."""
-    files, cards, others = [], [], sum(found.not_read.values())
+    files, cards, has_others = [], [], False
     for directory, names in _directories(root, found):
         for name in names:
             path = Path(directory, name)
@@ -149,6 +152,7 @@ def _walk(root: Path, found: Found) -> list[Path]:
                 found.leave_out("hidden", path)
             elif path.suffix.lower() not in SUFFIXES:
                 found.leave_out(_suffix(path), path)
+                has_others = True
             elif (kind := _special(path)) is not None:
                 found.leave_out(kind, path)
             else:
@@ -158,11 +162,10 @@ def _walk(root: Path, found: Found) -> list[Path]:
     with_records: set[Path] = set()  # directories with records in them or below
     for directory in {path.parent for path in files if path.suffix.lower() in RECORDS}:
         with_records |= {directory, *directory.parents}
-    others = sum(found.not_read.values()) - others
-    left = {card for card in cards if card.parent in with_records or (len(files) == len(cards) and others)}
+    left = {card for card in cards if card.parent in with_records or (len(files) == len(cards) and has_others)}
     for card in cards:
         if card in left:
-            found.leave_out(f"{card.name} of the data", card)
+            found.leave_out(f"{card.name} beside data", card)
     return [path for path in files if path not in left] if left else files
 
 
@@ -175,14 +178,17 @@ def _directories(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:
     seen, pending = set(), [str(root)]
     while pending:
         for directory, children, names in os.walk(pending.pop(0), onerror=refuse):
-            identity = os.stat(directory)
+            try:
+                identity = os.stat(directory)
+            except OSError as error:
+                refuse(error)
             if (identity.st_dev, identity.st_ino) in seen:
                 children[:] = []
                 continue
             seen.add((identity.st_dev, identity.st_ino))
-            held_out = _held_out([*children, *(name for name in names if Path(name).suffix not in (".py", ".md"))])
+            held_out = _held_out(children, names)
             for name in sorted(held_out):
-                found.leave_out(HELD_OUT_NOTE, Path(directory, name))
+                found.leave_out(HELD_OUT, Path(directory, name))
             for name in sorted(children):
                 if name.startswith(".") or name in TOOLS:
                     found.leave_out(f"{name}/", Path(directory, name))
@@ -192,12 +198,13 @@ def _directories(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:
             yield directory, sorted(set(names) - held_out)
 
 
-def _held_out(names: list[str]) -> set[str]:
-    """Names of validation and test sets, if a train set lies beside them."""
-    words = {name: set(_words(Path(name))) for name in names if not name.startswith(".")}
+def _held_out(children: list[str], names: list[str]) -> set[str]:
+    """Names of validation and test sets, if a train set lies beside them. Programs are none."""
+    sets = [*children, *(name for name in names if Path(name).suffix.lower() in (".txt", *RECORDS))]
+    words = {name: set(_words(Path(name))) for name in sets if not name.startswith(".")}
     if not any(one & TRAIN for one in words.values()):
         return set()
-    return {name for name, one in words.items() if one & HELD_OUT and not one & TRAIN}
+    return {name for name, one in words.items() if one & TESTS and not one & TRAIN}
 
 
 def _words(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.tokens import formats
-from engine.tokens.sources import HELD_OUT_NOTE, not_read
+from engine.tokens.sources import HELD_OUT, not_read
 from engine.tokens.tokenizer import END_OF_TEXT
 
 LOUD = 0.1  # share of the bytes that is left out from which the summary begins with a warning
@@ -24,7 +24,7 @@ def left_out(manifest: dict[str, Any]) -> list[str]:
         return []
     line = "left out: " + ", ".join(f"{count:,} {why}" for why, count in sorted(skipped.items()))
     losses = manifest.get("left_out")  # data made by an older version has none
-    if not losses:
+    if not losses or not losses["bytes"] or set(skipped) == {"empty"}:
         return [line]
     read = manifest["source_bytes"]
     line += f"; {losses['bytes']:,} of {read:,} bytes ({100 * losses['bytes'] / max(read, 1):.1f}%)"
@@ -36,7 +36,7 @@ def left_out(manifest: dict[str, Any]) -> list[str]:
 def describe(manifest: dict[str, Any], out: str) -> str:
     """Summary of a manifest: three lines, and more if something was left out or not read."""
     lines = [
-        f"{out}: {manifest['text_bytes'] / 1e6:,.1f} MB of text{_sources(manifest)}, "
+        f"{out}: {_size(manifest['text_bytes'])} of text{_sources(manifest)}, "
         f"tokenizer {manifest['tokenizer']}, validation by {manifest['split']}"
     ]
     for split in ("train", "val"):
@@ -45,7 +45,7 @@ def describe(manifest: dict[str, Any], out: str) -> str:
             f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
         )
     if replaced := manifest.get("replaced"):
-        lines.append(f"  replaced: {replaced:,} bad characters by U+FFFD")
+        lines.append(f"  U+FFFD in place of bad bytes: {replaced:,}")
     if markers := manifest.get("markers"):
         lines.append(
             f"  {markers:,} literal {END_OF_TEXT} are text like any other; to end documents at them, write one a line "
@@ -53,12 +53,16 @@ def describe(manifest: dict[str, Any], out: str) -> str:
         )
     lines += [f"  {line}" for line in left_out(manifest)]
     if counts := manifest.get("not_read"):
-        way = "; name such a file as a source to read it" if HELD_OUT_NOTE in counts else ""
+        way = "; a file that is named as a source is read" if any(HELD_OUT in why for why in counts) else ""
         lines.append(f"  {not_read(counts)}{way}")
     lost, read = manifest.get("left_out", {}).get("bytes", 0), manifest.get("source_bytes", 0)
     if lost and lost >= LOUD * read:
         lines.insert(0, f"WARNING: {100 * lost / read:.0f}% of the sources' bytes were left out, see below")
     return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
 
 
 def _sources(manifest: dict[str, Any]) -> str:
