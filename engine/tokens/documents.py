@@ -47,31 +47,29 @@ class Losses:
     """Account of all documents that are left out: their bytes, and the files that lose most."""
 
     bytes: int = 0
-    files: list[Loss] = field(default_factory=list)
-    _last: Loss | None = None
+    files: list[Loss] = field(default_factory=list)  # those that lose most, without the last
+    last: Loss | None = None
 
     def add(self, loss: Loss) -> None:
         """Adds a loss. Those of one file must follow each other. One of no bytes is none."""
         if not loss.bytes:
             return
         self.bytes += loss.bytes
-        if self._last is not None and self._last.file == loss.file:
-            self._last.bytes += loss.bytes
-            self._last.documents += loss.documents
+        if self.last is None or self.last.file != loss.file:
+            self._keep_largest()
+            self.last = loss
         else:
-            self._last = loss
-            self.files.append(loss)
-            if len(self.files) > 64 * MOST_FILES:
-                self._cut(keep=loss)
+            self.last.bytes += loss.bytes
+            self.last.documents += loss.documents
 
-    def _cut(self, keep: Loss | None = None) -> None:
-        self.files = sorted(self.files, key=lambda one: -one.bytes)[:MOST_FILES]  # stable: the first of equals stays
-        if keep is not None and not any(one is keep for one in self.files):
-            self.files.append(keep)
+    def _keep_largest(self) -> None:
+        files = [*self.files, self.last] if self.last is not None else self.files
+        self.files = sorted(files, key=lambda one: -one.bytes)[:MOST_FILES]  # stable: the first of equals stays
+        self.last = None
 
     def largest(self) -> list[dict[str, Any]]:
         """The files that lose most, for the manifest."""
-        self._cut()
+        self._keep_largest()
         return [{"file": one.file, "bytes": one.bytes, "first": one.first} for one in self.files]
 
 

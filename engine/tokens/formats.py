@@ -8,6 +8,7 @@ from typing import Any
 from model.files import BadFile, open_file, parse_json
 
 HEAD = 1 << 16  # bytes of a file that are looked at
+FEW = 10  # records of a longer file that tell nothing of its others
 MOST_NAMED = 8  # fields or columns that a message names
 TABLES = (".csv", ".tsv")
 UNPACKED = (".gz", ".zst", ".xz", ".bz2")  # suffixes that the unpacked file does not have
@@ -130,6 +131,8 @@ def look(path: Path, text_field: str) -> str | None:
         return found
     records = _records(head)
     objects = [record for record in records if isinstance(record, dict)]
+    if len(head) == HEAD and len(records) < FEW:
+        return None  # the rest may be other
     if records and not objects:
         return "lines that are no JSON objects; write one object a line, or name the file .txt if it is plain text"
     if not objects or any(text_field in record for record in objects):

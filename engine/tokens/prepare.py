@@ -57,8 +57,7 @@ class PrepareConfig:
     val_fraction: float = 0.01  # fraction of the documents used for validation
     shard_tokens: int = 100_000_000  # tokens per shard
     text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
-    # Documents that are not text: leave out and count, stop, or put U+FFFD in place of their bad bytes.
-    on_bad_text: Literal["skip", "fail", "replace"] = "skip"
+    on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
     overwrite: bool = False  # replace other data in the same directory
 
     def __post_init__(self) -> None:

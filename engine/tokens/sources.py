@@ -78,15 +78,13 @@ def find(sources: Iterable[str], text_field: str = "text") -> Found:
 def _is_directory(source: str) -> bool:
     """Raises BadInput if nothing that can be read lies there."""
     try:
-        if not source:  # an empty variable of a shell must not stand for the current directory
-            raise FileNotFoundError
-        mode = os.stat(source).st_mode
+        mode = os.stat(source).st_mode  # of "" too, which as a Path would be the current directory
     except (OSError, ValueError) as error:
-        why = (
-            f"{source!r}, a link to {os.readlink(source)}, which does not exist"
-            if source and os.path.islink(source)
-            else (repr(source) if isinstance(error, FileNotFoundError) else f"{source!r}: {error}")
-        )
+        why = source or "an empty word"
+        if os.path.islink(source):
+            why += f", a link to {os.readlink(source)}, which does not exist"
+        elif not isinstance(error, FileNotFoundError):
+            why += f", {getattr(error, 'strerror', None) or error}"
         raise BadInput(f"prepare: a source must be a file, a directory or the word {STDLIB}, got {why}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in KINDS.items() if is_kind(mode)), "no regular file")

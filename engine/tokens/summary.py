@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.tokens import formats
-from engine.tokens.sources import HELD_OUT, not_read
+from engine.tokens.sources import not_read
 from engine.tokens.tokenizer import END_OF_TEXT
 
 LOUD = 0.1  # share of the bytes that is left out from which the summary begins with a warning
@@ -53,7 +53,7 @@ def describe(manifest: dict[str, Any], out: str) -> str:
         )
     lines += [f"  {line}" for line in left_out(manifest)]
     if counts := manifest.get("not_read"):
-        way = "; a file that is named as a source is read" if any(HELD_OUT in why for why in counts) else ""
+        way = "; a file that is named as a source is read" if any("beside" in why for why in counts) else ""
         lines.append(f"  {not_read(counts)}{way}")
     lost, read = manifest.get("left_out", {}).get("bytes", 0), manifest.get("source_bytes", 0)
     if lost and lost >= LOUD * read:

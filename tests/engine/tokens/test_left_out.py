@@ -1,7 +1,10 @@
 """What a directory stands for, and all that is no text: said by name and place, never dropped or read in silence."""
 
+import contextlib
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,22 @@ def tree(root: Path, *names: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(json.dumps({"text": name}) + "\n" if name.lower().endswith("jsonl") else name)
     return root
+
+
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """Ends what hangs."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def found(root: Path) -> tuple[list[str], dict[str, int]]:
@@ -99,7 +118,7 @@ def test_what_cannot_be_opened_is_a_sentence_and_never_a_hang(tmp_path, monkeypa
     for source, sentence in (
         (str(root / "p.txt"), "a source must be a file or a directory, got .*p.txt, a named pipe"),
         ("/dev/zero", "a source must be a file or a directory, got /dev/zero, a device"),
-        ("", "got ''"),
+        ("", "got an empty word"),
         ("x" * 300, "File name too long"),
     ):
         with pytest.raises(BadInput, match=sentence):
@@ -112,6 +131,10 @@ def test_what_cannot_be_opened_is_a_sentence_and_never_a_hang(tmp_path, monkeypa
     monkeypatch.setattr(prepare, "_stat", lambda path: os.stat(root))
     with pytest.raises(BadInput, match=r"b.txt: must be a file that can be read, got No such file"):
         run(root, tmp_path / "out")
+    os.mkfifo(root / "b.txt")
+    with alarm(20), pytest.raises(BadInput, match=r"b.txt: must be a file that can be read, got a named pipe"):
+        run(root, tmp_path / "out")
+    (root / "b.txt").unlink()
     (root / "b.txt").symlink_to("nowhere")
     with pytest.raises(BadInput, match=r"b.txt: must be .* got a link to nowhere, which does not exist"):
         found(root)
@@ -225,6 +248,24 @@ def test_another_format_under_a_name_is_named_with_the_way_in(tmp_path, name, co
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=sentence):
         sources.find([str(tmp_path / name)])
+
+
+def test_one_odd_record_at_the_head_of_a_long_file_is_no_reason_to_refuse_it(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"version": 1}\n' + json.dumps({"text": "long " * 20_000}) + "\n")
+    assert sources.find([str(tmp_path / "x.jsonl")]).files
+
+
+def test_a_directory_that_cannot_be_read_is_refused_not_passed_over(tmp_path, monkeypatch):
+    root, scandir = tree(tmp_path / "in", "a.txt", "sub/b.txt"), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match=r"sub: must be a directory that can be read, got Permission denied"):
+        found(root)
 
 
 COLUMNS = [
