@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from engine.tokens.shards import MAGIC
 from model.files import BadFile, open_file, parse_json
 
 HEAD = 1 << 16  # bytes of a file that are looked at
@@ -31,7 +32,11 @@ FORMATS = (
     (b"\x93NUMPY", "a NumPy array", None),
     (b"SQLite format 3\0", "an SQLite database", None),
     (b"\x7fELF", "a program", None),
-    (b"\x18\xd9\x34\x01", "a token shard, which needs no preparation: gpt2 train takes its directory as --data", None),
+    (
+        MAGIC.to_bytes(4, "little"),
+        "a token shard, which needs no preparation: gpt2 train takes its directory as --data",
+        None,
+    ),
 )
 ARRAY = "a JSON array", "jq -c '.[]' {old} > {new}l"
 

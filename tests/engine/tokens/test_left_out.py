@@ -15,6 +15,7 @@ from engine.errors import BadInput
 from engine.tokens import prepare, sources
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.progress import Progress
+from engine.tokens.shards import MAGIC
 
 WORDS = "Some words that are text.\n"
 
@@ -152,9 +153,11 @@ def bad_byte(root: Path) -> Path:
 
 
 def test_one_bad_byte_is_named_and_a_large_loss_is_loud(tmp_path):
-    text = prepare.describe(run(bad_byte(tmp_path / "in"), tmp_path / "out"), "out")
+    (bad_byte(tmp_path / "in") / "empty.txt").touch()
+    text = prepare.describe(run(tmp_path / "in", tmp_path / "out"), "out")
+    assert "empty.txt" not in text
     assert text.startswith("WARNING: 99% of the sources' bytes were left out")
-    assert "left out: 1 not UTF-8; 10,000 of 10,104 bytes (99.0%)" in text
+    assert "left out: 1 empty, 1 not UTF-8; 10,000 of 10,104 bytes (99.0%)" in text
     assert "in/corpus.txt, 10,000 bytes: not UTF-8 at byte 1,000 of 10,000 (0xff)" in text
     assert "--on-bad-text replace" in text
     small = write_library(tmp_path / "library")
@@ -239,7 +242,7 @@ FOREIGN = [
         'without the field "text", .* are: content; add --text-field content',
     ),
     ("data.jsonl", b"Plain words.\n", "lines that are no JSON objects"),
-    ("data.bin", b"\x18\xd9\x34\x01" + bytes(100), "a token shard, which needs no preparation"),
+    ("data.bin", MAGIC.to_bytes(4, "little") + bytes(100), "a token shard, which needs no preparation"),
 ]
 
 
