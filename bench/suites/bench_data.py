@@ -29,7 +29,7 @@ DOCUMENT_CHARACTERS = 2000
 
 @functools.cache
 def text_of(size: str) -> str:
-    files = sources.find_files([sources.STDLIB])
+    files = sources.find([sources.STDLIB]).files
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[: TEXT_BYTES[size]]
 
 

@@ -1,7 +1,7 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
 Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`.
-See engine/tokens/sources.py.
+See engine/tokens/sources.py for the files of a source, and documents.py for what lies in them.
 Each document is written as the end-of-text token, then its text's tokens. A hash of the text
 decides whether a document is for validation, so documents stay in their split when the corpus
 grows. If that leaves a split empty, as with a single book, the tail of every document is for
@@ -30,12 +30,21 @@ from engine import lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
 from engine.tokens import tokenizer, workers
+from engine.tokens.documents import Losses, Raw, raw_documents
+from engine.tokens.encode import Encoded, encode_batch
 from engine.tokens.names import NUMBERED
+from engine.tokens.progress import Progress
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
-from engine.tokens.sources import find_files, parse, raw_documents
+from engine.tokens.sources import Found, find, unreadable
+from engine.tokens.summary import describe as describe
+from engine.tokens.summary import left_out
 
 BATCH_BYTES = 1 << 20  # bytes of text per batch handed to a worker
 LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
+MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
+MOST_WORKERS = 1024
+LEAST_VAL_FRACTION = 1e-9
+MOST_KINDS = 50  # of files that are not read, in the manifest
 
 
 @dataclass(frozen=True)
@@ -48,17 +57,20 @@ class PrepareConfig:
     val_fraction: float = 0.01  # fraction of the documents used for validation
     shard_tokens: int = 100_000_000  # tokens per shard
     text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
-    on_bad_text: Literal["skip", "fail"] = "skip"  # documents that are not text: leave out and count, or stop
+    on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
     overwrite: bool = False  # replace other data in the same directory
 
     def __post_init__(self) -> None:
         wrong = []
-        if not 0.0 < self.val_fraction < 1.0:
-            wrong.append(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
-        if self.shard_tokens < 1:
-            wrong.append(f"--shard-tokens must be at least 1, got {self.shard_tokens}")
-        if self.workers is not None and self.workers < 1:
-            wrong.append(f"--workers must be at least 1, got {self.workers}")
+        if not LEAST_VAL_FRACTION <= self.val_fraction < 1.0:
+            wrong.append(f"--val-fraction must be from {LEAST_VAL_FRACTION} to below 1, got {self.val_fraction}")
+        if not 1 <= self.shard_tokens <= MOST_TOKENS:
+            wrong.append(
+                f"--shard-tokens must be from 1 to {MOST_TOKENS:,}, the int32 of a shard's header, "
+                f"got {self.shard_tokens}"
+            )
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            wrong.append(f"--workers must be from 1 to {MOST_WORKERS:,}, got {self.workers}")
         if wrong:
             raise BadInput("prepare: " + "; ".join(wrong))
 
@@ -66,61 +78,7 @@ class PrepareConfig:
 # ---- Documents to tokens ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Encoded:
-    """A tokenised batch: tokens of each split, in the order of the documents, and counts."""
-
-    tokens: dict[str, np.ndarray]  # by split, (n,) uint16
-    documents: Counter  # by split
-    skipped: Counter  # by reason
-    text_bytes: int
-
-
-def is_validation(text: str, val_fraction: float) -> bool:
-    """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
-
-
-_worker_tokenizer = None  # one per worker process, built for its first batch
-
-
-def encode_batch(
-    batch: list[tuple[str, bytes]], *, name: str, val_fraction: float, text_field: str, by_tail: bool
-) -> Encoded:
-    """Parses, splits and tokenises a batch of documents.
-
-    batch: (kind, bytes) of each document, as from raw_documents. name: the tokenizer's. by_tail:
-    take the last val_fraction of every document's tokens for validation, not whole documents.
-    """
-    global _worker_tokenizer
-    if _worker_tokenizer is None or _worker_tokenizer.name != name:
-        _worker_tokenizer = tokenizer.load(name)
-    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    result = Encoded({}, Counter(), Counter(), 0)
-    end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
-    for kind, raw in batch:
-        text, reason = parse(kind, raw, text_field)
-        if reason is not None:
-            result.skipped[reason] += 1
-            continue
-        result.text_bytes += len(raw)
-        if by_tail:
-            tokens = _worker_tokenizer.encode(text)
-            cut = len(tokens) - int(len(tokens) * val_fraction)
-            parts = {"train": tokens[:cut], "val": tokens[cut:]}
-        else:
-            split = "val" if is_validation(text, val_fraction) else "train"
-            parts = {split: _worker_tokenizer.encode(text)}
-        for split, tokens in parts.items():
-            if len(tokens):
-                pieces[split] += [end_of_text, tokens]
-                result.documents[split] += 1
-    result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
-    return result
-
-
-def _batches(documents: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+def _batches(documents: Iterable[Raw]) -> Iterator[list[Raw]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -181,33 +139,47 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     Data already made by the same request is left as it is. Raises BadInput if a source cannot be
     read, the directory cannot be used, or a split would be empty.
     """
-    files, out = find_files(sources), Path(config.out)
-    request = _request(sources, files, config)
-    if (existing := _existing(out, request, config.overwrite)) is not None:
+    found, out = find(sources, config.text_field), Path(config.out)
+    request = _request(sources, found, config)
+    if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
     with lock.acquire(out, "prepare") as held:
         _remove_orphans(out, out / BUILDING)
-        if (existing := _existing(out, request, config.overwrite)) is not None:
+        if (existing := _existing(out, request, config)) is not None:
             return existing  # another process made it meanwhile
-        return _replace(sources, files, request, config, held)
+        return _replace(sources, found, request, config, held)
 
 
-def _existing(out: Path, request: str, is_overwritten: bool) -> dict | None:
+def _existing(out: Path, request: str, config: PrepareConfig) -> dict | None:
     """The manifest of complete data that the same request made, or None.
 
-    Raises BadInput if the manifest cannot be read, unless the data is to be overwritten.
+    Raises BadInput if the manifest cannot be read, unless the data is to be overwritten, and if the
+    data lacks documents without which --on-bad-text fail must not make it.
     """
     try:
         manifest = read_manifest(out)
+        if manifest is None or manifest.get("request") != request or not _is_complete(out, manifest):
+            return None
+        describe(manifest, "")  # shows that all counts are there
     except BadInput:
-        if not is_overwritten:
+        if not config.overwrite:
             raise
         return None
-    is_same = manifest is not None and manifest.get("request") == request and _is_complete(out, manifest)
-    return manifest if is_same else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a manifest that was edited
+        if not config.overwrite:
+            raise BadInput(
+                f"{out / MANIFEST}: must be as prepare wrote it, got {error!r}; add --overwrite to make the data again"
+            ) from error
+        return None
+    if config.on_bad_text == "fail" and manifest["skipped"]:
+        raise BadInput(
+            f"prepare: every document must be text, got {out} made without some: {_left_out_note(manifest)}; "
+            "mend them, or see --on-bad-text"
+        )
+    return manifest
 
 
-def _replace(sources: list[str], files: list[Path], request: str, config: PrepareConfig, held: Lock) -> dict:
+def _replace(sources: list[str], found: Found, request: str, config: PrepareConfig, held: Lock) -> dict:
     """Makes the data and moves it into place. Returns the manifest."""
     out = Path(config.out)
     building = out / BUILDING
@@ -220,16 +192,16 @@ def _replace(sources: list[str], files: list[Path], request: str, config: Prepar
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        manifest = _build(files, config, building, by_tail=False)
+        manifest = _build(found, config, building, by_tail=False)
         if not all(manifest["tokens"].values()):
-            manifest = _build(files, config, building, by_tail=True)
+            manifest = _build(found, config, building, by_tail=True)
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
-                f"{manifest['tokens']['val']} validation tokens from {len(files)} files"
-                f"{_skipped_note(manifest['skipped'])}; give more text or a larger --val-fraction"
+                f"{manifest['tokens']['val']} validation tokens from {len(found.files)} "
+                f"files{_left_out_note(manifest, ', ')}; give more text or a larger --val-fraction"
             )
-        manifest |= {"request": request, "sources": sources}
+        manifest |= {"request": request, "sources": sources, "not_read": dict(found.not_read.most_common(MOST_KINDS))}
         with system.naming(building / MANIFEST):
             (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         held.check()
@@ -271,39 +243,53 @@ def _is_complete(out: Path, manifest: dict) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
-def _request(sources: list[str], files: list[Path], config: PrepareConfig) -> str:
-    """Digest of the options, and of each file's path, size and time.
+def _request(sources: list[str], found: Found, config: PrepareConfig) -> str:
+    """Digest of the options, and of each file's path, size and time. Sets found.num_bytes.
 
     Equal requests make the same bytes.
     """
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
+        options.append(config.on_bad_text)
+    stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
+    found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
 
 
-def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bool) -> dict:
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _build(found: Found, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
     """Writes all shards into `building`. Returns the manifest, which it does not write."""
     count = config.workers or os.cpu_count() or 1
     name = _stem(Path(config.out).name) or "data"
     writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
-    documents, skipped, text_bytes = Counter(), Counter(), 0
+    totals, losses = Encoded({}, Counter(), Counter()), Losses()
     encode = partial(
         encode_batch,
         name=config.tokenizer,
         val_fraction=config.val_fraction,
         text_field=config.text_field,
         by_tail=by_tail,
+        is_replacing=config.on_bad_text == "replace",
     )
-    batches = _batches(raw_documents(files, config.text_field))
-    with closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
+    progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
+    batches = _batches(raw_documents(found.files, config.text_field))
+    with closing(progress), closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
         for encoded in results:
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
-            documents += encoded.documents
-            skipped += encoded.skipped
-            text_bytes += encoded.text_bytes
-            if skipped and config.on_bad_text == "fail":
-                raise BadInput(f"prepare: every document must be text{_skipped_note(skipped)}; see --on-bad-text")
+            totals.add(encoded, losses)
+            progress.advance(encoded.source_bytes, sum(map(len, encoded.tokens.values())))
+            if encoded.losses and config.on_bad_text == "fail":
+                raise BadInput(
+                    f"prepare: every document must be text, got {encoded.losses[0].file}: {encoded.losses[0].first}; "
+                    "mend it, or see --on-bad-text"
+                )
     for writer in writers.values():
         writer.flush()
     chosen = tokenizer.load(config.tokenizer)
@@ -313,10 +299,15 @@ def _build(files: list[Path], config: PrepareConfig, building: Path, by_tail: bo
         "vocab_size": chosen.vocab_size,
         "split": "the tail of each document" if by_tail else "hash of the document",
         "val_fraction": config.val_fraction,
-        "documents": {split: documents[split] for split in writers},
+        "documents": {split: totals.documents[split] for split in writers},
         "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
-        "text_bytes": text_bytes,
-        "skipped": dict(skipped),
+        "text_bytes": totals.text_bytes,
+        "files": dict(Counter(path.suffix.lower() for path in found.files)),
+        "source_bytes": totals.source_bytes,
+        "skipped": dict(totals.skipped),
+        "left_out": {"bytes": losses.bytes, "files": losses.largest()},
+        "replaced": totals.replaced,
+        "markers": totals.markers,
         "shards": [record for writer in writers.values() for record in writer.records],
     }
 
@@ -326,22 +317,7 @@ def _stem(name: str) -> str:
     return os.fsencode(name)[:LONGEST_STEM].decode(errors="ignore") if len(os.fsencode(name)) > LONGEST_STEM else name
 
 
-def _skipped_note(skipped: dict[str, int]) -> str:
-    """Text such as ", left out: 3 not UTF-8, 1 empty", or "" if nothing was skipped."""
-    return "" if not skipped else ", left out: " + ", ".join(f"{count} {why}" for why, count in sorted(skipped.items()))
-
-
-def describe(manifest: dict, out: str) -> str:
-    """Summary of a manifest for the terminal: three lines, or four if documents were skipped."""
-    lines = [
-        f"{out}: {manifest['text_bytes'] / 1e6:,.1f} MB of text, tokenizer {manifest['tokenizer']}, "
-        f"validation by {manifest['split']}"
-    ]
-    for split in ("train", "val"):
-        lines.append(
-            f"  {split:<5} {manifest['tokens'][split]:>14,} tokens  {manifest['documents'][split]:>9,} documents  "
-            f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
-        )
-    if manifest["skipped"]:
-        lines.append(f"  {_skipped_note(manifest['skipped']).removeprefix(', ')}")
-    return "\n".join(lines)
+def _left_out_note(manifest: dict, before: str = "") -> str:
+    """Text such as "left out: 3 not UTF-8, 1 empty", or "" if nothing was."""
+    lines = [line.strip() for line in left_out(manifest)]
+    return before + "; ".join(lines) if lines else ""

@@ -199,9 +199,7 @@ def test_a_run_and_its_data_are_read_without_a_write(trained, shards, fault, cap
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
-def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(
-    text, released, tmp_path, limit, capsys
-):
+def test_a_file_that_ends_while_it_is_written_is_a_sentence_and_leaves_nothing(text, released, tmp_path, limit, capsys):
     config = prepare.PrepareConfig(out=str(tmp_path / "a"), tokenizer="bytes", workers=1)
     commands = [
         lambda: prepare.prepare([str(text)], config),

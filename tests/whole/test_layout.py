@@ -37,7 +37,8 @@ LAYERS = (
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "commands", "system"}
 FOLDERS = {
-    "tokens": {"sources", "tokenizer", "prepare", "workers", "shards", "batches", "names", "foreign"},
+    "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
+    | {"tokenizer", "shards", "batches", "names", "foreign"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},

@@ -26,7 +26,7 @@ def write_library(root: Path) -> Path:
         (root / package).mkdir(parents=True)
         for i in range(6):
             (root / package / f"module_{i}.py").write_text(f'"""{package} {i}."""\n' + "x = 1\n" * (i + 1))
-    (root / "README.md").write_text("# A library\n")
+    (root / "guide.md").write_text("# A library\n")
     (root / "notes.txt").write_text("Übung macht den Meister.\n")
     (root / "records.jsonl").write_text("".join(json.dumps({"text": f"record {i}", "id": i}) + "\n" for i in range(9)))
     (root / "picture.png").write_bytes(b"\x89PNG\xff")

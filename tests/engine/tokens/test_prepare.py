@@ -8,6 +8,7 @@ from corpora import documents, files, run, texts, write_library
 
 from engine.errors import BadInput
 from engine.tokens import prepare, shards, tokenizer
+from engine.tokens.encode import is_validation
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.shards import TokenStream
 
@@ -58,10 +59,10 @@ def test_documents_keep_their_split_when_the_corpus_grows(source, tmp_path):
 
 
 def test_the_split_takes_its_share():
-    chosen = [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
+    chosen = [is_validation(f"document {i}", 0.2) for i in range(5000)]
     assert sum(chosen) / 5000 == pytest.approx(0.2, abs=0.03)
-    assert chosen == [prepare.is_validation(f"document {i}", 0.2) for i in range(5000)]
-    assert all(prepare.is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger share adds
+    assert chosen == [is_validation(f"document {i}", 0.2) for i in range(5000)]
+    assert all(is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger share adds
 
 
 def test_a_single_book_gives_its_tail_to_validation(tmp_path):

@@ -1,0 +1,96 @@
+"""Documents to tokens: the split of each document, its tokens, and counts of what is no text.
+
+Runs in the worker processes of `gpt2 prepare`.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.tokens import tokenizer
+from engine.tokens.documents import Loss, Losses, NotText, Raw, parse
+
+
+@dataclass
+class Encoded:
+    """A tokenised batch: tokens of each split, in the order of the documents, and counts."""
+
+    tokens: dict[str, np.ndarray]  # by split, (n,) uint16
+    documents: Counter  # by split
+    skipped: Counter  # by reason
+    text_bytes: int = 0
+    source_bytes: int = 0  # of the files, text or not
+    replaced: int = 0  # characters put in place of bad bytes
+    markers: int = 0  # literal <|endoftext|> in the text
+    losses: list[Loss] = field(default_factory=list)  # of each file in turn
+
+    def leave_out(self, file: str, place: str, num_bytes: int, error: NotText) -> None:
+        """Counts a document that is not text."""
+        self.skipped[error.reason] += 1
+        if not self.losses or self.losses[-1].file != file:
+            self.losses.append(Loss(file, 0, 0, place + str(error)))
+        self.losses[-1].bytes += num_bytes
+        self.losses[-1].documents += 1
+
+    def add(self, other: "Encoded", losses: Losses) -> None:
+        """Adds the counts of another batch, and its losses to the account of them."""
+        self.documents += other.documents
+        self.skipped += other.skipped
+        self.text_bytes += other.text_bytes
+        self.source_bytes += other.source_bytes
+        self.replaced += other.replaced
+        self.markers += other.markers
+        for loss in other.losses:
+            losses.add(loss)
+
+
+def is_validation(text: str, val_fraction: float) -> bool:
+    """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < val_fraction * 2**64
+
+
+_worker_tokenizer = None  # one per worker process, built for its first batch
+
+
+def encode_batch(
+    batch: list[Raw], *, name: str, val_fraction: float, text_field: str, by_tail: bool, is_replacing: bool
+) -> Encoded:
+    """Parses, splits and tokenises a batch of documents.
+
+    batch: documents, as from raw_documents. name: the tokenizer's. by_tail: take the last
+    val_fraction of every document's tokens for validation, not whole documents. is_replacing: as
+    for `parse`.
+    """
+    global _worker_tokenizer
+    if _worker_tokenizer is None or _worker_tokenizer.name != name:
+        _worker_tokenizer = tokenizer.load(name)
+    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    result = Encoded({}, Counter(), Counter())
+    end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
+    for kind, raw, file, place, num_bytes in batch:
+        result.source_bytes += num_bytes
+        try:
+            text, replaced = parse(kind, raw, text_field, is_replacing)
+        except NotText as error:
+            where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
+            result.leave_out(file, where, num_bytes, error)
+            continue
+        result.text_bytes += len(raw)
+        result.replaced += replaced
+        result.markers += text.count(tokenizer.END_OF_TEXT)
+        if by_tail:
+            tokens = _worker_tokenizer.encode(text)
+            cut = len(tokens) - int(len(tokens) * val_fraction)
+            parts = {"train": tokens[:cut], "val": tokens[cut:]}
+        else:
+            split = "val" if is_validation(text, val_fraction) else "train"
+            parts = {split: _worker_tokenizer.encode(text)}
+        for split, tokens in parts.items():
+            if len(tokens):
+                pieces[split] += [end_of_text, tokens]
+                result.documents[split] += 1
+    result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
+    return result

@@ -1,0 +1,71 @@
+"""Summary of prepared data for the terminal: what was read, what was made, and what was left out."""
+
+from typing import Any
+
+from engine.tokens import formats
+from engine.tokens.sources import not_read
+from engine.tokens.tokenizer import END_OF_TEXT
+
+LOUD = 0.1  # share of the bytes that is left out from which the summary begins with a warning
+WAYS = {
+    "not UTF-8": "--on-bad-text replace keeps the rest of such documents",
+    "with NUL bytes": "--on-bad-text replace keeps the rest of such documents",
+    "no text field": "--text-field names another field",
+}
+
+
+def left_out(manifest: dict[str, Any]) -> list[str]:
+    """Lines on the documents that were left out; [] if there are none.
+
+    They name reasons, bytes, the files that lose most, and what keeps them.
+    """
+    skipped = manifest["skipped"]
+    if not skipped:
+        return []
+    line = "left out: " + ", ".join(f"{count:,} {why}" for why, count in sorted(skipped.items()))
+    losses = manifest.get("left_out")  # data made by an older version has none
+    if not losses or not losses["bytes"] or set(skipped) == {"empty"}:
+        return [line]
+    read = manifest["source_bytes"]
+    line += f"; {losses['bytes']:,} of {read:,} bytes ({100 * losses['bytes'] / max(read, 1):.1f}%)"
+    lines = [line, *(f"  {one['file']}, {one['bytes']:,} bytes: {one['first']}" for one in losses["files"])]
+    ways = sorted({way for why in skipped for begin, way in WAYS.items() if why.startswith(begin)})
+    return [*lines, *(f"  {way}" for way in ways)]
+
+
+def describe(manifest: dict[str, Any], out: str) -> str:
+    """Summary of a manifest: three lines, and more if something was left out or not read."""
+    lines = [
+        f"{out}: {_size(manifest['text_bytes'])} of text{_sources(manifest)}, "
+        f"tokenizer {manifest['tokenizer']}, validation by {manifest['split']}"
+    ]
+    for split in ("train", "val"):
+        lines.append(
+            f"  {split:<5} {manifest['tokens'][split]:>14,} tokens  {manifest['documents'][split]:>9,} documents  "
+            f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
+        )
+    if replaced := manifest.get("replaced"):
+        lines.append(f"  U+FFFD in place of bad bytes: {replaced:,}")
+    if markers := manifest.get("markers"):
+        lines.append(
+            f"  {markers:,} literal {END_OF_TEXT} are text like any other; to end documents at them, write one a line "
+            "as .jsonl"
+        )
+    lines += [f"  {line}" for line in left_out(manifest)]
+    if counts := manifest.get("not_read"):
+        way = "; a file that is named as a source is read" if any("beside" in why for why in counts) else ""
+        lines.append(f"  {not_read(counts)}{way}")
+    lost, read = manifest.get("left_out", {}).get("bytes", 0), manifest.get("source_bytes", 0)
+    if lost and lost >= LOUD * read:
+        lines.insert(0, f"WARNING: {100 * lost / read:.0f}% of the sources' bytes were left out, see below")
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+
+
+def _sources(manifest: dict[str, Any]) -> str:
+    """Text such as " from 12 .py, 3 .txt", or "" for data made by an older version."""
+    counts = sorted(manifest.get("files", {}).items(), key=lambda one: (-one[1], one[0]))
+    return f" from {formats.named([f'{count:,} {suffix}' for suffix, count in counts])}" if counts else ""

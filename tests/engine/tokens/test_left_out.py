@@ -1,0 +1,371 @@
+"""What a directory stands for, and all that is no text: said by name and place, never dropped or read in silence."""
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from corpora import run, texts, write_library
+
+from engine import cli
+from engine.errors import BadInput
+from engine.tokens import prepare, sources
+from engine.tokens.prepare import PrepareConfig
+from engine.tokens.progress import Progress
+from engine.tokens.shards import MAGIC
+
+WORDS = "Some words that are text.\n"
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps({"text": name}) + "\n" if name.lower().endswith("jsonl") else name)
+    return root
+
+
+@contextlib.contextmanager
+def alarm(seconds: int) -> Iterator[None]:
+    """Ends what hangs."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def found(root: Path) -> tuple[list[str], dict[str, int]]:
+    """Names of the files that are read, and counts of what is not."""
+    walked = sources.find([str(root)])
+    return [str(path.relative_to(root)) for path in walked.files], dict(walked.not_read)
+
+
+# ---- Directories --------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_says_what_of_it_is_not_read(tmp_path):
+    hidden = ".git/a.txt", "sub/.venv/b.py", "node_modules/c.md", "__MACOSX/d.txt", "sub/__pycache__/e.py", ".f.txt"
+    root = tree(tmp_path / "in", "a.TXT", "sub/b.Jsonl", "c.csv", "x.json.gz", "y.json.gz", "LICENSE", *hidden)
+    files, not_read = found(root)
+    assert files == ["a.TXT", "sub/b.Jsonl"]
+    directories = dict.fromkeys([".git/", ".venv/", "node_modules/", "__MACOSX/", "__pycache__/"], 1)
+    assert not_read == {".csv": 1, ".json.gz": 2, "without a suffix": 1, "hidden": 1, **directories}
+    text = prepare.describe(run(root, tmp_path / "out", val_fraction=0.5), "out")
+    assert "of text from 1 .jsonl, 1 .txt, " in text
+    assert "\n  not read: 2 .json.gz, 1 .csv, 1 .git/, " in text
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (["train.jsonl", "test.jsonl", "my_val.JSONL"], {"test.jsonl", "my_val.JSONL"}),
+        (["a/train-00.parquet", "a/validation-00.parquet", "b/test-00.parquet"], {"a/validation-00.parquet"}),
+        (["train/a.txt", "dev/b.txt", "notes.txt"], {"dev/b.txt"}),
+        (["train.txt", "train_test.txt", "contest.txt", "evaluate.txt"], set()),
+        (["train.py", "test.py", "eval.py", "a.txt"], set()),
+        (["test.txt", "eval.txt"], set()),
+    ],
+)
+def test_held_out_sets_beside_train_sets_are_left_out_with_a_word(tmp_path, names, left):
+    files, not_read = found(tree(tmp_path / "in", *names))
+    assert set(files) == set(names) - left
+    assert sum(not_read.values()) == len(left)
+    assert all(note.startswith("test or validation beside train, such as ") for note in not_read)
+    named = [str(tmp_path / "in" / name) for name in names]
+    assert [str(path) for path in sources.find(named).files] == named  # what is named is read
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["README.md", "LICENSE.txt", "en/a.jsonl"], ["en/a.jsonl"]),
+        (["README.md", "a.md", "src/b.py", "src/package.json"], ["README.md", "a.md", "src/b.py"]),
+        (["README.md"], ["README.md"]),
+        (["README.md", ".git/config"], ["README.md"]),
+    ],
+)
+def test_the_card_of_a_data_set_is_no_corpus(tmp_path, names, read):
+    assert found(tree(tmp_path / "in", *names))[0] == read
+
+
+def test_a_card_beside_packed_data_is_refused_with_the_way_to_unpack_it(tmp_path):
+    root = tree(tmp_path / "c4", "README.md", "en/c4-train.json.gz")
+    (root / "en" / "c4-train.json.gz").write_bytes(b"\x1f\x8b\x08 packed")
+    with pytest.raises(BadInput, match=r"not read: 1 .json.gz, 1 README.md .*gzip data; try: gunzip -c .*json"):
+        found(root)
+
+
+def test_linked_directories_are_read_once_and_circles_end(tmp_path):
+    root = tree(tmp_path / "in", "a.txt", "b/c.txt")
+    tree(tmp_path / "else", "d.txt")
+    for link, target in (("a_loop", root), ("b/up", root), ("also", tmp_path / "else"), ("again", tmp_path / "else")):
+        (root / link).symlink_to(target)
+    assert found(root) == (["a.txt", "b/c.txt", "again/d.txt"], {})
+
+
+def test_what_cannot_be_opened_is_a_sentence_and_never_a_hang(tmp_path, monkeypatch):
+    root = tree(tmp_path / "in", "a.txt", "b.txt")
+    os.mkfifo(root / "p.txt")
+    assert found(root) == (["a.txt", "b.txt"], {"named pipe": 1})
+    for source, sentence in (
+        (str(root / "p.txt"), "a source must be a file or a directory, got .*p.txt, a named pipe"),
+        ("/dev/zero", "a source must be a file or a directory, got /dev/zero, a device"),
+        ("", "got an empty word"),
+        ("x" * 300, "File name too long"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            sources.find([source])
+    walked = sources.find([str(root)])
+    (root / "b.txt").unlink()  # between the walk and the reading
+    monkeypatch.setattr(prepare, "find", lambda *_: walked)
+    with pytest.raises(BadInput, match=r"b.txt: must be a file that can be read, got No such file"):
+        run(root, tmp_path / "out")
+    monkeypatch.setattr(prepare, "_stat", lambda path: os.stat(root))
+    with pytest.raises(BadInput, match=r"b.txt: must be a file that can be read, got No such file"):
+        run(root, tmp_path / "out")
+    os.mkfifo(root / "b.txt")
+    with alarm(20), pytest.raises(BadInput, match=r"b.txt: must be a file that can be read, got a named pipe"):
+        run(root, tmp_path / "out")
+    (root / "b.txt").unlink()
+    (root / "b.txt").symlink_to("nowhere")
+    with pytest.raises(BadInput, match=r"b.txt: must be .* got a link to nowhere, which does not exist"):
+        found(root)
+
+
+# ---- Bad text -----------------------------------------------------------------------------------------------------
+
+
+def bad_byte(root: Path) -> Path:
+    """A corpus with one wrong byte, at 1,000, and a small file beside it."""
+    root.mkdir()
+    (root / "corpus.txt").write_bytes(b"x" * 1000 + b"\xff" + b"y" * 8999)
+    (root / "notes.txt").write_text(WORDS * 4)
+    return root
+
+
+def test_one_bad_byte_is_named_and_a_large_loss_is_loud(tmp_path):
+    (bad_byte(tmp_path / "in") / "empty.txt").touch()
+    text = prepare.describe(run(tmp_path / "in", tmp_path / "out"), "out")
+    assert "empty.txt" not in text
+    assert text.startswith("WARNING: 99% of the sources' bytes were left out")
+    assert "left out: 1 empty, 1 not UTF-8; 10,000 of 10,104 bytes (99.0%)" in text
+    assert "in/corpus.txt, 10,000 bytes: not UTF-8 at byte 1,000 of 10,000 (0xff)" in text
+    assert "--on-bad-text replace" in text
+    small = write_library(tmp_path / "library")
+    (small / "bad.txt").write_bytes(b"\xff")
+    assert not prepare.describe(run(small, tmp_path / "other"), "other").startswith("WARNING")
+
+
+def test_replace_keeps_the_rest_and_counts(tmp_path):
+    root = bad_byte(tmp_path / "in")
+    (root / "a.jsonl").write_bytes(b'{"text": "caf\xe9 and \\ud800 more \xef\xbf\xbd words"}\n')
+    (root / "b.txt").write_bytes(b"\xef\xbb\xbfa NUL\x00in text")
+    (root / "cyrillic.txt").write_bytes("Это не UTF-8".encode("cp1251"))
+    manifest = run(root, tmp_path / "out", on_bad_text="replace")
+    kept = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert set(kept) == {
+        "x" * 1000 + "\ufffd" + "y" * 8999,
+        WORDS * 4,
+        "caf\ufffd and \ufffd more \ufffd words",
+        "a NUL\ufffdin text",
+    }
+    assert (manifest["replaced"], manifest["skipped"]) == (4, {"mostly not UTF-8": 1})
+    assert "U+FFFD in place of bad bytes: 4" in prepare.describe(manifest, "out")
+
+
+def test_the_files_that_lose_most_are_named_and_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 300)  # a file's lines in several batches
+    root = write_library(tmp_path / "in")
+    for i in range(300):
+        (root / f"bad_{i:03d}.txt").write_bytes(b"\xff" * (i + 1))
+    (root / "z.jsonl").write_bytes(b'{"text": "fine"}\n' + b"no JSON\n" * 100)
+    losses = run(root, tmp_path / "out", workers=2)["left_out"]
+    assert [(Path(one["file"]).name, one["bytes"]) for one in losses["files"]] == [
+        ("z.jsonl", 800),
+        ("bad_299.txt", 300),
+        ("bad_298.txt", 299),
+    ]
+    assert losses["files"][0]["first"].startswith("line 2, not JSON at character 0")
+    assert losses["bytes"] == 800 + 300 * 301 // 2
+
+
+def test_fail_is_not_answered_with_what_skip_made(tmp_path):
+    root = bad_byte(tmp_path / "in")
+    first = run(root, tmp_path / "out")
+    with pytest.raises(BadInput, match=r"every document must be text, got .*out made without some: left out: 1 not"):
+        run(root, tmp_path / "out", on_bad_text="fail")
+    assert run(root, tmp_path / "out") == first
+    with pytest.raises(BadInput, match=r"must be new or empty"):
+        run(root, tmp_path / "out", on_bad_text="replace")
+    clean = tree(tmp_path / "clean", "a.txt", "b.txt")
+    assert run(clean, tmp_path / "two", on_bad_text="fail") == run(clean, tmp_path / "two")  # the same bytes
+
+
+def test_an_edited_manifest_is_a_sentence(tmp_path):
+    root = tree(tmp_path / "in", "a.txt", "b.txt")
+    manifest = run(root, tmp_path / "out")
+    for field in ("skipped", "tokens", "text_bytes", "left_out"):
+        broken = json.dumps({**manifest, field: "no", "source_bytes": {}})
+        (tmp_path / "out" / "manifest.json").write_text(broken)
+        with pytest.raises(BadInput, match=r"manifest.json: must be as prepare wrote it"):
+            run(root, tmp_path / "out")
+    assert run(root, tmp_path / "out", overwrite=True) == manifest
+
+
+# ---- Formats ------------------------------------------------------------------------------------------------------
+
+FOREIGN = [
+    ("data.txt", b"\x1f\x8b\x08 and more", "gzip data; try: gunzip -c .*data.txt > .*data_text.txt"),
+    ("data.jsonl", b"\x28\xb5\x2f\xfd and more", "Zstandard data; try: zstd -dc .*data.jsonl > .*data_text.jsonl"),
+    ("data.txt", b"PK\x03\x04 and more", "a zip archive; try: unzip"),
+    ("data.txt", b"PAR1 and more", "a parquet file; try: mv .*data.txt .*data.parquet"),
+    ("data.md", b"%PDF-1.7 and more", "a PDF document; try: pdftotext"),
+    ("data.txt", WORDS.encode("utf-16"), "UTF-16 text; try: iconv -f UTF-16 -t UTF-8 .*data.txt > .*data_text.txt"),
+    ("data.txt", WORDS.encode("utf-16-le"), "binary data, or UTF-16 text without a byte-order mark"),
+    ("data.jsonl", b'[\n{"text": "a"},\n{"text": "b"}]', "a JSON array; try: jq -c '.\\[\\]' .*data_text.jsonl"),
+    ("data.json", b'[{"text": "a"}]', "a JSON array; try: jq -c '.\\[\\]' .*data.json > .*data.jsonl"),
+    ("data.json", b'{"text": "a"}\n{"text": "b"}\n', "JSON lines; try: mv .*data.json .*data.jsonl"),
+    ("data.tex", b"Plain words.", "text; try: cp .*data.tex .*data.txt"),
+    ("data.csv", b"a,b\n1,2\n", "a table; write one column"),
+    (
+        "data.jsonl",
+        b'{"content": "a", "id": 7}\n',
+        'without the field "text", .* are: content; add --text-field content',
+    ),
+    ("data.jsonl", b"Plain words.\n", "lines that are no JSON objects"),
+    ("data.bin", MAGIC.to_bytes(4, "little") + bytes(100), "a token shard, which needs no preparation"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), FOREIGN, ids=[f"{one[0]} {one[2][:12]}" for one in FOREIGN])
+def test_another_format_under_a_name_is_named_with_the_way_in(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=sentence):
+        sources.find([str(tmp_path / name)])
+
+
+def test_one_odd_record_at_the_head_of_a_long_file_is_no_reason_to_refuse_it(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"version": 1}\n' + json.dumps({"text": "long " * 20_000}) + "\n")
+    assert sources.find([str(tmp_path / "x.jsonl")]).files
+
+
+def test_a_directory_that_cannot_be_read_is_refused_not_passed_over(tmp_path, monkeypatch):
+    root, scandir = tree(tmp_path / "in", "a.txt", "sub/b.txt"), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match=r"sub: must be a directory that can be read, got Permission denied"):
+        found(root)
+
+
+COLUMNS = [
+    ("string", ["words", "more words", None], None),
+    ("large_string", ["words", "more words", None], None),
+    ("string_view", ["words", "more words", None], None),
+    ("binary", [b"words", b"\xff", None], {"not UTF-8": 1}),
+    ("dictionary", ["words", "more words", None], None),
+    ("int64", [1, 2, 3], "int64"),
+    ("list", [["a"], ["b"], []], r"list<element: string>"),
+    ("struct", [{"text": "a"}] * 3, r"struct<text: string>"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "outcome"), COLUMNS, ids=[one[0] for one in COLUMNS])
+def test_a_column_is_text_or_a_sentence_with_its_type(tmp_path, kind, values, outcome):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    column = pyarrow.array(values)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif kind not in ("list", "struct"):
+        column = column.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"body": column, "id": [1, 2, 3]}), path)
+    if isinstance(outcome, str):
+        with pytest.raises(BadInput, match=f"x.parquet: column body must hold text, got {outcome}; columns with text"):
+            run(path, tmp_path / "out", text_field="body")
+        return
+    manifest = run(path, tmp_path / "out", text_field="body", val_fraction=0.6)
+    assert manifest["skipped"] == {"null": 1} | (outcome or {})
+    assert manifest["source_bytes"] == path.stat().st_size
+    with pytest.raises(BadInput, match=r"a column text, got body \(.*\), id \(int64\); columns with text: body \("):
+        run(path, tmp_path / "other")
+
+
+def test_a_column_that_is_not_utf_8_is_left_out_by_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.array([f"row {i}".encode() for i in range(20)] + [b"caf\xe9", b"more"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
+    manifest = run(tmp_path / "x.parquet", tmp_path / "out")
+    assert manifest["left_out"]["files"][0]["first"] == "row 21, not UTF-8 at byte 3 of 4 (0xe9)"
+    run(tmp_path / "x.parquet", tmp_path / "two", on_bad_text="replace")
+    assert "caf\ufffd" in texts(tmp_path / "two", "train") + texts(tmp_path / "two", "val")
+    content = (tmp_path / "x.parquet").read_bytes()
+    for cut in (0, 3, 100, len(content) - 20):
+        (tmp_path / "x.parquet").write_bytes(content[:cut])
+        with pytest.raises(BadInput, match="must be a parquet file"):
+            run(tmp_path / "x.parquet", tmp_path / "cut")
+
+
+# ---- Options and progress -----------------------------------------------------------------------------------------
+
+
+def test_options_beyond_what_can_work_are_refused_at_once():
+    wrong = {"shard_tokens": 2**31, "workers": 10**6, "val_fraction": 1e-320}
+    with pytest.raises(
+        BadInput, match=r"from 1e-09 .*1e-320; .*to 2,147,483,647, the int32 .*; .*1 to 1,024, got 1000"
+    ):
+        PrepareConfig("out", **wrong)
+    PrepareConfig("out", shard_tokens=2**31 - 1, workers=1024, val_fraction=1e-9)
+
+
+def test_a_long_preparation_prints_a_line_every_ten_seconds_and_a_short_one_none(capsys):
+    now = [0.0]
+    progress = Progress(40_000_000, clock=lambda: now[0])
+    for _ in range(21):
+        progress.advance(1_000_000, 250_000)
+        now[0] += 1.0
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "prepare: 11 of 40 MB, 1.1 MB/s, 0:26 left, 2.8M tokens",
+        "prepare: 21 of 40 MB, 1.1 MB/s, 0:18 left, 5.2M tokens",
+    ]
+
+
+def test_a_terminal_shows_a_bar_that_goes_away(monkeypatch):
+    import io
+
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress(48_000_000_000, stream=stream, clock=lambda: now[0])
+    progress.advance(1, 1)
+    assert stream.getvalue() == ""  # not at once
+    now[0] = 3600.0
+    progress.advance(45_000_000_000, 9_876_000_000)
+    progress.close()
+    assert "45.0 of 48.0 GB, 12.5 MB/s, 4:00 left, 9.88B tokens" in stream.getvalue()
+    assert stream.getvalue().rstrip().endswith("\x1b[2K")
+
+
+def test_the_command_ends_with_the_code_and_the_sentence(tmp_path, capsys):
+    (tmp_path / "content.jsonl").write_text('{"content": "words"}\n')
+    args = ["prepare", str(tmp_path / "content.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert cli.main(args) == 2
+    assert "add --text-field content" in capsys.readouterr().err
+    assert cli.main([*args, "--text-field", "content", "--tokenizer", "bytes", "--val-fraction", "0.4"]) == 0
