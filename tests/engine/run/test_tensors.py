@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.errors import BadInput
-from engine.run import checkpoint, tensors
+from engine.run import checkpoint, resume, tensors
 from engine.run.verify import checkpoint_damage
+from engine.step import Guard
 from engine.tokens.shards import sha256
 from model.presets import GPT2Config
 
@@ -172,6 +173,14 @@ def test_a_state_without_a_field_is_refused_where_that_is_used(single):
     load(single)  # whose state has a step and no more
     with pytest.raises(BadInput, match="must hold the state of a run, got none with identity; use an older one"):
         checkpoint.read(single).model_config()
+
+
+@pytest.mark.parametrize("state", [{"guard": [1.0]}, {"guard": ["x"] * 99}, {"scaler": {"scale": "x"}}], ids=str)
+def test_a_guard_or_a_loss_scale_of_no_run_is_a_sentence(single, state):
+    saved = checkpoint.Checkpoint(single, {"step": 3} | state)
+    scaler, guard = torch.amp.GradScaler("cpu", enabled=True), Guard(torch.device("cpu"), 3, None)
+    with pytest.raises(BadInput, match="must hold the loss scale and the guard of a run, got "):
+        resume.restore_counts(saved, scaler, guard)
 
 
 def test_a_file_of_tensors_that_the_manifest_does_not_list_is_damage(single):
