@@ -37,10 +37,10 @@ FILES |= {"device", "rendezvous", "commands"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
-    | {"metrics", "rows", "repair", "appender", "curves", "sinks"},
+    | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
-    "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},
+    "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }
 LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
 

@@ -14,7 +14,8 @@ from engine import device
 from engine.config import PRESETS
 from engine.distributed import Ranks
 from engine.run import metrics
-from engine.run.metrics import Bar, Lines, Metrics, read_rows
+from engine.run.console import Bar, Lines
+from engine.run.metrics import Metrics, read_rows
 from engine.step import Numbers
 from model.gpt2 import GPT2
 from model.presets import PRESETS as MODEL_PRESETS
