@@ -69,10 +69,17 @@ def reason(throttled: float) -> str:
     """What took the CPU time, in words. throttled: share of the time in which a CPU limit held the process."""
     if throttled > 0.05:
         return f"the CPU limit of its container held it for {100 * min(1.0, throttled):.0f}% of the time"
-    try:
-        load, cpus = os.getloadavg()[0], len(os.sched_getaffinity(0))
-    except (OSError, AttributeError):  # not Linux
+    if (known := load()) is None:
         return "other processes may have the rest"
-    if load > cpus:
-        return f"the load average is {load:.1f} on {cpus} CPUs: other processes have the rest"
-    return f"the load average is {load:.1f} on {cpus} CPUs: it waited for a disk, for memory or was suspended"
+    text = f"the load average is {known[0]:.1f} on {known[1]} CPUs"
+    if known[0] > known[1]:
+        return f"{text}: other processes have the rest"
+    return f"{text}: it waited for a disk or for memory, or was suspended"
+
+
+def load() -> tuple[float, int] | None:
+    """(load average of a minute, CPUs that this process may use), or None if they are not known."""
+    try:
+        return os.getloadavg()[0], len(os.sched_getaffinity(0))
+    except (OSError, AttributeError):  # not Linux
+        return None

@@ -12,6 +12,7 @@ import torch
 from engine.config import PRESETS, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import warn
+from engine.health.busy import load
 from engine.run.progress import FORWARD, words
 from model.presets import flops_per_token, num_parameters
 
@@ -21,7 +22,7 @@ MANY_EPOCHS = 16
 DAY = 86_400.0  # seconds
 WORTHWHILE = 600.0  # seconds; an estimate below is not shown, the first steps say it soon enough
 SLOWEST = 1e10  # FLOP/s; on the slowest CPU an estimate below needs no measurement
-SIZE, MOST_TRIES, LIMIT = 512, 30, 0.3  # of the matrices, whose product takes milliseconds; limit in seconds
+SIZE, LIMIT = 512, 0.3  # width of the matrices, whose product takes milliseconds; seconds of measuring
 
 
 class Corpus(NamedTuple):
@@ -101,6 +102,8 @@ def estimate(config: TrainConfig, flops: float, flops_per_step: float, speed: fl
         f"about {words(seconds)} on this CPU, an estimate: {flops:.2g} FLOPs at the {speed / 1e9:,.0f} GFLOP/s of a "
         f"matrix product here, {words(step)} a step"
     )
+    if (busy := load()) is not None and busy[0] > busy[1]:
+        text += f", while the load average is {busy[0]:.1f} on {busy[1]} CPUs"
     if seconds < DAY:
         return f"time: {text}"
     steps = max(1, int(DAY / 2 / step))
@@ -120,12 +123,11 @@ def small_presets(config: TrainConfig) -> str:
 
 def matmul_flops(dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product on this CPU, the best of a few, with the threads that this process uses."""
-    left, best, began = torch.ones(SIZE, SIZE, dtype=dtype), float("inf"), time.perf_counter()
-    for number in range(MOST_TRIES):
-        before = time.perf_counter()
+    left, best, now = torch.ones(SIZE, SIZE, dtype=dtype), float("inf"), time.perf_counter()
+    end = now + LIMIT
+    while now < end:
+        before = now
         left @ left
         now = time.perf_counter()
         best = min(best, now - before)
-        if number >= 2 and now - began > LIMIT:
-            break
     return 2 * SIZE**3 / max(best, 1e-9)
