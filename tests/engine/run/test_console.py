@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import shutil
 import sys
 from itertools import pairwise
 
@@ -206,14 +207,12 @@ def test_a_short_run_says_nothing_of_its_time(config, now, capsys):
 # ---- Whole run ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_says_its_epochs_at_first_and_at_the_end_how_long_it_and_its_launches_took(shards, tmp_path, capfd):
-    took = r"[\d.]+ s, [\d,]+ bytes/s in training"
-    assert train(tmp_path / "run", shards, "--num-steps", "2") == 0
-    first = capfd.readouterr().out
-    assert re.search(r"^epochs: 0\.\d+, 512 of [\d,]+ training bytes in 2 steps$", first, re.M)
-    assert re.search(rf"^done: 2 steps, .*\n  took {took}$", first, re.M)
+def test_a_run_says_its_epochs_at_first_and_at_the_end_how_long_it_and_its_launches_took(
+    trained, shards, tmp_path, capfd
+):
+    shutil.copytree(trained, tmp_path / "run")
     assert train(tmp_path / "run", shards, "--num-steps", "3") == 0
-    wanted = rf"^  this launch: 1 steps in {took}; all launches: about {took}$"
-    second = capfd.readouterr().out
-    assert re.search(wanted, second, re.M)
-    assert re.search(r"^epochs: 0\.\d+, 768 of", second, re.M)
+    printed, took = capfd.readouterr().out, r"[\d.]+ s, [\d,]+ bytes/s in training"
+    assert re.search(r"^epochs: 0\.\d+, 768 of [\d,]+ training bytes in 3 steps$", printed, re.M)
+    wanted = rf"^done: 3 steps, .*\n  this launch: 1 steps in {took}; all launches: about {took}$"
+    assert re.search(wanted, printed, re.M)
