@@ -97,7 +97,7 @@ class TrainConfig:
     max_skipped: int = 20  # consecutive skipped updates (loss or gradient not finite) after which the run stops
     skip_z_score: float | None = None  # also skip a loss this many deviations above its running mean; None: never
     check_replicas_every: int | None = 100  # steps between bitwise comparisons of the replicas' weights; None: never
-    log_every: int = 10  # steps between rows of training loss, speed and memory
+    log_every: int = 10  # steps between rows of training loss, speed and memory; printed at most every 5 s
     tensorboard: bool = False  # also write TensorBoard events to OUT/tensorboard
     wandb: bool = False  # also send the metrics to Weights & Biases
     profile: str | None = None  # START:STOP: trace steps START to STOP - 1 into OUT, for ui.perfetto.dev

@@ -38,6 +38,11 @@ def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
     return np.arange(count) * num_windows // count
 
 
+def num_batches(num_windows: int, context: int) -> int:
+    """Batches of an evaluation, over all ranks."""
+    return math.ceil(num_windows / max(1, BATCH_TOKENS // context))
+
+
 @torch.no_grad()
 def mean_loss(
     raw_model: GPT2,

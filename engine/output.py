@@ -95,6 +95,14 @@ def protect(command: str) -> None:
         _streams[name] = stream
 
 
+def columns(stream: TextIO) -> int | None:
+    """Width of the terminal behind a stream now, or None if it is not one or does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def has_failed() -> bool:
     """Whether something that was printed on stdout could not be written."""
     return _streams["stdout"].failure is not None

@@ -30,8 +30,9 @@ from engine.errors import BadInput, Diverged, warn
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Part, Trace, phase
-from engine.run import directory, export, resume, settings
+from engine.run import directory, export, header, resume, settings
 from engine.run.checkpoint import Checkpoint
+from engine.run.header import Corpus
 from engine.run.metrics import Metrics
 from engine.run.plots import Painter
 from engine.run.saver import Saver
@@ -64,6 +65,12 @@ class Data:
     micro_batch_size: int  # B, sequences per forward pass of this rank
     accumulation: int  # micro-batches per step of this rank
     batches: Batches
+
+    def sizes(self, config: TrainConfig) -> Corpus:
+        """Sizes as the header prints them."""
+        evaluated, shape = len(self.val_windows) * config.sequence_length, (self.micro_batch_size, self.accumulation)
+        stream = self.train_stream
+        return Corpus(self.tokenizer.unit, len(stream), len(self.val_stream), evaluated, *shape, stream.origin)
 
 
 @dataclass
@@ -125,10 +132,15 @@ class Run:
 
     @contextmanager
     def doing(self, what: Part, step: int) -> Iterator[None]:
-        """Tells heartbeat, clock and trace what the loop does inside."""
+        """Tells heartbeat, clock, pace and trace what the loop does inside."""
         self.heartbeat.at(step, what)
-        with self.update.clock.part(what), phase(what):
+        with self.record.pace.part(what), self.update.clock.part(what), phase(what):
             yield
+
+    def progress(self) -> None:
+        """Marks progress inside a part: a micro-batch, a batch of an evaluation, a token of a sample."""
+        self.heartbeat.progress()
+        self.record.progress()
 
     @contextmanager
     def compiling(self, step: int, batch: tuple[Tensor, Tensor]) -> Iterator[None]:
@@ -154,6 +166,7 @@ class Run:
             if ranks.is_first:
                 warn(f"train: TORCH.COMPILE IS NOT USED: {text}; {WAY_OUT}")
             ranks.print0(f"compile: off, {text}: steps run uncompiled")
+        self.record.pace.compiled()
         yield
         if self.is_compiled:
             kept.save()
@@ -178,7 +191,7 @@ class Run:
         rank, if the loss or a logit of the sample is not finite.
         """
         config, data, model, record = self.config, self.data, self.raw_model, self.record
-        context, progress, text, problem = config.sequence_length, self.heartbeat.progress, "", None
+        context, progress, text, problem = config.sequence_length, self.progress, "", None
         inputs = (model, data.val_stream, data.val_windows, context, self.ranks, progress)
         loss = evaluation.mean_loss(*inputs, self.update.is_interrupted)
         if loss is None:
@@ -229,6 +242,7 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitSta
 
     held: takes the lock of --out, on rank 0. Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
+    began = time.monotonic()
     tuning, precision = choices.precision_and_tuning(config, ranks)
     if tuning is not None:
         config = record.applied(tuning, config, ranks.world_size)
@@ -248,7 +262,7 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitSta
     scratch.prepare(config.out, ranks)
     choices.use(tuning, ranks.device)
     run = build_model(config, data, past, heartbeat, precision, tuning, initial)
-    open_record(run)
+    open_record(run, began)
     return run
 
 
@@ -365,33 +379,20 @@ def build_model(
         resolved["tuned"] = tuning.key if tuning is not None else None
         history = settings.history(config, past.identity, past.checkpoint)
         directory.write_config(config, data.tokenizer.name, resolved, history)
-    ranks.print0(
-        summary(run)
-        + f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
-        + (f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else "")
-    )
+    runs_on = f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
+    runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else ""
+    header.show(config, ranks, data.sizes(config), (past.step, past.tokens), compute_dtype, runs_on)
     return run
 
 
-def summary(run: Run) -> str:
-    """Sizes of model, data and step: the first two lines that a run prints."""
-    config, data, ranks = run.config, run.data, run.ranks
-    unit = data.tokenizer.unit
-    return (
-        f"{config.name}: {run.raw_model.num_parameters():,} parameters; {len(data.train_stream):,} training and "
-        f"{len(data.val_stream):,} validation {unit}s in {config.data}{data.train_stream.origin}\n"
-        f"step: {config.tokens_per_step:,} {unit}s = {data.micro_batch_size} sequences x {config.sequence_length} x "
-        f"{data.accumulation} micro-batches x {ranks.world_size} processes on {ranks.device.type}\n"
-    )
-
-
-def open_record(run: Run) -> None:
-    """Opens the run's metrics, plots, saver and trace. The heartbeat begins."""
+def open_record(run: Run, began: float) -> None:
+    """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: time.monotonic() at launch."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
+    run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size)
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.saver.last_step = past.step or None
     run.trace = Trace(config.profile, config.out, ranks)
-    run.update.progress = run.heartbeat.progress
+    run.update.progress = run.progress
     run.heartbeat.begin(data.micro_batch_size)

@@ -103,8 +103,9 @@ def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
     if stopping is not None:
         what = "saved" if saved == step > 0 else "no update was made, nothing is saved"
         ranks.print0(f"stopped at step {step} of {config.num_steps} by {stopping}: {what}; the same command goes on")
+        ranks.print0(f"  {record.duration()}")
         return stopping
-    ranks.print0(directory.report(config, data.tokenizer.unit, "done", *evaluated))
+    ranks.print0(directory.report(config, data.tokenizer.unit, "done", *evaluated, record.duration()))
     return None
 
 

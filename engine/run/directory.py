@@ -88,10 +88,13 @@ def resolved(run: str | Path) -> dict:
         return {}
 
 
-def report(train: TrainConfig, unit: str, outcome: str, step: int, val_loss: float | None) -> str:
+def report(
+    train: TrainConfig, unit: str, outcome: str, step: int, val_loss: float | None, duration: str | None = None
+) -> str:
     """Final report of a run: the sample and validation loss of `step`, and the paths of its files.
 
-    val_loss: of the weights after `step` updates; None if they were not evaluated.
+    val_loss: of the weights after `step` updates; None if they were not evaluated. duration: how long the run
+    took, in words; None if it has not run now.
     """
     out = Path(train.out)
     if val_loss is not None and math.isfinite(val_loss):
@@ -105,6 +108,7 @@ def report(train: TrainConfig, unit: str, outcome: str, step: int, val_loss: flo
             metrics.last_sample(out / metrics.SAMPLES_FILE, step) or f"(no sample of step {step:,})",
             "",
             f"{outcome}: {step:,} steps, {loss}",
+            *([f"  {duration}"] if duration is not None else []),
             *(f"  {out / name}" for name in files),
             f"try: gpt2 sample --run {out} --prompt {shlex.quote(train.prompt)}",
         ]

@@ -40,10 +40,11 @@ FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
-    | {"metrics", "rows", "repair", "appender", "curves", "sinks", "tensors", "vocabulary"},
+    | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
+    | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
-    "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing"},
+    "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }
 LONGEST_FUNCTION, MOST_ARGUMENTS, LONGEST_FILE, LONGEST_BENCH = 60, 7, 400, 3500
 

@@ -1,20 +1,17 @@
-"""Metrics of a run: rows, samples, a bar in a terminal, lines in a pipe, FLOPs and MFU."""
+"""Metrics of a run: rows, samples, FLOPs and MFU."""
 
 import dataclasses
-import io
 import json
 import math
-import sys
 
 import pytest
-import rich.console
 import torch
 
 from engine import device
 from engine.config import PRESETS
 from engine.distributed import Ranks
 from engine.run import metrics
-from engine.run.metrics import Bar, Lines, Metrics, read_rows
+from engine.run.metrics import Metrics, read_rows
 from engine.step import Numbers
 from model.gpt2 import GPT2
 from model.presets import PRESETS as MODEL_PRESETS
@@ -235,49 +232,3 @@ def test_an_inactive_record_writes_and_prints_nothing(config, tmp_path, capsys):
     run.close()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
-
-
-# ---- Console ------------------------------------------------------------------------------------------------------
-
-
-def test_a_pipe_gets_plain_lines_now_and_then(config, monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    run = record(config)
-    assert isinstance(run._console, Lines)
-    for step in range(0, 101):  # an eighth of a second each
-        if step == 33:
-            run.log(step, val_loss=2.71828)
-        run.log(step, loss=3.14159, lr=4e-3, tokens_per_s=12345.6, mfu=None, peak_gib=0.5, grad_norm=1.0)
-        run.end_step(step)
-        now[0] += 0.125
-    run.close()
-    output = capsys.readouterr().out
-    assert "\x1b" not in output
-    assert "\r" not in output
-    lines = output.splitlines()
-    measured = "loss 3.142  lr 4.00e-03  12,346 bytes/s  0.50 GiB"
-    assert lines[0] == "step   33/1000  val loss 2.7183"  # printed at once; the interval of the others begins again
-    assert lines[1] == f"step   73/1000  {measured}  1:55 left"  # 0.125 s * 927
-    assert len(lines) == 2
-
-
-def test_a_terminal_gets_a_bar_with_validation_losses_above_it(config, monkeypatch):
-    screen, console = io.StringIO(), rich.console.Console
-    monkeypatch.setattr(
-        rich.console, "Console", lambda **options: console(file=screen, force_terminal=True, width=150, **options)
-    )
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run = record(config, start=500)
-    assert isinstance(run._console, Bar)
-    run.log(600, val_loss=2.71828)
-    run.log(600, loss=3.14159, tokens_per_s=12345.6, mfu=0.4321, grad_norm=1.0)
-    run.end_step(600)
-    run.print0("[bold]passing over[/bold] a checkpoint [1]")
-    run.close()
-    output = screen.getvalue()
-    assert "\x1b" in output
-    assert "601/1000" in output
-    assert "loss 3.142  val loss 2.7183  12,346 bytes/s  MFU 43.2%" in output
-    assert "step  600  val loss 2.7183\n" in output
-    assert "[bold]passing over[/bold] a checkpoint [1]\n" in output  # not taken as rich's markup

@@ -22,8 +22,9 @@ from engine.config import PRESETS
 from engine.errors import BAD_INPUT
 from engine.run import curves, plots, repair, rows
 from engine.run.appender import Appender
+from engine.run.console import Bar
 from engine.run.curves import Curves
-from engine.run.metrics import Bar, Metrics, last_sample, read_rows
+from engine.run.metrics import Metrics, last_sample, read_rows
 from engine.run.sinks import Sinks
 
 ROWS = [{"step": 10 * n, "tokens": 2560 * n, "loss": 5.5 - n / 16, "lr": 1e-05 * n} for n in range(12)]
