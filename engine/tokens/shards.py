@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine import output
 from engine.errors import BadInput
 
 if TYPE_CHECKING:  # prepare, its workers and --help import this file and must not wait for PyTorch
@@ -109,7 +110,9 @@ def read_manifest(directory: Path) -> dict | None:
 def _require_directory(directory: str | Path) -> Path:
     directory = Path(directory)
     if not directory.is_dir():
-        raise BadInput(f"data: must be a directory of token shards, got {directory}; make one with gpt2 prepare")
+        raise BadInput(
+            f"data: must be a directory of token shards, got {directory}; make one with {output.program()} prepare"
+        )
     return directory
 
 
@@ -138,7 +141,8 @@ class TokenStream:
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
             raise BadInput(
-                f"{directory}: a preparation must have ended, got one that was stopped; run gpt2 prepare again"
+                f"{directory}: a preparation must have ended, got one that was stopped; run {output.program()} prepare "
+                "again"
             )
         if manifest is not None:
             listed = [shard["file"] for shard in manifest["shards"] if shard["split"] == split]

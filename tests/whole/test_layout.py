@@ -18,7 +18,8 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors", "output"},
+    {"errors", "output", "packages", "sizes"},
+    {"flags"},
     {"lock"},
     {"config", "tokens"},
     {"optim", "device", "rendezvous"},
@@ -33,7 +34,7 @@ LAYERS = (
     {"cli"},
 )
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "commands"}
+FILES |= {"device", "rendezvous", "commands", "packages", "flags", "sizes"}
 FOLDERS = {
     "tokens": {"sources", "tokenizer", "prepare", "shards", "batches"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
