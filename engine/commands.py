@@ -203,13 +203,13 @@ def evaluate(args: list[str], prog: str) -> None:
     from engine.tokens.shards import TokenStream
 
     run = config.load(asked.run)
+    model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
     if asked.data is None and (source := directory.resolved(asked.run).get("imported_from")) is not None:
         raise BadInput(
             f"eval: --data must be given, got none, and {asked.run} holds weights from {source} and no data; name a "
             f"directory made by {output.program()} prepare"
         )
     run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
-    model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
     export.check_tokenizer(run.data, tokenizer.name)
     stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
     context = min(run.sequence_length, model.config.n_positions)

@@ -33,7 +33,7 @@ HINTS = (
     (
         "--tokens-per-step, tokens of one optimizer step, and --micro-batch-size, sequences of one forward pass",
         "batch batch-size train-batch-size global-batch-size total-batch-size per-device-train-batch-size "
-        "micro-batch device-batch-size gradient-accumulation-steps grad-accum grad-accum-steps accumulation",
+        "device-batch-size gradient-accumulation-steps grad-accum grad-accum-steps accumulation",
     ),
     (
         "--context",
@@ -82,7 +82,7 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
     """The words as an object of a dataclass. Exits with 2, by tyro, for a flag or value that it does not have.
 
     default: an object with the values of all flags that are not given. Raises BadInput for a flag
-    that other trainers have, and for an integer that 64 bits do not hold.
+    that other trainers have.
     """
     import tyro
 
@@ -92,10 +92,7 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
         if flag.startswith("--") and flag not in known and (here := hint(flag, known)) is not None:
             raise BadInput(f"{prog}: a flag must be one that --help lists, got {flag}; here it is {here}")
     options = {} if default is None else {"default": default}
-    asked = tyro.cli(kind, args=args, prog=prog, **options)
-    if wrong := too_large(asked):
-        raise BadInput(f"{prog}: " + "\n  ".join(wrong))
-    return asked
+    return tyro.cli(kind, args=args, prog=prog, **options)
 
 
 def names(kind: type, prefix: str = "--") -> set[str]:
