@@ -230,7 +230,7 @@ _LAPTOP = TrainConfig(
 MACHINES = {
     "tiny": "a laptop's CPU: two minutes, on bytes",
     "mini": "a CPU: hours, on bytes",
-    "small": "a laptop's CPU: an hour, on your own text",
+    "small": "a laptop's CPU: about an hour, on your own text",
 }
 
 PRESETS: dict[str, TrainConfig] = {
