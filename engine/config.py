@@ -229,8 +229,8 @@ _LAPTOP = TrainConfig(
 # What trains a preset; the others need GPUs.
 MACHINES = {
     "tiny": "a laptop's CPU: two minutes, on bytes",
-    "mini": "a CPU: hours, on bytes",
-    "small": "a laptop's CPU: about an hour, on your own text",
+    "mini": "a CPU, on bytes",
+    "small": "a laptop's CPU, on your own text",
 }
 
 PRESETS: dict[str, TrainConfig] = {
