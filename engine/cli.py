@@ -1,8 +1,10 @@
 """The `gpt2` command: the list of subcommands, and how each one ends."""
 
+import importlib.metadata
+import platform
 import sys
 
-from engine import output, system
+from engine import output, packages, system
 from engine.commands import COMMANDS
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, nearest
 
@@ -21,13 +23,25 @@ SUMMARIES = {
 
 PRINTED = ("sample", "eval", "doctor")  # what is printed is all that these commands make
 
-USAGE = "usage: gpt2 COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
+USAGE = "usage: {gpt2} COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
     f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()
 )
 USAGE += """
 
-gpt2 COMMAND --help lists a command's flags. A first run:
-  gpt2 prepare stdlib --out data/stdlib --tokenizer bytes && gpt2 train tiny"""
+{gpt2} COMMAND --help lists a command's flags, {gpt2} train --help the presets. A first run:
+  {gpt2} prepare stdlib --out data/stdlib --tokenizer bytes && {gpt2} train tiny"""
+VERSION = ("--version", "-V", "version")
+
+
+def version() -> str:
+    """Versions of this package, of PyTorch and of Python. Imports none of them."""
+    found = []
+    for name in ("gpt2-engine", "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def main(args: list[str] | None = None) -> int:
@@ -35,9 +49,14 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     output.protect(" ".join(["gpt2", *args[:1]]))
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(USAGE.replace("{gpt2}", output.program()))
         return DONE if args else BAD_INPUT
+    if args[0] in VERSION:
+        print(version())
+        return DONE
     try:
+        if (problem := packages.shadowed()) is not None:
+            raise BadInput(problem)
         if args[0] not in COMMANDS:
             raise BadInput(f"gpt2: the command must be one that exists, got {args[0]!r}{nearest(args[0], COMMANDS)}")
         code = COMMANDS[args[0]](args[1:], f"gpt2 {args[0]}") or DONE

@@ -4,14 +4,13 @@ Each imports what it needs when it runs, so that --help is fast.
 """
 
 import functools
-import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from engine import output
+from engine import flags, output
 from engine.errors import DAMAGED, DONE, BadInput, Diverged, nearest
 
 
@@ -65,10 +64,14 @@ class Doctor:
     precision: str = "auto"  # auto, bf16, fp16, tf32 or fp32, as for gpt2 train
 
 
-def _parse(kind: type, args: list[str], prog: str) -> Any:
-    import tyro
+MOST_SAMPLED = 1_000_000  # tokens of a sample, and samples
 
-    return tyro.cli(kind, args=args, prog=prog)
+
+def _parse(kind: type, args: list[str], prog: str) -> Any:
+    asked = flags.parse(kind, args, prog)
+    if wrong := flags.too_large(asked):
+        raise BadInput(f"{prog.removeprefix('gpt2 ')}: " + "\n  ".join(wrong))
+    return asked
 
 
 # ---- Commands -----------------------------------------------------------------------------------------------------
@@ -147,8 +150,12 @@ def sample(args: list[str], prog: str) -> None:
     from engine.run import export
     from model.generate import NotFinite, stream
 
-    if asked.num_samples < 1:
-        raise BadInput(f"sample: --num-samples must be at least 1, got {asked.num_samples}")
+    for name, least in (("num_samples", 1), ("max_new_tokens", 0)):
+        if not least <= getattr(asked, name) <= MOST_SAMPLED:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(
+                f"sample: {flag} must be at least {least} and at most {MOST_SAMPLED:,}, got {getattr(asked, name)}"
+            )
     model, tokenizer, checkpoint = export.load_model(asked.run, lambda line: print(line, file=sys.stderr), asked.best)
     ids = tokenizer.encode(asked.prompt).tolist()
     if not 1 <= len(ids) <= model.config.n_positions:
@@ -187,15 +194,22 @@ def sample(args: list[str], prog: str) -> None:
 def evaluate(args: list[str], prog: str) -> None:
     """Prints the validation loss of a run."""
     asked = _parse(Evaluate, args, prog)
+    if asked.eval_tokens is not None and asked.eval_tokens < 1:
+        raise BadInput(f"eval: --eval-tokens must be at least 1, got {asked.eval_tokens}")
     import dataclasses
 
     from engine import config, distributed, evaluation
-    from engine.run import export
+    from engine.run import directory, export
     from engine.tokens.shards import TokenStream
 
     run = config.load(asked.run)
-    run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
     model, tokenizer, checkpoint = export.load_model(asked.run, is_best=asked.best)
+    if asked.data is None and (source := directory.resolved(asked.run).get("imported_from")) is not None:
+        raise BadInput(
+            f"eval: --data must be given, got none, and {asked.run} holds weights from {source} and no data; name a "
+            f"directory made by {output.program()} prepare"
+        )
+    run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
     export.check_tokenizer(run.data, tokenizer.name)
     stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
     context = min(run.sequence_length, model.config.n_positions)
@@ -231,7 +245,7 @@ def import_(args: list[str], prog: str) -> None:
     from engine.run import export
 
     checkpoint_path = export.import_weights(asked.source, asked.out)
-    print(f'{checkpoint_path}\ntry: gpt2 sample --run {asked.out} --prompt "{GPT_PROMPT}"')
+    print(f'{checkpoint_path}\ntry: {output.program()} sample --run {shlex.quote(asked.out)} --prompt "{GPT_PROMPT}"')
 
 
 def export(args: list[str], prog: str) -> None:
@@ -294,8 +308,6 @@ def doctor(args: list[str], prog: str) -> None:
     head_dim = PRESETS[asked.preset].head_dim if asked.head_dim is None else asked.head_dim
     if head_dim < 1:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
-    if (problem := shadowed_package()) is not None:
-        raise BadInput(problem)
     import torch
 
     from engine import config, device
@@ -312,20 +324,6 @@ def doctor(args: list[str], prog: str) -> None:
     tiles, ops = (tuning.setup.tiles, tuning.setup.ops) if tuning is not None else ({}, {})
     recall = functools.partial(selfcheck.recall_for, preset, tuned=tiles)
     print(device.report(head_dim, asked.precision, recall, ops, note.removeprefix("tuned: ")))
-
-
-def shadowed_package() -> str | None:
-    """Error message if `kernels` or `model` would be imported from another project, else None."""
-    root = Path(__file__).resolve().parent.parent
-    for name in ("kernels", "model"):
-        spec = importlib.util.find_spec(name)
-        package = Path(spec.origin).resolve().parent if spec and spec.origin else None
-        if package != root / name:
-            return (
-                f"doctor: `import {name}` must find {root / name}, got {package or 'nothing'}; another package of this "
-                f"name is installed or comes first on the path: uninstall it, or run from {root}"
-            )
-    return None
 
 
 COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the exit code; None: DONE

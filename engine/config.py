@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from engine import flags, sizes
 from engine.errors import BadInput, nearest
 from engine.tokens import foreign
 from model.files import check_fields, make, read_json
 from model.presets import PRESETS as MODEL_PRESETS
-from model.presets import GPT2Config
+from model.presets import GPT2Config, num_parameters
 
 CONFIG_FILE = "config.json"
+FAR = 10_000  # sequences within which a micro-batch that divides the step is looked for
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 LONGEST_WAIT = 1_000_000  # minutes or seconds, that every timer and every library can hold
 GPT_PROMPT = "Hello, I'm a language model,"
@@ -133,12 +135,13 @@ class TrainConfig:
         for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_minutes", "save_every_minutes", "skip_z_score"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                wrong.append(f"{_flag(name)} must be above 0 and finite, got {getattr(self, name)}; None: no limit")
-        for name in ("grace_seconds", "timeout_minutes"):
-            if not 0 < getattr(self, name) <= LONGEST_WAIT:
-                wrong.append(f"{_flag(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {getattr(self, name)}")
+        if self.skip_z_score is not None and not 0 < self.skip_z_score < math.inf:
+            wrong.append(f"--skip-z-score must be above 0 and finite, got {self.skip_z_score}; None: no limit")
+        for name in ("grace_seconds", "timeout_minutes", "max_minutes", "save_every_minutes"):
+            value, may_be_none = getattr(self, name), name in ("max_minutes", "save_every_minutes")
+            if not (may_be_none and value is None) and not 0 < value <= LONGEST_WAIT:
+                advice = "; None: no limit" if may_be_none else ""
+                wrong.append(f"{_flag(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {value}{advice}")
         if self.parallel != "ddp" and self.optim.name == "muon":
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
@@ -151,9 +154,7 @@ class TrainConfig:
                 f"--context must be at most the model's {self.model.n_positions} positions, got "
                 f"{self.sequence_length}; lower it or raise --model.n-positions"
             )
-        if not -(2**63) <= self.seed < 2**63:
-            wrong.append(f"--seed must fit into 64 bits, got {self.seed}")
-        wrong += self.optim.problems()
+        wrong += flags.too_large(self) + self.optim.problems()
         if self.profile is not None:
             try:
                 parse_profile(self.profile)
@@ -228,6 +229,13 @@ _LAPTOP = TrainConfig(
     optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=76 * 1024, beta2=0.99),
 )
 
+# What trains a preset; the others need GPUs.
+MACHINES = {
+    "tiny": "a laptop's CPU: two minutes, on bytes",
+    "mini": "a CPU, on bytes",
+    "small": "a laptop's CPU, on your own text",
+}
+
 PRESETS: dict[str, TrainConfig] = {
     "tiny": _LAPTOP,
     "mini": dataclasses.replace(
@@ -238,21 +246,48 @@ PRESETS: dict[str, TrainConfig] = {
         model=MODEL_PRESETS["mini"],
         optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096),
     ),
+    "small": dataclasses.replace(
+        _LAPTOP,
+        data="data/mine",
+        out="runs/small",
+        num_steps=1000,
+        tokens_per_step=2048,
+        eval_every=100,
+        eval_tokens=32_768,
+        save_every=100,
+        prompt="The ",
+        sample_tokens=100,
+        model=MODEL_PRESETS["small"],
+        optim=OptimConfig("muon", lr=2e-3, min_lr_ratio=0.02, warmup_tokens=50 * 2048, beta2=0.99),
+    ),
 } | {name: _gpt(name) for name in _GPT3_RECIPE}
 
 
 # ---- Command line -------------------------------------------------------------------------------------------------
 
 
+def presets_help(prog: str) -> str:
+    """A line for each preset: its parameters, and the machine that it is for."""
+    lines = []
+    for name, preset in PRESETS.items():
+        count = num_parameters(preset.model, padded=False)
+        state = f"GPUs: weights, gradients and moments take {16 * count / 2**30:,.1f} GiB"
+        lines.append(f"  {name:<12} {count:>15,} parameters  {MACHINES.get(name, state)}")
+    return (
+        f"usage: {prog} PRESET [--flag VALUE ...]\n\nTrains a GPT-2 on token shards; the same command goes on. "
+        "PRESET is one of\n\n" + "\n".join(lines) + f"\n\n{prog} PRESET --help lists all flags with the preset's values"
+    )
+
+
 def parse(args: list[str], prog: str) -> TrainConfig:
     """Parses `PRESET --flags`.
 
-    Raises BadInput for a bad preset or value; for an unknown flag tyro exits with 2.
+    With --init-from the model has the sizes of those weights. Raises BadInput for a bad preset or
+    value; for an unknown flag tyro exits with 2.
     """
-    import tyro
-
     if args and args[0] in ("-h", "--help"):
-        args = ["gpt2", *args]
+        print(presets_help(prog))
+        raise SystemExit(0)
     if not args or args[0].startswith("-"):
         got = args[0] if args else "nothing"
         raise BadInput(f"{prog}: a preset must come first, got {got}; choose from {', '.join(PRESETS)}")
@@ -262,7 +297,8 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
     args = [part for arg in args for part in switches.get(arg, [arg])]
     try:
-        config = tyro.cli(TrainConfig, args=args, default=PRESETS[preset], prog=f"{prog} {preset}")
+        config = flags.parse(TrainConfig, args, f"{prog} {preset}", PRESETS[preset])
+        config = with_sizes_of_weights(config, args)
     except ValueError as error:
         raise BadInput(f"{prog}: {error}") from error
     if wrong := config.problems():
@@ -286,14 +322,10 @@ def batch_shape(config: TrainConfig, world_size: int, most: int = 16) -> tuple[i
         per_rank = config.tokens_per_step // (T * world_size)
         advice = f"the nearest --tokens-per-step are {' and '.join(near)}"
         if wanted and config.tokens_per_step % (T * world_size) == 0:
-            divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
-            around = sorted(
-                {
-                    max([d for d in divisors if d < wanted], default=1),
-                    min([d for d in divisors if d > wanted], default=per_rank),
-                }
-            )
-            advice += f", the nearest --micro-batch-size {' and '.join(map(str, around))}"
+            below = (size for size in range(wanted - 1, max(0, wanted - FAR), -1) if per_rank % size == 0)
+            above = (size for size in range(wanted + 1, min(per_rank, wanted + FAR) + 1) if per_rank % size == 0)
+            around = [str(size) for size in (next(below, None), next(above, None)) if size is not None]
+            advice += f", the nearest --micro-batch-size {' and '.join(around)}" if around else ""
         raise BadInput(
             f"train: --tokens-per-step must be a multiple of context * micro-batch size * processes = "
             f"{T} * {wanted or 1} * {world_size} = {unit}, got {config.tokens_per_step}; {advice}"
@@ -301,6 +333,35 @@ def batch_shape(config: TrainConfig, world_size: int, most: int = 16) -> tuple[i
     per_rank = config.tokens_per_step // (T * world_size)  # sequences
     size = wanted or max(size for size in range(1, min(most, per_rank) + 1) if per_rank % size == 0)
     return size, per_rank // size
+
+
+# ---- Sizes of --init-from ------------------------------------------------------------------------------------------
+
+
+def with_sizes_of_weights(config: TrainConfig, args: list[str]) -> TrainConfig:
+    """The config with the model sizes of --init-from, if they are known, in place of the preset's.
+
+    A run that began with these weights keeps its sizes, so that it goes on without them. The context
+    stays the preset's if it is shorter. Raises ValueError if a flag asks for another size.
+    """
+    if config.init_from is None:
+        return config
+    began = sizes.of_run(config.out, config.init_from) if config.resume != "never" else None
+    if (found := began or sizes.of_weights(config.init_from)) is None:
+        return config
+    if -(-found["vocab_size"] // 128) * 128 == config.model.padded_vocab_size:  # padded by another trainer
+        found["vocab_size"] = config.model.vocab_size
+    given = {word.partition("=")[0].replace("_", "-") for word in args}
+    for name, theirs in found.items():
+        if _flag(f"model.{name}") in given and (ours := getattr(config.model, name)) != theirs:
+            raise ValueError(
+                f"{_flag('model.' + name)} must be that of the weights in --init-from {config.init_from}, {theirs}, "
+                f"got {ours}; leave it out" + ("; --context may be shorter" if name == "n_positions" else "")
+            )
+    context = config.context
+    if context is None and config.model.n_positions < found["n_positions"]:
+        context = config.model.n_positions
+    return dataclasses.replace(config, context=context, model=dataclasses.replace(config.model, **found))
 
 
 # ---- File ---------------------------------------------------------------------------------------------------------
@@ -328,7 +389,7 @@ def load(run: str | Path) -> TrainConfig:
     if not os.path.lexists(path) or foreign.what(run).kind == "weights":  # which have one too
         raise BadInput(
             f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}"
-            f"{foreign.hint(run, 'make one with gpt2 train')}"
+            f"{foreign.hint(run, f'make one with {output.program()} train')}"
         )
     try:
         config = from_dict(read_json(path))

@@ -230,6 +230,20 @@ def tune_malloc() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes: free memory at the top of the heap is kept below this
 
 
+def check_memory(config: TrainConfig, device: torch.device) -> None:
+    """Raises BadInput if the host's memory cannot hold the model of each of its processes, which is built there."""
+    count, memory = num_parameters(config.model), _cpu_memory_bytes()
+    processes, each, what = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4, "weights"  # float32
+    if device.type == "cpu" and config.parallel == "ddp":
+        each, what = 12, "weights, gradients and moments"  # at least one moment
+    if memory is not None and (needed := each * count * processes) > memory:
+        raise BadInput(
+            f"train: the model of each process must fit into this host's memory, got {count:,} parameters, whose "
+            f"{what} take at least {format_bytes(needed)} in {processes} process{'es' * (processes > 1)}, and "
+            f"{format_bytes(memory)} of memory; choose a smaller preset, or lower --model.n-layer or --model.n-embd"
+        )
+
+
 def step_bytes(config: TrainConfig, micro_batch_size: int, dtype: torch.dtype, shards: int = 1) -> int:
     """Estimate of the GPU memory that one step takes, compiled and with AdamW.
 

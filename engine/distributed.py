@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import rendezvous
+from engine import output, rendezvous
 from engine.errors import BadInput
 from model.gpt2 import GPT2
 
@@ -209,7 +209,8 @@ def _read_environment() -> Ranks:
         raise BadInput(
             "distributed: LOCAL_RANK and RANK must be numbers below WORLD_SIZE, and several processes need MASTER_ADDR "
             f"and MASTER_PORT, got {got}; torchrun sets them all; for one process unset them, as with: env -u RANK -u "
-            "LOCAL_RANK -u WORLD_SIZE -u LOCAL_WORLD_SIZE gpt2 train (a scheduler or container may have set them)"
+            f"LOCAL_RANK -u WORLD_SIZE -u LOCAL_WORLD_SIZE {output.program()} train (a scheduler or container may "
+            "have set them)"
         )
     if not torch.cuda.is_available():
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))

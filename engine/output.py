@@ -9,7 +9,10 @@ import atexit
 import contextlib
 import errno
 import os
+import shlex
+import shutil
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 TRAIN = "training goes on without it, metrics.jsonl has the numbers"
@@ -68,6 +71,33 @@ class Stream:
             line = f"{self.command}: {self.name} cannot be written ({self.failure}): {TRAIN if is_train else OTHER}"
             other.write(line + "\n")
             other.flush()
+
+
+def program() -> str:
+    """The `gpt2` command as a shell here finds it: how this process was started, or the one beside its Python.
+
+    Such as "gpt2", ".venv/bin/gpt2" or "python -m engine.cli".
+    """
+    python, *words = sys.orig_argv or ["python"]
+    if words[:2] == ["-m", "engine.cli"]:
+        return f"{_shortest(python)} -m engine.cli"
+    script = next((word for word in words if not word.startswith("-")), "")
+    if Path(script).name == "gpt2":
+        return _shortest(script)
+    if script.endswith(os.path.join("engine", "train.py")):  # torchrun's, or run as a file
+        beside = Path(sys.executable).with_name("gpt2")
+        return _shortest(str(beside)) if beside.is_file() else f"{_shortest(sys.executable)} -m engine.cli"
+    return "gpt2"
+
+
+def _shortest(path: str) -> str:
+    """A program's name if PATH leads to it, else its path as typed, or the shorter way to it; in a shell's quotes."""
+    found = shutil.which(Path(path).name)
+    if found is not None and os.path.abspath(found) == os.path.abspath(path):
+        return shlex.quote(Path(path).name)
+    if not os.path.isabs(path):  # as typed
+        return shlex.quote(path)
+    return shlex.quote(min(os.path.relpath(path), path, key=len))
 
 
 _streams: dict[str, Stream] = {}

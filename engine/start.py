@@ -273,12 +273,12 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config.model.vocab_size, tokenizer, config.data)
+    device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
-    pin = ranks.device.type == "cuda"
-    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, pin)
+    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
     return Data(tokenizer, train, val, windows, *shape, batches)
 
 
@@ -287,8 +287,7 @@ def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str)
     if vocab_size != tokenizer.vocab_size:
         raise BadInput(
             f"train: the model must have the {tokenizer.vocab_size} tokens of {data_directory}'s tokenizer "
-            f"{tokenizer.name}, got {vocab_size}; prepare the data with another --tokenizer, or choose a preset that "
-            "fits"
+            f"{tokenizer.name}, got {vocab_size}; prepare with another --tokenizer, or choose a preset that fits"
         )
 
 
@@ -380,7 +379,7 @@ def build_model(
         history = settings.history(config, past.identity, past.checkpoint)
         directory.write_config(config, data.tokenizer.name, resolved, history)
     runs_on = f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
-    runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint is not None else ""
+    runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint else export.initial_note(config)
     header.show(config, ranks, data.sizes(config), (past.step, past.tokens), compute_dtype, runs_on)
     return run
 

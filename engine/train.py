@@ -13,6 +13,12 @@ from pathlib import Path
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # run as a file: import as from the repository root
 
+from engine import packages
+
+if __name__ == "__main__" and (problem := packages.shadowed()) is not None:  # before anything imports them
+    print(problem, file=sys.stderr)
+    sys.exit(2)
+
 import torch.distributed as dist
 
 from engine import device, distributed, optim, output, start, system

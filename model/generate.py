@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SMALLEST = torch.finfo(torch.float32).tiny  # temperature, below which float32 would divide by zero
+SMALLEST = torch.finfo(torch.float32).tiny  # temperature and top_p; float32 would round smaller ones to 0
 
 
 class NotFinite(ValueError):
@@ -34,7 +34,8 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         sorted_logits, indices = logits.sort(dim=-1, descending=True)
         probs = sorted_logits.softmax(dim=-1)
         probs_above = probs.cumsum(dim=-1) - probs  # total probability of all more likely tokens
-        removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, probs_above >= top_p)
+        outside = probs_above >= max(top_p, SMALLEST)  # float32 would round a smaller one to 0
+        removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, outside)
         logits = logits.masked_fill(removed, float("-inf"))
     return logits
 

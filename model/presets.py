@@ -4,7 +4,7 @@ Free of PyTorch, so that a command line can list the sizes without a slow import
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 InitScheme = Literal["fan_in", "gpt2", "zero_residual"]
@@ -64,6 +64,9 @@ PRESETS: dict[str, GPT2Config] = {
     # positions and 1.62 with 128 (one run each).
     "tiny": GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=64, vocab_size=257, init="zero_residual"),
     "mini": GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=128, vocab_size=257, init="zero_residual"),
+    # small is for one's own text on a CPU, with GPT-2's vocabulary. In the time that a width of 256 took for
+    # 164 thousand tokens of Python, 192 read 225 thousand: validation losses 3.41 and 3.33 (one run each).
+    "small": GPT2Config(n_layer=6, n_head=6, n_embd=192, n_positions=256, init="zero_residual"),
     "gpt2": GPT2Config(12, 12, 768),
     "gpt2-medium": GPT2Config(24, 16, 1024),
     "gpt2-large": GPT2Config(36, 20, 1280),
@@ -110,7 +113,8 @@ def num_parameters(config: GPT2Config, *, padded: bool = True) -> int:
 
     padded=False leaves out the vocabulary's padding rows, which gives the published counts.
     """
-    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    shapes = parameter_shapes(replace(config, n_layer=1))  # all blocks are alike
+    total = sum((config.n_layer if name.startswith("h.") else 1) * math.prod(shape) for name, shape in shapes.items())
     return total if padded else total - (config.padded_vocab_size - config.vocab_size) * config.n_embd
 
 

@@ -7,7 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from engine import config, lock
+from engine import config, lock, output
 from engine.config import CONFIG_FILE, TrainConfig
 from engine.device import format_bytes
 from engine.errors import BadInput
@@ -100,7 +100,8 @@ def report(
     if val_loss is not None and math.isfinite(val_loss):
         loss = f"final validation loss {val_loss:.4f} nats per {unit}"
     else:
-        loss = f"validation loss not known, step {step:,} was saved without one; see it with gpt2 eval --run {out}"
+        see = f"{output.program()} eval --run {shlex.quote(str(out))}"
+        loss = f"validation loss not known, step {step:,} was saved without one; see it with {see}"
     files = [plots.LOSS_CURVE, plots.LR_SCHEDULE, metrics.SAMPLES_FILE]
     return "\n".join(
         [
@@ -110,7 +111,7 @@ def report(
             f"{outcome}: {step:,} steps, {loss}",
             *([f"  {duration}"] if duration is not None else []),
             *(f"  {out / name}" for name in files),
-            f"try: gpt2 sample --run {out} --prompt {shlex.quote(train.prompt)}",
+            f"try: {output.program()} sample --run {shlex.quote(str(out))} --prompt {shlex.quote(train.prompt)}",
         ]
     )
 

@@ -106,6 +106,17 @@ def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
     return loaded, positions
 
 
+def initial_note(train: TrainConfig) -> str:
+    """A line of a new run's header: whose weights, and so whose sizes, the model has; "" without --init-from."""
+    model = train.model
+    return (
+        f"\ninitial weights: {train.init_from}, with its {model.n_layer} layers, {model.n_head} heads, width "
+        f"{model.n_embd}, {model.n_positions} positions and {model.vocab_size:,} tokens"
+        if train.init_from is not None
+        else ""
+    )
+
+
 def check_tokenizer(data_directory: str, expected: str) -> None:
     """Raises BadInput unless the shards of a directory were made with the tokenizer of the model."""
     if (name := shards.tokenizer_name(data_directory)) != expected:

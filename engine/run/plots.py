@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import optim, system
+from engine import optim, output, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run.rows import number
@@ -66,7 +66,8 @@ class Painter:
         if thread is not None:
             thread.join(LONGEST_DRAWING)
             if thread.is_alive():
-                self._warn(f"plots: still not drawn after {LONGEST_DRAWING:g} s; gpt2 plot --run {self._config.out}")
+                again = f"{output.program()} plot --run {self._config.out}"
+                self._warn(f"plots: still not drawn after {LONGEST_DRAWING:g} s; {again}")
 
     def _run(self) -> None:
         while True:
@@ -80,7 +81,9 @@ class Painter:
             except Exception as error:  # no picture may end the run
                 reason = (str(error) if isinstance(error, BadInput) else repr(error))[:LONGEST_REASON]
                 if reason not in self._reasons:
-                    self._warn(f"plots: not drawn: {reason}; training goes on, and gpt2 plot draws them again")
+                    self._warn(
+                        f"plots: not drawn: {reason}; training goes on, and {output.program()} plot draws them again"
+                    )
                 self._reasons.add(reason)
 
 

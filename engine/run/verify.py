@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from engine import config
+from engine import config, output
 from engine.errors import BadInput, nearest
 from engine.run import rows
 from engine.run.rows import METRICS_FILE
@@ -94,7 +94,7 @@ def _check_data(directory: Path) -> Iterator[tuple[Path, str | None]]:
             unknown = f"the tokenizer must be one that exists, got {name!r}{nearest(name, tokenizer.TOKENIZERS)}"
             yield path, None if known is not None else unknown
         elif (directory / shards.BUILDING).exists():
-            yield directory / shards.BUILDING, "a preparation that was stopped; run gpt2 prepare again"
+            yield directory / shards.BUILDING, f"a preparation that was stopped; run {output.program()} prepare again"
     for shard in listed:
         yield directory / shard["file"], _shard_damage(directory / shard["file"], shard, vocab_size)
 

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.output import program
 from engine.tokens import names
 from model import files
 from model.files import BadFile, few
@@ -129,7 +130,7 @@ def _data(path: Path, entries: list[str]) -> Found | None:
     if is_nanogpt(path) or any(names.UNNUMBERED.fullmatch(name) for name in entries):
         return Found("data", "a directory of tokens, a .bin for each split", "give it as --data")
     if ".building" in entries:
-        return Found("data", "a preparation that was stopped", "run gpt2 prepare again")
+        return Found("data", "a preparation that was stopped", f"run {program()} prepare again")
     return None
 
 
@@ -155,7 +156,9 @@ def _weights(path: Path, entries: list[str]) -> Found | None:
         words = "weights in the Hugging Face layout"
         if isinstance(kind, str) and kind != "gpt2":
             return Found("weights", f"{words}, of a {kind[:40]}", "only a GPT-2 can be used here")
-        return Found("weights", words, f"make a run of it: gpt2 import {_quoted(path)} --out {_out('runs', path)}")
+        return Found(
+            "weights", words, f"make a run of it: {program()} import {_quoted(path)} --out {_out('runs', path)}"
+        )
     if pickles := [name for name in entries if name.endswith(PICKLES)]:
         one = path / ("ckpt.pt" if "ckpt.pt" in pickles else pickles[-1])
         return Found("pickles", f"a directory with {few(pickles)}", _import(one, path))
@@ -250,8 +253,8 @@ def _out(folder: str, path: Path) -> str:
 
 
 def _import(path: Path, named: Path) -> str:
-    return f"make a run of it: gpt2 import {_quoted(path)} --out {_out('runs', named)}"
+    return f"make a run of it: {program()} import {_quoted(path)} --out {_out('runs', named)}"
 
 
 def _prepare(path: Path, named: Path) -> str:
-    return f"make token shards of it: gpt2 prepare {_quoted(path)} --out {_out('data', named)}"
+    return f"make token shards of it: {program()} prepare {_quoted(path)} --out {_out('data', named)}"

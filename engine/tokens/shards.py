@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from engine import output
 from engine.errors import BadInput
 from engine.tokens import foreign, names
 from engine.tokens.foreign import HEADERLESS
@@ -173,7 +174,7 @@ def _require_directory(directory: str | Path) -> Path:
     if foreign.what(directory).kind != "data" or not os.path.isdir(directory):
         raise BadInput(
             f"data: must be a directory of token shards, got {directory}"
-            f"{foreign.hint(directory, 'make one with gpt2 prepare')}"
+            f"{foreign.hint(directory, f'make one with {output.program()} prepare')}"
         )
     return Path(directory)
 
@@ -202,7 +203,8 @@ class TokenStream:
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
             raise BadInput(
-                f"{directory}: a preparation must have ended, got one that was stopped; run gpt2 prepare again"
+                f"{directory}: a preparation must have ended, got one that was stopped; run {output.program()} prepare "
+                "again"
             )
         if manifest is not None:
             listed = [shard["file"] for shard in manifest["shards"] if shard["split"] == split]

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from engine import system
+from engine import output, system
 from engine.checks import facts
 from engine.config import TrainConfig
 from engine.errors import BadInput
@@ -170,14 +170,15 @@ def find(config: TrainConfig, device: torch.device) -> tuple[Tuning | None, str]
     try:
         tuning = load(path)
     except ValueError as error:
-        return None, f"tuned: ignored, {path} is damaged ({error}); make it again with gpt2 tune"
+        return None, f"tuned: ignored, {path} is damaged ({error}); make it again with {output.program()} tune"
     here = machine_of(device) | shape
     there = tuning.machine | tuning.shape
     changed = [f"{name} {there.get(name)} -> {value}" for name, value in here.items() if there.get(name) != value]
     if changed:
         return (
             None,
-            f"tuned: ignored, {path} is of another machine or model ({', '.join(changed)}); run gpt2 tune again",
+            f"tuned: ignored, {path} is of another machine or model ({', '.join(changed)}); run "
+            f"{output.program()} tune again",
         )
     return tuning, f"tuned: {tuning}"
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from engine import device as devices
+from engine import output
 from engine.config import PRESETS, TrainConfig, batch_shape
 from engine.errors import BadInput
 from engine.tuning import steps
@@ -96,7 +97,7 @@ def summary(tuning: Tuning, path: Path, seconds: float) -> str:
     ends = "nothing is faster than the shipped setup" if tuning.setup == tuning.shipped else f"found: {tuning.setup}"
     return (
         f"\n{ends}\n{shipped:,.0f} -> {found:,.0f} tokens/s, {found / shipped:.2f}x, after {seconds:.0f} s\n"
-        f"{path}\ngpt2 train {tuning.preset} reads it; flags go before it, --tuned never ignores it"
+        f"{path}\n{output.program()} train {tuning.preset} reads it; flags go before it, --tuned never ignores it"
     )
 
 

@@ -75,7 +75,7 @@ def test_bad_input_is_all_told_at_once(capsys):
     assert scaling.main(["--processes", "0,x", "--model", "huge", "--sequences", "0", "--seconds", "nan"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "bench.scaling: --processes must be numbers from 1 to 16, as in 1,2,4, got '0,x'"
-    assert lines[1].startswith("bench.scaling: --model must be one of tiny, mini, gpt2, ")
+    assert lines[1].startswith("bench.scaling: --model must be one of tiny, mini, small, gpt2, ")
     assert lines[2:] == ["bench.scaling: --sequences and --seconds must be above 0, got 0 and nan"]
 
 

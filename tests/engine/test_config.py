@@ -86,7 +86,7 @@ def test_dotted_flags_reach_into_the_model_and_the_optimizer():
     [
         pytest.param(["tinny"], """must be one that exists, got 'tinny'; did you mean "tiny"?""", id="misspelt"),
         pytest.param(["gpt3-6.7"], 'did you mean "gpt3-6.7b"?', id="cut short"),
-        pytest.param([], "a preset must come first, got nothing; choose from tiny, mini, gpt2,", id="none"),
+        pytest.param([], "a preset must come first, got nothing; choose from tiny, mini, small, gpt2,", id="none"),
         pytest.param(["--seed", "1"], "a preset must come first, got --seed", id="a flag in its place"),
     ],
 )

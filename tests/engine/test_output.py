@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, SMALL
 from runs import newest, run, steps, train
 
-from engine import output
-from engine.run import metrics
+from engine import config, output
+from engine.run import directory, metrics
 
 
 class Failing(io.StringIO):
@@ -111,3 +111,49 @@ def test_a_run_in_a_directory_that_is_not_utf_8_goes_on_and_is_sampled(shards, t
     assert run("export", "--run", str(out), "--out", str(out) + "hf") == 0
     assert run("import", str(out) + "hf", "--out", str(out) + "again") == 0
     assert "cannot be written" not in capfd.readouterr().err
+
+
+# ---- The command as it was called ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """A directory with .venv/bin/gpt2, which PATH does not hold; it is the current one."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("gpt2", "python"):
+        (tmp_path / ".venv" / "bin" / name).touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    return tmp_path
+
+
+CALLED = {
+    "python .venv/bin/gpt2 train tiny": ".venv/bin/gpt2",  # as the kernel starts a script
+    "python HERE/.venv/bin/gpt2 sample": ".venv/bin/gpt2",
+    "python -m engine.cli train": "python -m engine.cli",
+    "HERE/.venv/bin/python -u engine/train.py tiny": ".venv/bin/gpt2",  # as torchrun starts a rank
+    "HERE/.venv/bin/python /clone/engine/train.py tiny": ".venv/bin/gpt2",
+    "python -c pass": "gpt2",
+}
+
+
+@pytest.mark.parametrize("call", CALLED)
+def test_a_command_is_printed_as_a_shell_here_finds_it(call, environment, monkeypatch):
+    words = call.replace("HERE", str(environment)).split()
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert output.program() == CALLED[call]
+    monkeypatch.setenv("PATH", str(environment / ".venv" / "bin"))  # as activate does
+    assert output.program() == ("gpt2" if "gpt2" in CALLED[call] else CALLED[call])
+
+
+def test_without_a_gpt2_beside_python_the_module_is_named(environment, monkeypatch):
+    (environment / ".venv" / "bin" / "gpt2").unlink()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "engine/train.py"])
+    assert output.program() == ".venv/bin/python -m engine.cli"
+
+
+def test_what_a_run_says_to_try_is_a_command_that_runs(trained, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", ".venv/bin/gpt2", "train"])
+    last = directory.report(config.load(trained), "byte", "done", 2, 1.0).splitlines()[-1]
+    assert last.startswith("try: .venv/bin/gpt2 sample --run ")

@@ -129,7 +129,7 @@ def parse_gpt2(args: list[str], monkeypatch) -> None:
     assert command in cli.COMMANDS, command
     if "--help" in flags:
         flags.remove("--help")
-    elif not flags:  # `gpt2 prepare`, the command's name
+    if not flags:  # `gpt2 prepare`, the command's name
         return
     if command == "train":
         config.parse(flags, "gpt2 train")

@@ -18,8 +18,8 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors", "output"},
-    {"system"},
+    {"errors", "output", "packages", "sizes"},
+    {"system", "flags"},
     {"lock"},
     {"tokens"},
     {"config"},
@@ -35,7 +35,7 @@ LAYERS = (
     {"cli"},
 )
 FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "commands", "system"}
+FILES |= {"device", "rendezvous", "commands", "system", "packages", "flags", "sizes"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},

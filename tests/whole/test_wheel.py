@@ -63,3 +63,27 @@ def test_it_prepares_trains_and_samples_in_another_directory(installed, tmp_path
     assert "done: 3 steps" in run(gpt2, "train", "tiny", "--data", "data", "--out", "run", *small, cwd=tmp_path)
     text = run(gpt2, "sample", "--run", "run", "--prompt", "def ", "--max-new-tokens", "8", cwd=tmp_path)
     assert text.startswith("def ")
+
+
+def test_a_stranger_named_kernels_is_passed_over_and_in_the_place_of_ours_it_is_a_sentence(installed, tmp_path):
+    def refused(**environment: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+        command = [installed / "gpt2", "verify", "nowhere"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        return done.stderr
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('a stranger')\n")
+    assert refused(PYTHONPATH=str(tmp_path)).startswith("verify: ")
+    ours = next(installed.parent.glob("lib/python*/site-packages/kernels/__init__.py"))
+    content = ours.read_text()
+    try:
+        ours.write_text(
+            "raise ImportError('a stranger')\n"
+        )  # as pip leaves it when another `kernels` is installed later
+        assert refused().startswith(
+            f"gpt2: `import kernels` must find {ours.parent}, got ImportError: a stranger; another"
+        )
+    finally:
+        ours.write_text(content)
