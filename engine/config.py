@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine import flags, sizes
+from engine import flags, output, sizes
 from engine.errors import BadInput, nearest
 from engine.tokens import foreign
 from model.files import check_fields, make, read_json
