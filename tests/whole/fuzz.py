@@ -387,12 +387,14 @@ def _one(case: Case, files: Path, here: Path, allowed: set[str], patience: float
     return wrong(case, done, is_new(path, files / case.path), allowed), done
 
 
-if __name__ == "__main__":
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--cases", type=int, default=10**6)
+    for name, default in (("--seed", 1), ("--seconds", 60.0), ("--cases", 10**6)):
+        parser.add_argument(name, type=type(default), default=default)
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--patience", type=float, default=PATIENCE)
-    asked = parser.parse_args()
-    sys.exit(bool(fuzz(asked)))
+    return int(bool(fuzz(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
