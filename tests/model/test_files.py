@@ -2,13 +2,14 @@
 
 import os
 import re
+import stat
 import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from model.files import BadFile, make, open_file, read, read_json
+from model.files import BadFile, kind_of, make, open_file, read, read_json
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,9 @@ def test_what_is_no_file_is_named(tmp_path, make, words):
     make(path := tmp_path / "file")
     with pytest.raises(BadFile, match=f"^{words}$"):
         open_file(path)
+    if os.path.exists(path):
+        assert kind_of(os.stat(path).st_mode) == words
+    assert kind_of(stat.S_IFREG) == "a file"
 
 
 def test_a_path_that_is_too_long_or_holds_a_null_byte_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Whatever lies at a file's place, no reader waits for it, and no command ends in a traceback."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -49,6 +50,31 @@ def test_verify_names_a_pipe_at_the_place_of_each_file_of_a_run_and_of_its_data(
         assert "a named pipe" in capsys.readouterr().out, path
         os.replace(kept, path)
     assert cli.main(["verify", str(data), str(run)]) == 0
+
+
+def test_verify_takes_a_limit_of_this_process_for_no_damage(trained, shards, monkeypatch, capsys):
+    """Too many open files, at each file that is opened."""
+    opened, real = [], os.open
+
+    def limited(path, *args, **kwargs):
+        if Path(path).is_relative_to(trained) or Path(path).is_relative_to(shards):
+            opened.append(Path(path))
+            if len(opened) == failing:
+                raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", limited)
+    failing = 0
+    assert cli.main(["verify", str(trained), str(shards)]) == 0
+    most, numbers = len(opened), (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    assert most >= 8
+    capsys.readouterr()
+    for failing in range(1, most + 1):
+        number = numbers[failing % 3]
+        opened.clear()
+        code, said = cli.main(["verify", str(trained), str(shards)]), capsys.readouterr()
+        assert code == 2 or foreign_only(opened[failing - 1], said.out), opened[failing - 1]
+        assert code == 0 or os.strerror(number) in said.err
 
 
 def test_no_reader_waits_for_a_pipe(tmp_path, monkeypatch):

@@ -114,17 +114,17 @@ def test_shards_whose_offsets_make_up_no_tensor_are_refused(sharded, info):
 
 
 def test_parts_of_a_tensor_must_follow_each_other():
-    rows = [([0, 0], tensors.Held((2, 3), "F32")), ([2, 0], tensors.Held((1, 3), "F32"))]
-    assert tensors._joined("w", rows[::-1]) == tensors.Held((3, 3), "F32")
-    assert tensors._joined("w", [*rows, ([3, 0], tensors.Held((0, 3), "F32"))]).shape == (3, 3)
-    for at, held in (([1, 0], (1, 3)), ([3, 0], (1, 3)), ([2, 1], (1, 3)), ([2, 0], (1, 2)), ([2], (1, 3))):
+    rows = [([0, 0], tensors.Saved((2, 3), "F32")), ([2, 0], tensors.Saved((1, 3), "F32"))]
+    assert tensors._joined("w", rows[::-1]) == tensors.Saved((3, 3), "F32")
+    assert tensors._joined("w", [*rows, ([3, 0], tensors.Saved((0, 3), "F32"))]).shape == (3, 3)
+    for at, shape in (([1, 0], (1, 3)), ([3, 0], (1, 3)), ([2, 1], (1, 3)), ([2, 0], (1, 2)), ([2], (1, 3))):
         with pytest.raises(ValueError, match="parts of w that do not make up a tensor"):
-            tensors._joined("w", [rows[0], (at, tensors.Held(held, "F32"))])
+            tensors._joined("w", [rows[0], (at, tensors.Saved(shape, "F32"))])
 
 
 def test_sizes_that_the_files_do_not_hold_are_refused_before_a_model_of_them_is_built(tmp_path):
-    held = {name: torch.zeros(shape) for name, shape in tensors.parameter_shapes(GPT2Config(**MODEL)).items()}
-    save_file(held, tmp_path / "model.safetensors")
+    named = {name: torch.zeros(shape) for name, shape in tensors.parameter_shapes(GPT2Config(**MODEL)).items()}
+    save_file(named, tmp_path / "model.safetensors")
     tensors.check_sizes(tmp_path, GPT2Config(**MODEL))
     began = time.monotonic()
     for change in (

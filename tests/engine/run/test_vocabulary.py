@@ -10,6 +10,7 @@ import torch
 import transformers
 from runs import run
 
+from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import export, vocabulary
 from engine.tokens import tokenizer as tokenizers
@@ -111,14 +112,42 @@ def test_weights_of_another_tokenizer_are_refused_with_the_ids_of_a_sample(case,
     assert len(str(raised.value)) < 400
 
 
-def test_a_padded_model_s_own_token_among_the_padding_is_another_tokenizer_s(tmp_path):
+def test_a_padded_model_s_own_token_among_the_padding_is_left_out_and_named(tmp_path):
     gpt2 = vocabulary.written("gpt2")
     place(tmp_path / "hf", {"vocab.json": json.dumps(gpt2)})
     assert vocabulary.check("import", tmp_path / "hf", "gpt2", PADDED) is None
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps(gpt2 | {"<|im_start|>": 50257}))
     assert vocabulary.check("import", tmp_path / "hf", "gpt2", 50257) is None  # no row of its own
-    with pytest.raises(BadInput, match=re.escape("'<|im_start|>' is 50257 there and no token here")):
+    note = vocabulary.check("import", tmp_path / "hf", "gpt2", PADDED)
+    assert note == "tokens of its own among the padding are left out: <|im_start|>"
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps(gpt2 | {"Ġthe": 50257}))
+    with pytest.raises(BadInput, match="' the' is 262 here and 50257 there"):
         vocabulary.check("import", tmp_path / "hf", "gpt2", PADDED)
+
+
+BESIDE = {
+    "a run's checkpoints": "checkpoints/step_1/state.json",
+    "metrics": "metrics.jsonl",
+    "a manifest": "manifest.json",
+    "a numbered shard": "x_train_000000.bin",
+    "a text": "a.txt",
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_weights_are_read_whatever_lies_beside_them(what, tmp_path):
+    directory = weights(tmp_path / "hf")
+    path = directory / BESIDE[what]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+    for read in (
+        lambda: export.released_weights("import", str(directory))[0],
+        lambda: export.initial_weights(TrainConfig(init_from=str(directory), model=GPT2Config(1, 1, 8, 8, 257)))[0],
+    ):
+        assert torch.equal(read().wte.weight, GPT2.from_pretrained(directory).wte.weight)
+    (directory / "model.safetensors").write_bytes(b"")
+    with pytest.raises(BadInput, match="must be a complete safetensors file"):  # and not "which is a run"
+        export.released_weights("import", str(directory))
 
 
 def test_import_and_init_from_refuse_another_tokenizer_and_leave_nothing(shards, tmp_path, capfd):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +97,21 @@ def test_a_path_with_a_typo_gets_its_nearest_sibling(tmp_path):
     assert foreign.hint(tmp_path / "runs/other", "make one") == ", which does not exist; make one"
 
 
+def test_a_way_in_names_the_command_as_it_was_called(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "engine.cli"])
+    found = [foreign.hint(fill(tmp_path / str(i), entries)) for i, (entries, *_) in enumerate(PLACES.values())]
+    for name, (content, *_) in FILES.items():
+        (tmp_path / name).write_bytes(content)
+        found.append(foreign.hint(tmp_path / name))
+    for split in ("train", "val"):
+        np.arange(90, dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    with pytest.raises(BadInput) as raised:
+        shards.open_tokens(tmp_path / "train.bin")
+    named = re.findall(r"(\S+) (?:prepare|import)\b", " ".join([*found, str(raised.value)]))
+    assert len(named) >= 12
+    assert {*named} == {"engine.cli"}
+
+
 def test_nothing_at_a_path_ends_in_an_exception_or_a_wait(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
@@ -147,10 +163,35 @@ def write(directory, name, first, count=9):
 def test_the_split_is_what_stands_before_the_number(suffix, tmp_path):
     for place, name in enumerate(("my_train_set_train", "my_train_set_val", "my_val_set_train")):
         write(tmp_path, f"{name}_000000.{suffix}", 100 * place)
-    write(tmp_path, "my_train_notes_of_val.npy", 900)
+    for name in ("my_train_notes_of_val.npy", "my_train_set_val.bin"):  # of no split for sure
+        write(tmp_path, name, 900)
     assert TokenStream.open(tmp_path, "val", VOCAB).read(0, 9).tolist() == list(range(100, 109))
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 18).tolist() == [*range(9), *range(200, 209)]
     assert len(names.find(tmp_path)) == 3
+
+
+def test_what_stands_after_the_split_need_not_be_a_number(tmp_path):
+    for place, name in enumerate(("x_train_a.bin", "x_train_b.npy", "a_train_x_val_000002-of-000002.bin")):
+        write(tmp_path, name, 100 * place)
+    assert foreign.what(tmp_path).kind == "data"
+    assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 18).tolist() == [*range(9), *range(100, 109)]
+    assert TokenStream.open(tmp_path, "val", VOCAB).read(0, 9).tolist() == list(range(200, 209))
+
+
+def test_a_manifest_says_the_split_of_a_shard_of_any_name(tmp_path):
+    listed = {"a.bin": "train", "b_train_000000.bin": "val", "my_val.bin": "train"}
+    for place, name in enumerate(listed):
+        write(tmp_path, name, 100 * place)
+    of = [{"file": name, "split": split, "sha256": ""} for name, split in listed.items()]
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": "gpt2", "shards": of}))
+    assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 18).tolist() == [*range(9), *range(200, 209)]
+    assert TokenStream.open(tmp_path, "val", VOCAB).read(0, 9).tolist() == list(range(100, 109))
+    for name in ("a.bin", "x" * 9000):
+        (tmp_path / "a.bin").unlink(missing_ok=True)
+        (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": "gpt2", "shards": [of[0] | {"file": name}]}))
+        with pytest.raises(BadInput, match=f"must be there, missing {name[:80]}") as raised:
+            TokenStream.open(tmp_path, "train", VOCAB)
+        assert len(str(raised.value)) < 500
 
 
 def test_a_set_called_train_keeps_its_validation_apart_from_prepare_on(tmp_path, capfd):
