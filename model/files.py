@@ -20,6 +20,7 @@ Kind = TypeVar("Kind")
 MOST_JSON = 64 << 20  # bytes; the largest index or manifest in use has a few
 MOST_INT = 2**63 - 1
 KINDS = {
+    stat.S_ISREG: "a file",
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a named pipe",
     stat.S_ISSOCK: "a socket",
@@ -46,11 +47,16 @@ def open_file(path: str | Path) -> BinaryIO:
         raise
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise BadFile(getattr(error, "strerror", None) or str(error)) from error
-    kind = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(kind):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    raise BadFile(next((words for is_kind, words in KINDS.items() if is_kind(kind)), "no regular file"))
+    raise BadFile(kind_of(mode))
+
+
+def kind_of(mode: int) -> str:
+    """What lies at a path, by the mode of its os.stat: "a file", "a directory", "a named pipe", ..."""
+    return next((words for is_kind, words in KINDS.items() if is_kind(mode)), "no regular file")
 
 
 def read(path: str | Path, most: int = MOST_JSON) -> bytes:
@@ -124,8 +130,8 @@ def make(kind: type[Kind], found: Any) -> Kind:
     check_fields(found, {})
     values = {}
     for field in dataclasses.fields(kind):
-        has_default = field.default is not field.default_factory  # both are MISSING where there is none
-        if field.name not in found and has_default:
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name not in found and not is_required:
             continue
         if dataclasses.is_dataclass(field.type):
             values[field.name] = make(field.type, check_fields(found, {field.name: dict})[field.name])

@@ -62,7 +62,7 @@ def _read(path: str | Path) -> dict:
     try:
         with files.open_file(path) as file:  # no pipe is waited for
             if file.read(4) != b"PK\x03\x04":
-                raise BadFile("no zip file, which torch.save writes")
+                raise BadFile("the old format of torch.save, or no file of it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"weights: {path} must exist, got no file") from error

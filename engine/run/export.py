@@ -93,7 +93,7 @@ def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
     """
     if (source := train.init_from) is None:
         return None
-    if (Path(source) / "checkpoints").is_dir():
+    if (Path(source) / "checkpoints").is_dir() and not foreign.is_model(source):
         loaded, _, checkpoint = _load_whole(source, print, is_best=False)
         positions = trained_positions(checkpoint)
     else:
@@ -134,8 +134,6 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     tokens. Raises BadInput if the weights cannot be read, or are of another tokenizer than ours.
     """
     found = foreign.what(source)
-    if found.kind not in ("weights", "pickle", "missing"):
-        raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}")
     folder = Path(source).absolute().parent
     notes = []
     try:
@@ -144,9 +142,8 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
         else:
             folder = pretrained.locate(source)
             model = GPT2.from_pretrained(folder)
-    except ValueError as error:
-        is_name = source in pretrained.RELEASED or not Path(source).parent.is_dir()
-        if found.way and not is_name and found.kind == "missing":  # a path with a typo, not a name on the Hub
+    except (OSError, ValueError) as error:  # OSError: a path in a directory that is not open to this user
+        if _is_no_weights(source, found):
             raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}") from error
         raise BadInput(f"{who}: {error}") from error
     rows = model.config.vocab_size
@@ -160,6 +157,14 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     for note in filter(None, notes):
         print(f"{who}: {note}", flush=True)
     return model, name
+
+
+def _is_no_weights(source: str, found: foreign.Found) -> bool:
+    """Whether what lies there says more than why it could not be read as weights, which it was not meant to be."""
+    if found.kind == "missing":  # a path with a typo, not a name on the Hub
+        is_name = source in pretrained.RELEASED or not Path(source).parent.is_dir()
+        return bool(found.way) and not is_name
+    return found.kind not in ("weights", "pickle") and not foreign.is_model(source)
 
 
 def import_weights(source: str, out: str) -> Path:

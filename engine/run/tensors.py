@@ -23,7 +23,7 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torc
 OFFSETS = "DCP_SHARDING_INFO"  # in the header of a shard: where its part of each tensor begins
 
 
-class Held(NamedTuple):
+class Saved(NamedTuple):
     """Shape and dtype of a saved tensor, as safetensors writes them."""
 
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Held(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def held(path: Path, prefix: str) -> dict[str, Held]:
+def saved_tensors(path: Path, prefix: str) -> dict[str, Saved]:
     """Every tensor of the checkpoint at `path` whose name begins with "model." or "optimizer.".
 
     Raises BadInput if a file is no safetensors file, or shards do not make up whole tensors.
@@ -45,21 +45,21 @@ def held(path: Path, prefix: str) -> dict[str, Held]:
     return {name: each for name, each in found.items() if name.startswith(prefix)}
 
 
-def _in_file(path: Path, prefix: str) -> dict[str, Held]:
+def _in_file(path: Path, prefix: str) -> dict[str, Saved]:
     with open_tensors(path / f"{prefix}safetensors") as file:
         slices = {prefix + name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (file is no dict)
-        return {name: Held(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return {name: Saved(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
-def _in_shards(folder: Path) -> dict[str, Held]:
-    pieces: dict[str, list[tuple[list[int], Held]]] = {}
+def _in_shards(folder: Path) -> dict[str, Saved]:
+    pieces: dict[str, list[tuple[list[int], Saved]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with open_tensors(path) as file:
             text = (file.metadata() or {}).get(OFFSETS)
             offsets = None if text is None else check_fields(parse_json(text), {})
             for name in file.keys():  # noqa: SIM118 (file is no dict)
                 part = file.get_slice(name)
-                piece = Held(tuple(part.get_shape()), part.get_dtype())
+                piece = Saved(tuple(part.get_shape()), part.get_dtype())
                 at = [0] * len(piece.shape)
                 if offsets is not None:
                     at = check_fields(check_fields(offsets, {name: dict})[name], {"saved_offsets": list[int]})
@@ -68,7 +68,7 @@ def _in_shards(folder: Path) -> dict[str, Held]:
     return {name: _joined(name, parts) for name, parts in pieces.items()}
 
 
-def _joined(name: str, parts: list[tuple[list[int], Held]]) -> Held:
+def _joined(name: str, parts: list[tuple[list[int], Saved]]) -> Saved:
     """The whole tensor of parts that follow each other along its first axis. Raises BadFile for others."""
     (_, first), *_ = parts
     rows = 0
@@ -79,10 +79,10 @@ def _joined(name: str, parts: list[tuple[list[int], Held]]) -> Held:
         if not same or at != [rows, *[0] * (len(part.shape) - 1)][: len(part.shape)]:
             raise BadFile(f"parts of {name} that do not make up a tensor")
         rows += part.shape[0] if part.shape else 1
-    return Held((rows, *first.shape[1:]) if first.shape else (), first.dtype)
+    return Saved((rows, *first.shape[1:]) if first.shape else (), first.dtype)
 
 
-def check(path: Path, found: dict[str, Held], wanted: dict[str, Held], prefix: str, what: str) -> None:
+def check(path: Path, found: dict[str, Saved], wanted: dict[str, Saved], prefix: str, what: str) -> None:
     """Raises BadInput, naming the first tensor that is missing, unknown, or of another shape or dtype."""
     wrong = sorted(set(found) ^ set(wanted)) or [name for name in wanted if found[name] != wanted[name]]
     if wrong:
@@ -98,14 +98,14 @@ def check_sizes(path: Path, config: GPT2Config) -> None:
 
     Their number is compared first: sizes that a damaged file asks for may be beyond any memory.
     """
-    found = held(path, "model.")
+    found = saved_tensors(path, "model.")
     per_block, others = 12, 4
     if len(found) != per_block * config.n_layer + others:
         raise BadInput(
             f"checkpoint: {path} must hold the {per_block * config.n_layer + others:,} tensors of a model of "
             f"{config.n_layer:,} blocks, got {len(found):,}; use an older one"
         )
-    wanted = {f"model.{name}": Held(shape, "F32") for name, shape in parameter_shapes(config).items()}
+    wanted = {f"model.{name}": Saved(shape, "F32") for name, shape in parameter_shapes(config).items()}
     check(path, found, wanted, "model.", "parameters")
 
 
@@ -115,8 +115,8 @@ def fill(path: Path, targets: dict[str, Tensor], prefix: str, what: str) -> None
     what: "parameters" or "optimizer's state", for the error message. Raises BadInput if names, shapes
     or dtypes differ. Of sharded targets all processes call this.
     """
-    wanted = {name: Held(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in targets.items()}
-    check(path, held(path, prefix), wanted, prefix, what)
+    wanted = {name: Saved(tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in targets.items()}
+    check(path, saved_tensors(path, prefix), wanted, prefix, what)
     if (path / SHARDED).is_dir():
         _load_shards(path, targets)
         return

@@ -7,6 +7,7 @@ Run: config.json and metrics.jsonl must be readable, and each checkpoint's manif
 The check reads every byte and changes none.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,7 @@ STATE_FIELDS = {"step": int, "tokens": int, "trained_positions": int, "world_siz
 STATE_FIELDS |= {"identity": dict, "scaler": dict, "guard": list}
 IDENTITY_FIELDS = {"sequence_length": int, "tokenizer": str, "data_digest": str}
 IDENTITY_FIELDS |= {"precision": str | None, "micro_batch_size": int | None}
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process or machine: no damage to a file
 LATEST = "latest"  # in the run directory: name of the newest checkpoint that was announced
 
 
@@ -39,7 +41,8 @@ def verify(paths: Iterable[str | Path], print_line: Callable[[str], None]) -> in
     """Checks data and run directories. Returns the number of damaged files and checkpoints.
 
     print_line: called with a line for each file or checkpoint, and with the total at the end.
-    Raises BadInput, before anything is read, if a path is neither kind of directory.
+    Raises BadInput, before anything is read, if a path is neither kind of directory, and OSError if a
+    limit of this process keeps a file from being read.
     """
     checks = [(Path(path), _check_for(Path(path))) for path in paths]
     checked = damaged = 0
@@ -85,6 +88,7 @@ def _check_data(directory: Path) -> Iterator[tuple[Path, str | None]]:
     try:
         manifest = shards.read_manifest(directory)
     except BadInput as error:
+        _raise_limit(error)
         yield path, _without_path(path, error)
     else:
         if manifest is not None:
@@ -121,10 +125,20 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         if listed.get("sha256", digest) != digest:
             wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {digest[:12]}...")
     except BadInput as error:
+        _raise_limit(error)
         wrong.append(_without_path(path, error))
     except (OSError, BadFile) as error:
+        _raise_limit(error)
         wrong.append(f"cannot be read: {getattr(error, 'strerror', None) or error}")
     return "; ".join(wrong) or None
+
+
+def _raise_limit(error: BaseException | None) -> None:
+    """Raises the OSError behind an error if it is one of LIMITS."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            raise error
+        error = error.__cause__
 
 
 def _without_path(path: Path, error: BadInput) -> str:
@@ -141,6 +155,7 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
         config.load(directory)
         yield path, None
     except BadInput as error:
+        _raise_limit(error)
         yield path, _without_path(path, error) if os.path.lexists(path) else "is missing"
     if os.path.lexists(path := directory / METRICS_FILE):
         yield path, _metrics_damage(path)
@@ -154,7 +169,8 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
 def checkpoint_damage(path: Path) -> str | None:
     """Describes the damage to a checkpoint directory, or returns None if every digest verifies.
 
-    Then all that is loaded of it has a digest, and its state has the types of STATE_FIELDS.
+    Then all that is loaded of it has a digest, and its state has the types of STATE_FIELDS. Raises
+    OSError if a limit of this process keeps a file from being read.
     """
     try:
         manifest = read_json(path / MANIFEST, {"version": int, "files": dict})
@@ -175,16 +191,18 @@ def checkpoint_damage(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
+        _raise_limit(error)
         return f"{MANIFEST} cannot be read: {error}"
     try:
         read_state(path)
     except (OSError, ValueError) as error:  # its digest verifies, but no run wrote it
+        _raise_limit(error)
         return f"{STATE} must be the state of a run, got {error}"
     return None
 
 
 def _file_damage(path: Path, name: str, expected: dict) -> str | None:
-    """Damage to one file of a checkpoint. Raises FileNotFoundError or OSError if it cannot be read."""
+    """Damage to one file of a checkpoint. Raises OSError if it is missing or cannot be read."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         return f"{MANIFEST} must list files of its directory, got {name[:80]}"
     try:
@@ -195,6 +213,7 @@ def _file_damage(path: Path, name: str, expected: dict) -> str | None:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 return f"{name} does not match its sha256"
     except BadFile as error:
+        _raise_limit(error)
         return f"{name} must be a file that can be read, got {error}"
     return None
 
@@ -230,5 +249,6 @@ def _metrics_damage(path: Path) -> str | None:
                 return f"line {number} must have a step above {before}, got {row['step']}"
             before = before if row is None else row["step"]
     except OSError as error:
+        _raise_limit(error)
         return f"cannot be read: {error.strerror or error}"
     return None

@@ -55,12 +55,13 @@ def tokenizer_of(who: str, source: str, rows: int) -> str:
 
 
 def check(who: str, folder: Path, name: str, rows: int) -> str | None:
-    """Compares the tokenizer's files beside weights with ours, id by id. Returns a note if there are none.
+    """Compares the tokenizer's files beside weights with ours, id by id.
 
-    rows: ids that the weights know; a file may name more. Raises BadInput if an id differs.
+    rows: ids that the weights know; a file may name more. Returns a note if there is no such file, or
+    if one names tokens of its own among the padding. Raises BadInput if an id below the padding differs.
     """
     ours = written(name)
-    found = False
+    found, extra = False, {}
     for file in FILES[:2]:
         try:
             theirs = _read(folder / file)
@@ -69,13 +70,14 @@ def check(who: str, folder: Path, name: str, rows: int) -> str | None:
         except BadFile as error:
             raise BadInput(f"{who}: {folder / file} must be a tokenizer's vocabulary, got {error}") from error
         found = True
-        if {token: i for token, i in theirs.items() if i < rows} != ours:
+        if {token: i for token, i in theirs.items() if i < len(ours)} != ours:
             raise BadInput(
                 f"{who}: the weights in {folder} must be of the tokenizer {name}, got another's in {file}: "
-                f"{_difference(ours, theirs, rows)}; with other ids they would read and write nonsense"
+                f"{_difference(ours, theirs)}; with other ids they would read and write nonsense"
             )
+        extra |= {token[:40]: i for token, i in theirs.items() if len(ours) <= i < rows}
     if found:
-        return None
+        return f"tokens of its own among the padding are left out: {files.few(extra)}" if extra else None
     kind = _class(folder / FILES[2])
     if (folder / "tokenizer.model").exists() or kind not in (None, *OURS, *ANY_CLASS):
         got = kind or "tokenizer.model"
@@ -115,11 +117,11 @@ def _class(path: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _difference(ours: dict[str, int], theirs: dict[str, int], rows: int) -> str:
+def _difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
     """Ids in both of the first sample that differs, else of any token."""
     differing = (token for token in (*SAMPLES, *ours) if token in ours and theirs.get(token) != ours[token])
     if (token := next(differing, None)) is None:
-        extra, i = next((token, i) for token, i in theirs.items() if i < rows and token not in ours)
+        extra, i = next((token, i) for token, i in theirs.items() if i < len(ours) and token not in ours)
         return f"{extra!r} is {i} there and no token here"
     there = theirs.get(token, "no token")
     return f"{token.replace('Ġ', ' ')!r} is {ours[token]} here and {there} there"

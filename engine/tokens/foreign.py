@@ -32,7 +32,7 @@ SHARD_MAGIC, LLMC_WEIGHTS, LLMC_EVALUATION = 20240520, 20240326, 20240522
 class Found(NamedTuple):
     """What lies at a path."""
 
-    kind: str  # data, run, checkpoint, weights, pickle, text, missing or other
+    kind: str  # data, nanogpt, run, checkpoint, weights, pickle, pickles (a directory of them), text, missing or other
     words: str  # such as "a run", or "does not exist"
     way: str = ""  # what to do with it; "" if there is no known way
 
@@ -119,13 +119,13 @@ def _inside(path: Path, entries: list[str], wanted: tuple[str, ...]) -> Found | 
 
 def _data(path: Path, entries: list[str]) -> Found | None:
     has_manifest = "manifest.json" in entries and not {"state.json", "model.safetensors"} & {*entries}
-    if has_manifest or any(names.NUMBERED.fullmatch(name) for name in entries):
+    if has_manifest or any(names.SHARD.fullmatch(name) for name in entries):
         return Found("data", "a directory of token shards", "give it as --data")
     if "meta.pkl" in entries and {*HEADERLESS} <= {*entries}:
         return Found(
             "nanogpt",
             "nanoGPT's data with a vocabulary of its own (meta.pkl)",
-            "make token shards of its text with gpt2 prepare",
+            f"make token shards of its text with {program()} prepare",
         )
     if is_nanogpt(path) or any(names.UNNUMBERED.fullmatch(name) for name in entries):
         return Found("data", "a directory of tokens, a .bin for each split", "give it as --data")
@@ -170,7 +170,7 @@ def _text(path: Path, entries: list[str]) -> Found | None:
         return Found(
             "other",
             "a dataset of the datasets library",
-            "write it with its to_json or to_parquet, and make token shards of that with gpt2 prepare",
+            f"write it with its to_json or to_parquet, and make token shards of that with {program()} prepare",
         )
     notes = (".", "readme", "license")  # say nothing of the rest
     texts = [name for name in entries if name.endswith(TEXT) and not name.lower().startswith(notes)]
@@ -192,16 +192,18 @@ def _file(path: Path) -> Found:
     magic = struct.unpack("<i", head[:4])[0] if len(head) >= 4 else None
     if path.suffix in PICKLES:
         return Found("pickle", "a checkpoint of PyTorch", _import(path, path.with_suffix("")))
+    directory = f"give its directory, {path.parent}"
     if path.suffix == ".npy" or magic == SHARD_MAGIC or is_headerless(path):
-        return Found("other", "a file of tokens", f"give its directory, {_shown(path)}")
+        return Found("other", "a file of tokens", directory)
     if magic == LLMC_WEIGHTS:
-        return Found("other", "weights in llm.c's format", "llm.c's dev/eval/export_hf.py makes what gpt2 import reads")
+        way = f"llm.c's dev/eval/export_hf.py makes what {program()} import reads"
+        return Found("other", "weights in llm.c's format", way)
     if magic == LLMC_EVALUATION:
         return Found("other", "llm.c's file of questions to evaluate a model on", "nothing here reads it")
     if path.name in RUN_FILES and what(parent).kind == "run":
-        return Found("other", "a file of a run", f"give the run, {_shown(path)}")
+        return Found("other", "a file of a run", f"give the run, {path.parent}")
     if path.suffix == ".safetensors" or path.name.startswith("pytorch_model") or path.name == "config.json":
-        return Found("other", "one file of weights", f"give its directory, {_shown(path)}")
+        return Found("other", "one file of weights", directory)
     if path.name.endswith(TEXT):
         return Found("text", "a file of text", _prepare(path, path.with_suffix("")))
     return Found("other", "an empty file" if not head else "a file")
@@ -231,6 +233,11 @@ def is_headerless(path: Path) -> bool:
     return path.name in HEADERLESS and is_nanogpt(path.parent)
 
 
+def is_model(directory: str | Path) -> bool:
+    """Whether a directory's config.json is a model's in the Hugging Face layout, whatever lies beside it."""
+    return "model_type" in _config(Path(directory))
+
+
 def _config(path: Path) -> dict:
     """Fields of a config.json; {} if it cannot be read."""
     try:
@@ -241,11 +248,6 @@ def _config(path: Path) -> dict:
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _shown(path: Path) -> str:
-    """The directory of a file, as the user would write it."""
-    return str(path.parent)
 
 
 def _out(folder: str, path: Path) -> str:

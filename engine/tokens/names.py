@@ -1,8 +1,9 @@
-"""Names of token shards: `<name>_<split>_<number>.bin` or `.npy`. The split is what stands before the number.
+"""Names of token shards: `<name>_<split>_<number>.bin` or `.npy`. The last split in a name is its split.
 
-So my_train_set_val_000000.bin is of the validation split. Some sets of one file per split have no
-number, as llm.c's tiny_shakespeare_train.bin, or no name, as nanoGPT's train.bin. They are read
-where no shard of the split has a number.
+So my_train_set_val_000000.bin is of the validation split. What stands in the number's place may be
+any text, as 000002-of-000002. Some sets of one file per split have no number, as llm.c's
+tiny_shakespeare_train.bin, or no name, as nanoGPT's train.bin. They are read where no shard of the
+split has a number.
 """
 
 import os
@@ -10,7 +11,8 @@ import re
 from pathlib import Path
 
 SPLITS = ("train", "val")
-NUMBERED = re.compile(r".*_(train|val)_[0-9]+\.(?:bin|npy)", re.DOTALL)
+NUMBERED = re.compile(r".*_(train|val)_[0-9]+\.(?:bin|npy)", re.DOTALL)  # as `prepare` writes them
+SHARD = re.compile(r".*_(train|val)_(?!(?:.*_)?(?:train|val)\.).*\.(?:bin|npy)", re.DOTALL)  # not my_train_set_val.bin
 UNNUMBERED = re.compile(r"(?:.*_)?(train|val)\.bin", re.DOTALL)
 PATTERN = "<name>_{split}_<number>.bin or .npy"
 
@@ -23,6 +25,6 @@ def find(directory: Path, split: str | None = None) -> list[Path]:
         return []
     found: list[str] = []
     for one in SPLITS if split is None else (split,):
-        tiers = ([n for n in names if (m := p.fullmatch(n)) and m[1] == one] for p in (NUMBERED, UNNUMBERED))
+        tiers = ([n for n in names if (m := p.fullmatch(n)) and m[1] == one] for p in (SHARD, UNNUMBERED))
         found += next(filter(None, tiers), [])
     return [directory / name for name in sorted(found)]

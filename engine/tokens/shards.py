@@ -126,7 +126,7 @@ def open_tokens(path: Path) -> np.ndarray:
     if largest < 256:  # text has " the", which is 262, in its first lines
         raise BadInput(
             f"{path}: without a header, tokens must be GPT-2's, got none above {largest}, as characters or "
-            "bytes have; make token shards of the text with gpt2 prepare"
+            f"bytes have; make token shards of the text with {output.program()} prepare"
         )
     return tokens
 
@@ -194,7 +194,7 @@ class TokenStream:
 
     @classmethod
     def open(cls, directory: str | Path, split: str, vocab_size: int) -> "TokenStream":
-        """Opens a split's shards in a directory, which have the names of engine/tokens/names.py.
+        """Opens a split's shards in a directory: those of its manifest, else of the names in engine/tokens/names.py.
 
         Raises BadInput if there is none or one is bad.
         """
@@ -208,13 +208,13 @@ class TokenStream:
             )
         if manifest is not None:
             listed = [shard["file"] for shard in manifest["shards"] if shard["split"] == split]
-            if missing := sorted(set(listed) - {path.name for path in paths}):
+            paths = [directory / name for name in sorted(set(listed))]
+            if missing := [path.name[:80] for path in paths if not os.path.lexists(path)]:
                 raise BadInput(f"{directory}: every shard of {MANIFEST} must be there, missing {few(missing)}")
-            paths = [path for path in paths if path.name in listed]
         if not paths:
             pattern = names.PATTERN.format(split=split)
             raise BadInput(f"{directory}: must hold shards named {pattern}, got none")
-        if len(paths) > 1 and not names.NUMBERED.fullmatch(paths[0].name):
+        if manifest is None and len(paths) > 1 and not names.SHARD.fullmatch(paths[0].name):
             raise BadInput(
                 f"{directory}: must hold one set of tokens where their names have no numbers, got "
                 f"{few([path.name for path in paths])}; put each set into a directory of its own"

@@ -66,15 +66,15 @@ def test_verify_takes_a_limit_of_this_process_for_no_damage(trained, shards, mon
     monkeypatch.setattr(os, "open", limited)
     failing = 0
     assert cli.main(["verify", str(trained), str(shards)]) == 0
-    most, numbers = len(opened), (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    assert most >= 8
+    most, numbers, codes = len(opened), (errno.EMFILE, errno.ENFILE, errno.ENOMEM), []
     capsys.readouterr()
     for failing in range(1, most + 1):
         number = numbers[failing % 3]
         opened.clear()
-        code, said = cli.main(["verify", str(trained), str(shards)]), capsys.readouterr()
-        assert code == 2 or foreign_only(opened[failing - 1], said.out), opened[failing - 1]
-        assert code == 0 or os.strerror(number) in said.err
+        codes.append(cli.main(["verify", str(trained), str(shards)]))
+        assert codes[-1] == 0 or os.strerror(number) in capsys.readouterr().err, opened[failing - 1]
+    assert 1 not in codes
+    assert codes.count(2) >= 8
 
 
 def test_no_reader_waits_for_a_pipe(tmp_path, monkeypatch):
