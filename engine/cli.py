@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> int:
 def _refusal(error: Exception, command: str) -> str | None:
     """Error message for what the machine refused and no caller turned into one; None for a bug."""
     message = None
-    if "torch" in sys.modules:  # whose errors tell how much was asked for
+    if sys.modules.get("torch") is not None:  # whose errors tell how much was asked for
         from engine.health import failures
 
         message = failures.no_room_for_the_model(error, command)

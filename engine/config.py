@@ -152,7 +152,7 @@ class TrainConfig:
         if self.sequence_length > self.model.n_positions:
             wrong.append(
                 f"--context must be at most the model's {self.model.n_positions} positions, got "
-                f"{self.sequence_length}; lower it or raise --model.n-positions"
+                f"{self.sequence_length}; lower it{'' if self.init_from else ' or raise --model.n-positions'}"
             )
         wrong += flags.too_large(self) + self.optim.problems()
         if self.profile is not None:
@@ -286,7 +286,7 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     value; for an unknown flag tyro exits with 2.
     """
     if args and args[0] in ("-h", "--help"):
-        print(presets_help(prog))
+        print(presets_help(prog.replace("gpt2", output.program(), 1)))
         raise SystemExit(0)
     if not args or args[0].startswith("-"):
         got = args[0] if args else "nothing"

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from engine import output
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from kernels.dispatch import Ops, has_c_compiler, select
@@ -354,7 +355,7 @@ def report(
         ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
         ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
         ("precision", f"{precision}: {why}"),
-        ("tuned", about_tuned or "no, gpt2 tune finds what is fastest here"),
+        ("tuned", about_tuned or f"no, {output.program()} tune finds what is fastest here"),
         ("self-check", _self_check(failed, [choice.implementation for choice in ops.choices])),
     ]
     lines = [f"{name:<21} {text}" for name, text in facts]

@@ -6,6 +6,7 @@ Imports no PyTorch, so that --help is fast.
 import dataclasses
 from typing import Any
 
+from engine import output
 from engine.errors import BadInput
 
 # Our flag, or another way in, for each name that it has elsewhere. The first that a command has is the hint.
@@ -67,14 +68,19 @@ HINTS = (
     ("--prompt", "start text input"),
     ("--tokenizer", "encoding tokenizer-name"),
 )
+DEVICES = "device devices gpu gpus cuda cpu no-cuda use-cpu num-gpus accelerator"
+DEVICE = "CUDA_VISIBLE_DEVICES in front of the command: 0 is the first GPU, an empty value the CPU"
+# Ways in that are no flags: of commands that have this flag, what, for which names.
 ELSEWHERE = (
+    ("--tokens-per-step", f"{DEVICE}, and torchrun --nproc_per_node=N engine/train.py takes N of them", DEVICES),
+    ("--precision", DEVICE, DEVICES),
+    ("--run", DEVICE, DEVICES),
     (
-        "CUDA_VISIBLE_DEVICES in front of the command: 0 is the first GPU, an empty value the CPU, and torchrun "
-        "--nproc_per_node=N engine/train.py takes N of them",
-        "device devices gpu gpus cuda cpu no-cuda use-cpu num-gpus accelerator",
+        "--micro-batch-size",
+        "the word after the command, the preset",
+        "preset model model-name config model-size model-type size",
     ),
-    ("the word after the command", "preset model model-name config model-size model-type size"),
-    ("prepare's --tokenizer, which the data notes", "tokenizer tokenizer-name"),
+    ("--tokens-per-step", "prepare's --tokenizer, which the data notes", "tokenizer tokenizer-name"),
 )
 
 
@@ -92,7 +98,8 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
         if flag.startswith("--") and flag not in known and (here := hint(flag, known)) is not None:
             raise BadInput(f"{prog}: a flag must be one that --help lists, got {flag}; here it is {here}")
     options = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=args, prog=prog, **options)
+    called = prog.replace("gpt2", output.program(), 1) if prog.startswith("gpt2 ") else prog
+    return tyro.cli(kind, args=args, prog=called, **options)
 
 
 def names(kind: type, prefix: str = "--") -> set[str]:
@@ -110,7 +117,7 @@ def hint(flag: str, known: set[str]) -> str | None:
     for ours, theirs in HINTS:
         if flag[2:] in theirs.split() and ours.replace(",", " ").replace(";", " ").split()[0] in known:
             return ours
-    return next((ours for ours, theirs in ELSEWHERE if flag[2:] in theirs.split()), None)
+    return next((ours for has, ours, theirs in ELSEWHERE if has in known and flag[2:] in theirs.split()), None)
 
 
 def too_large(asked: Any, prefix: str = "--") -> list[str]:

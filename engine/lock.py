@@ -9,9 +9,8 @@ directory holds besides. A new holder needs the consent of two rules:
                     ends it too, so nothing else there may open the file. Some file systems have no
                     such locks, or none that other hosts see.
     the file's      A holder on this kernel is alive if a process has its number and start time. One
-                    on another host or before a reboot cannot be seen, nor one in another container
-                    where the kernel's lock says nothing. It is alive if its counter, which a thread
-                    of it raises every BEAT seconds, changes within STALE seconds.
+                    that cannot be seen (another host, another boot, another container) is alive if
+                    its counter, raised every BEAT seconds, changes within STALE seconds.
 
 The lock of a dead holder is taken over. If that holder was only suspended, it finds another's name
 in the file and exits at once with code 4. An exception would still write while it closes the run.
@@ -212,7 +211,7 @@ def _take(path: Path, file: int, command: str, before: dict, is_sure: bool, lock
     holder = {"beat": f"{0:010d}", "nonce": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     holder |= {"start": (_stat(os.getpid()) or ("", ""))[1], "boot": _boot(), "namespace": _namespace()}
     holder |= {"begun": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command, "file": _place(path, file)}
-    holder["kernel"] = locked
+    holder["kernel"] = os.fstat(file).st_dev if locked else None  # device on which it has the kernel's lock
     line = json.dumps(holder).encode() + b"\n"
     os.pwrite(file, line, 0)
     os.ftruncate(file, len(line))
@@ -264,8 +263,9 @@ def _is_alive(holder: dict, path: Path, file: int, locked: bool | None) -> bool 
     if not _boot() or holder.get("boot") != _boot():
         return None
     if holder.get("namespace") != _namespace():
-        # Of another container, or a restart of this one. Its kernel is this one, which has ended its lock.
-        return False if locked and holder.get("kernel") is True else None
+        # Of another container, or a restart of this one: dead, as the kernel has ended its lock. But through
+        # mounts of their own (FUSE), which are other devices, each process would get a lock.
+        return False if locked and holder.get("kernel") == os.fstat(file).st_dev else None
     # A copy of a directory has its holder's name too, but another path and inode.
     if locked and all(was != now for was, now in zip(holder["file"], _place(path, file), strict=True)):
         return False

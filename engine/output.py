@@ -79,12 +79,12 @@ def program() -> str:
     Such as "gpt2", ".venv/bin/gpt2" or "python -m engine.cli".
     """
     python, *words = sys.orig_argv or ["python"]
-    if words[:2] == ["-m", "engine.cli"]:
-        return f"{_shortest(python)} -m engine.cli"
     script = next((word for word in words if not word.startswith("-")), "")
+    if script == "engine.cli" and "-m" in words:
+        return f"{_shortest(python)} -m engine.cli"
     if Path(script).name == "gpt2":
         return _shortest(script)
-    if script.endswith(os.path.join("engine", "train.py")):  # torchrun's, or run as a file
+    if script == "engine.train" or script.endswith(os.path.join("engine", "train.py")):  # torchrun's, or run itself
         beside = Path(sys.executable).with_name("gpt2")
         return _shortest(str(beside)) if beside.is_file() else f"{_shortest(sys.executable)} -m engine.cli"
     return "gpt2"

@@ -1,6 +1,6 @@
 """Our packages `kernels` and `model` come before others of the same name, such as Hugging Face's `kernels`.
 
-Imports nothing of ours, and no PyTorch.
+A program that imports `engine` gets ours too, also where it has a module `model` of its own.
 """
 
 import importlib

@@ -272,7 +272,7 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     Raises BadInput if they are bad, too few, or of another vocabulary than the model's.
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
-    check_vocabulary(config.model.vocab_size, tokenizer, config.data)
+    check_vocabulary(config, tokenizer)
     device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
@@ -282,12 +282,13 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     return Data(tokenizer, train, val, windows, *shape, batches)
 
 
-def check_vocabulary(vocab_size: int, tokenizer: Tokenizer, data_directory: str) -> None:
+def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raises BadInput unless the model has exactly the tokens of the data's tokenizer."""
-    if vocab_size != tokenizer.vocab_size:
+    if config.model.vocab_size != tokenizer.vocab_size:
+        fit = "weights that fit" if config.init_from else "a preset that fits"
         raise BadInput(
-            f"train: the model must have the {tokenizer.vocab_size} tokens of {data_directory}'s tokenizer "
-            f"{tokenizer.name}, got {vocab_size}; prepare with another --tokenizer, or choose a preset that fits"
+            f"train: the model must have the {tokenizer.vocab_size} tokens of {config.data}'s tokenizer "
+            f"{tokenizer.name}, got {config.model.vocab_size}; prepare with another --tokenizer, or choose {fit}"
         )
 
 

@@ -13,19 +13,21 @@ from pathlib import Path
 from engine.errors import missing_package
 
 MUST, DO = 0, 1
-ROOM = "must lie on a disk with room", "make room there, in bytes and in files (df -h, df -i),"
+ROOM = "must lie on a disk with room", "make room there, in bytes and in files (df -h, df -i)"
 OPEN = "must be open to this user", "change its permissions (ls -ld)"
 BROKEN = "must lie on a disk that works", "look for its errors (dmesg)"
 FILES = "must be opened", "raise the limit on open files (ulimit -n)"
 PROCESSES = "needs memory and processes", "free memory, raise the limits on them (ulimit -v, -u)"
-# By number: what must hold of the file, and what to do. The place may be changed as well, see `advice`.
+READ_ONLY = "must lie on a disk that can be written", "mount it for writing"
+PLACES = {kind[MUST] for kind in (ROOM, OPEN, BROKEN, READ_ONLY)}  # which another place mends
+# By number: what must hold of the file, and what to do.
 KINDS = {
     errno.ENOSPC: ROOM,
     errno.EDQUOT: ROOM,
-    errno.EROFS: ("must lie on a disk that can be written", "mount it for writing"),
+    errno.EROFS: READ_ONLY,
     errno.EACCES: OPEN,
     errno.EPERM: OPEN,
-    errno.EFBIG: ("must be as large as it is", "raise the limit on the size of a file (ulimit -f)"),
+    errno.EFBIG: ("must be allowed to become so large", "raise the limit on the size of a file (ulimit -f)"),
     errno.ENAMETOOLONG: ("must have a name that its disk can hold", "choose a shorter name"),
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
@@ -57,11 +59,12 @@ def reason(error: BaseException) -> str:
 
 
 def advice(error: OSError, choice: str = "another place") -> str:
-    """What to do about it, such as "raise the limit on open files (ulimit -n) or choose another --out".
+    """What to do about it, such as "make room there (df -h, df -i), or choose another --out".
 
-    choice: what may be chosen instead.
+    choice: what may be chosen instead, where another place helps.
     """
-    return f"{KINDS.get(error.errno, BROKEN)[DO]} or choose {choice}"
+    kind = KINDS.get(error.errno, BROKEN)
+    return kind[DO] + (f", or choose {choice}" if kind[MUST] in PLACES else "")
 
 
 @contextmanager
@@ -102,6 +105,6 @@ def sentence(error: BaseException, command: str) -> str | None:
             f"{command}: a temporary directory must be one that can be written, got {reason(error)}; make room there, "
             "or set TMPDIR to another"
         )
-    what = error.filename if error.filename is not None else "a file or process of it"
+    what = error.filename if error.filename is not None else "a file or process that it needs"
     name = what.decode(errors="replace") if isinstance(what, bytes) else what
     return f"{command}: {name} {KINDS[error.errno][MUST]}, got {reason(error)}; {advice(error)}"

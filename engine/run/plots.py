@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import threading
 import warnings
 from collections.abc import Callable
@@ -66,8 +67,7 @@ class Painter:
         if thread is not None:
             thread.join(LONGEST_DRAWING)
             if thread.is_alive():
-                again = f"{output.program()} plot --run {self._config.out}"
-                self._warn(f"plots: still not drawn after {LONGEST_DRAWING:g} s; {again}")
+                self._warn(f"plots: still not drawn after {LONGEST_DRAWING:g} s; {self._again()}")
 
     def _run(self) -> None:
         while True:
@@ -81,10 +81,11 @@ class Painter:
             except Exception as error:  # no picture may end the run
                 reason = (str(error) if isinstance(error, BadInput) else repr(error))[:LONGEST_REASON]
                 if reason not in self._reasons:
-                    self._warn(
-                        f"plots: not drawn: {reason}; training goes on, and {output.program()} plot draws them again"
-                    )
+                    self._warn(f"plots: not drawn: {reason}; training goes on, and later: {self._again()}")
                 self._reasons.add(reason)
+
+    def _again(self) -> str:
+        return f"{output.program()} plot --run {shlex.quote(self._config.out)}"
 
 
 def _import_matplotlib():

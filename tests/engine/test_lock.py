@@ -166,7 +166,7 @@ ANOTHER_BOOT = {"boot": "00000000-0000-0000-0000-000000000000"}
 @pytest.mark.parametrize("has_kernel_locks", [True, False])
 @pytest.mark.parametrize(
     "forged",
-    [ANOTHER_BOOT, {"namespace": "pid:[1]", "kernel": False}, {"boot": ""}],
+    [ANOTHER_BOOT, {"namespace": "pid:[1]", "kernel": None}, {"boot": ""}],
     ids=["another boot", "another container", "no boot"],
 )
 def test_a_holder_that_cannot_be_seen_is_alive_while_its_counter_moves(
@@ -203,10 +203,17 @@ def test_a_holder_that_cannot_be_seen_is_alive_while_its_counter_moves(
 
 def test_a_container_that_is_started_again_does_not_wait_for_the_one_that_was_killed(out, quick, capfd):
     """The kernel is the same, and has ended the lock of the process that cannot be seen."""
-    forge(out, boot=lock._boot(), namespace="pid:[1]", kernel=True)
+    forge(out, boot=lock._boot(), namespace="pid:[1]", kernel=out.stat().st_dev)
     with lock.acquire(out, "train"):
-        assert content(out)["kernel"] is True
+        assert content(out)["kernel"] == out.stat().st_dev
     assert "waiting" not in capfd.readouterr().err
+
+
+def test_a_container_with_a_mount_of_its_own_is_waited_for(out, quick, capfd):
+    """Through another mount of the same files both get the kernel's lock."""
+    forge(out, boot=lock._boot(), namespace="pid:[1]", kernel=out.stat().st_dev + 1)
+    with lock.acquire(out, "train"):
+        assert "waiting" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("has_kernel_locks", [True, False])

@@ -231,6 +231,7 @@ class FailingDisk:
             (checkpoint, "save_file"),
             (os, "fsync"),
             (Path, "write_text"),
+            (Path, "write_bytes"),
             (Path, "mkdir"),
             (Path, "rename"),
         ):
@@ -240,8 +241,9 @@ class FailingDisk:
         def recorded(*args, **options):
             self.calls.append(name)
             if len(self.calls) - 1 == self.fails_at:
-                if name in ("save_file", "write_text"):  # part of it is written
-                    Path(args[0] if name == "write_text" else args[1]).write_bytes(b"{")
+                if name in ("save_file", "write_text", "write_bytes"):  # part of it is written
+                    with open(args[1] if name == "save_file" else args[0], "wb") as file:
+                        file.write(b"{")
                 raise OSError(28, "No space left on device")
             return call(*args, **options)
 
@@ -249,7 +251,16 @@ class FailingDisk:
 
 
 CALLS = ["mkdir", "mkdir", "save_file", "fsync", "save_file", "fsync", "write_text", "fsync"]
-CALLS += ["write_text", "fsync", "fsync", "rename", "fsync", "write_text", "fsync", "fsync"]  # last of them: OUT/latest
+CALLS += [
+    "write_text",
+    "fsync",
+    "fsync",
+    "rename",
+    "fsync",
+    "write_bytes",
+    "fsync",
+    "fsync",
+]  # last of them: OUT/latest
 
 
 def test_these_are_all_the_calls_of_a_save(tmp_path, monkeypatch):

@@ -141,8 +141,8 @@ def test_a_run_takes_what_was_tuned_and_says_so_first(shards, tmp_path, tuned, c
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tuned: tiny on ")
     assert "2 sequences x 32 x 4 micro-batches" in lines[2]
-    assert lines[3] == "precision: bf16, tuned"
-    assert "math: tuned (attention)" in lines[4]
+    assert lines[4] == "precision: bf16, tuned"
+    assert "math: tuned (attention)" in lines[5]
     assert resolved(tmp_path / "run")["precision"] == "bf16"
 
 
