@@ -5,7 +5,8 @@
 Each command runs in a fork of this process, which has PyTorch imported. Whatever lies at a file's
 place, a command must end within LIMIT seconds of work and MOST bytes, with a documented exit code,
 a sentence and no traceback. What a digest does not fit is never loaded, and `verify` finds it. The
-same seed makes the same cases. Prints the counts per kind of file and exit code, then what was wrong.
+same seed makes the same cases, and --seconds decides how many of them. Prints the counts per kind of
+file and exit code, then what was wrong.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import NamedTuple
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gpt2_fuzz_")
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, os.environ.get("FUZZ_ROOT") or str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch._dynamo
@@ -131,8 +132,7 @@ def _drop_root_s_rights() -> None:
 
 def make_files(root: Path) -> None:
     """Makes one of each kind of file, in directories below `root`."""
-    text = root / "text"
-    text.mkdir()
+    (text := root / "text").mkdir()
     words = [f"line {i} of some text, {i * i}\n" for i in range(150)]
     (text / "a.txt").write_text("".join(words))
     (text / "b.jsonl").write_text("".join(json.dumps({"text": word * 9}) + "\n" for word in words))
@@ -147,14 +147,15 @@ def make_files(root: Path) -> None:
     for path in (root / "data").glob("*.bin"):
         shards.np.save(root / "npy" / f"{path.stem}.npy", shards.open_shard(path))
     (root / "npy" / shards.MANIFEST).write_text(json.dumps({"tokenizer": "bytes", "shards": _listed(root / "npy")}))
-    for name, flags in (("run", ["--num-steps", "4"]), ("back", ["--num-steps", "4"])):
-        _must(["train", *SMALL, "--data", str(root / "data"), "--out", str(root / name), *flags])
-    path = root / "back" / "checkpoints" / "step_00000002"
-    train = ["train", *SMALL, "--num-steps", "4", "--data", str(root / "data"), "--out", str(root / "back")]
-    _must([*train, "--resume", str(path)])
+    train = ["train", *SMALL, "--num-steps", "4", "--data", str(root / "data"), "--out"]
+    for name in ("run", "back"):
+        _must([*train, str(root / name)])
+    _must([*train, str(root / "back"), "--resume", str(root / "back" / "checkpoints" / "step_00000002")])
     shutil.copytree(root / "run", root / "sharded", ignore=shutil.ignore_patterns("step_*"))
     _shard(checkpoint.read(root / "run" / "checkpoints" / "step_00000004"), root / "sharded")
     _must(["export", "--run", str(root / "run"), "--out", str(root / "hf")])
+    vocabulary = {"model": {"vocab": json.loads((root / "hf" / "vocab.json").read_text())}}
+    (root / "hf" / "tokenizer.json").write_text(json.dumps(vocabulary))
     shutil.copytree(root / "hf", root / "index")
     _split(root / "index")
     (root / "tuned").mkdir()
@@ -233,7 +234,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hf weights": ("hf/model.safetensors", HF),
     "hf index": ("index/model.safetensors.index.json", HF),
     "hf parts": ("index/model-*.safetensors", HF),
-    "hf tokenizer": ("hf/*to*.json", HF),
+    "hf tokenizer": ("hf/tokenizer.json", HF),
+    "hf vocabulary": ("hf/vocab.json", HF),
     "tuning": ("tuned/tune.json", ("tuned",)),
     "text": ("text/*", ("prepare",)),
 }
@@ -346,17 +348,15 @@ def of_whole_checkpoints(files: Path, here: Path) -> set[str]:
 
 def fuzz(asked: argparse.Namespace) -> list[str]:
     """Runs cases until the time is over, kind after kind. Returns what was wrong."""
-    seed, only = asked.seed, asked.only
-    rng, counts, problems, number = random.Random(seed), Counter(), [], 0
+    rng, counts, problems, number = random.Random(asked.seed), Counter(), [], 0
     with tempfile.TemporaryDirectory(prefix="gpt2_fuzz_") as place:
         root = Path(place)
         (root / "files").mkdir()
-        (root / "here").mkdir()
         make_files(root / "files")
         allowed = of_whole_checkpoints(root / "files", root / "here")
         began = time.monotonic()
         while time.monotonic() - began < asked.seconds and number < asked.cases:
-            case = draw(only or list(KINDS)[number % len(KINDS)], root / "files", rng)
+            case = draw(asked.only or list(KINDS)[number % len(KINDS)], root / "files", rng)
             number += 1
             found, done = _one(case, root / "files", root / "here", allowed, asked.patience)
             counts[case.kind, done.code] += 1
@@ -365,7 +365,7 @@ def fuzz(asked: argparse.Namespace) -> list[str]:
                 print(problems[-1], flush=True)
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
     codes = sorted({code for _, code in counts})
-    print(f"\nseed {seed}: {number} cases\n{'kind of file':<16}" + "".join(f"{code:>7}" for code in codes))
+    print(f"\nseed {asked.seed}: {number} cases\n{'kind of file':<16}" + "".join(f"{code:>7}" for code in codes))
     for kind in KINDS:
         print(f"{kind:<16}" + "".join(f"{counts[kind, code] or '':>7}" for code in codes))
     tally = Counter(problem.split(": ")[2].split()[0] for problem in problems)
