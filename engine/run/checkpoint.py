@@ -34,7 +34,18 @@ from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
 from engine.run import durable
 from engine.run.tensors import check_sizes, fill
-from engine.run.verify import LATEST, MANIFEST, MODEL, OPTIMIZER, SHARDED, STATE, VERSION, checkpoint_damage, read_state
+from engine.run.verify import (
+    LATEST,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    SHARDED,
+    STATE,
+    VERSION,
+    checkpoint_damage,
+    raise_limit,
+    read_state,
+)
 from engine.tokens.shards import sha256
 from model.files import make, read_json
 from model.presets import GPT2Config
@@ -251,7 +262,11 @@ def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]
 
     Checkpoints of later steps stay: the run may have been resumed from an earlier step.
     """
-    spared = best(root.parent)
+    try:
+        spared = best(root.parent)
+    except OSError as error:
+        warn(f"checkpoint: the best one must be known before others are deleted, got {error}; none is this time")
+        return
     for old in [path for path in step_directories(root) if path <= final][:-keep_last]:
         if old != spared:
             try:
@@ -261,13 +276,19 @@ def _rotate(root: Path, final: Path, keep_last: int, warn: Callable[[str], None]
 
 
 def best(out: str | Path) -> Path | None:
-    """Path of the checkpoint with the lowest validation loss, or None if no checkpoint has one."""
+    """Path of the checkpoint with the lowest validation loss, or None if no checkpoint has one.
+
+    Raises OSError if a limit of this process keeps one from being read.
+    """
     losses = []
     for path in step_directories(Path(out) / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError):  # a damaged state.json may hold anything
+        try:
             loss = read_json(path / STATE).get("val_loss")
-            if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
-                losses.append((loss, path))
+        except (OSError, ValueError) as error:  # a damaged state.json may hold anything
+            raise_limit(error)
+            continue
+        if isinstance(loss, float) and math.isfinite(loss):  # min() may return NaN: comparisons with it are false
+            losses.append((loss, path))
     return min(losses)[1] if losses else None
 
 

@@ -88,7 +88,7 @@ def _check_data(directory: Path) -> Iterator[tuple[Path, str | None]]:
     try:
         manifest = shards.read_manifest(directory)
     except BadInput as error:
-        _raise_limit(error)
+        raise_limit(error)
         yield path, _without_path(path, error)
     else:
         if manifest is not None:
@@ -125,15 +125,15 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
         if listed.get("sha256", digest) != digest:
             wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {digest[:12]}...")
     except BadInput as error:
-        _raise_limit(error)
+        raise_limit(error)
         wrong.append(_without_path(path, error))
     except (OSError, BadFile) as error:
-        _raise_limit(error)
+        raise_limit(error)
         wrong.append(f"cannot be read: {getattr(error, 'strerror', None) or error}")
     return "; ".join(wrong) or None
 
 
-def _raise_limit(error: BaseException | None) -> None:
+def raise_limit(error: BaseException | None) -> None:
     """Raises the OSError behind an error if it is one of LIMITS."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in LIMITS:
@@ -155,7 +155,7 @@ def _check_run(directory: Path) -> Iterator[tuple[Path, str | None]]:
         config.load(directory)
         yield path, None
     except BadInput as error:
-        _raise_limit(error)
+        raise_limit(error)
         yield path, _without_path(path, error) if os.path.lexists(path) else "is missing"
     if os.path.lexists(path := directory / METRICS_FILE):
         yield path, _metrics_damage(path)
@@ -191,12 +191,12 @@ def checkpoint_damage(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
-        _raise_limit(error)
+        raise_limit(error)
         return f"{MANIFEST} cannot be read: {error}"
     try:
         read_state(path)
     except (OSError, ValueError) as error:  # its digest verifies, but no run wrote it
-        _raise_limit(error)
+        raise_limit(error)
         return f"{STATE} must be the state of a run, got {error}"
     return None
 
@@ -213,7 +213,7 @@ def _file_damage(path: Path, name: str, expected: dict) -> str | None:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                 return f"{name} does not match its sha256"
     except BadFile as error:
-        _raise_limit(error)
+        raise_limit(error)
         return f"{name} must be a file that can be read, got {error}"
     return None
 
@@ -249,6 +249,6 @@ def _metrics_damage(path: Path) -> str | None:
                 return f"line {number} must have a step above {before}, got {row['step']}"
             before = before if row is None else row["step"]
     except OSError as error:
-        _raise_limit(error)
+        raise_limit(error)
         return f"cannot be read: {error.strerror or error}"
     return None

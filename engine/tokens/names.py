@@ -11,8 +11,10 @@ import re
 from pathlib import Path
 
 SPLITS = ("train", "val")
-NUMBERED = re.compile(r".*_(train|val)_[0-9]+\.(?:bin|npy)", re.DOTALL)  # as `prepare` writes them
-SHARD = re.compile(r".*_(train|val)_(?!(?:.*_)?(?:train|val)\.).*\.(?:bin|npy)", re.DOTALL)  # not my_train_set_val.bin
+ENDING = r"\.(?:bin|npy)"
+NUMBERED = re.compile(rf".*_(train|val)_[0-9]+{ENDING}", re.DOTALL)  # as `prepare` writes them
+# Not my_train_set_val.bin, which has no number, and whose split is not what stands in the middle.
+SHARD = re.compile(rf".*_(train|val)_(?!(?:.*_)?(?:train|val){ENDING}\Z).*{ENDING}", re.DOTALL)
 UNNUMBERED = re.compile(r"(?:.*_)?(train|val)\.bin", re.DOTALL)
 PATTERN = "<name>_{split}_<number>.bin or .npy"
 

@@ -1,5 +1,6 @@
 """Rotation keeps the newest checkpoints and the best, even if a delete fails or a kill interrupts it."""
 
+import errno
 import json
 import math
 import os
@@ -56,6 +57,26 @@ def test_the_lowest_validation_loss_outlives_rotation(tmp_path, losses, best, ke
     path = checkpoint.best(tmp_path)
     assert path == (None if best is None else tmp_path / "checkpoints" / f"step_{best:08d}")
     assert all(checkpoint_damage(path) is None for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_limit_on_open_files_does_not_cost_the_best(tmp_path, monkeypatch):
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 2, 2.0)
+    real, said = os.open, []
+
+    def limited(path, *args, **kwargs):
+        if Path(path).match("step_*/state.json"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", limited)
+        save(tmp_path, 3, 3.0, warn=said.append)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert len(said) == 1
+    assert "Too many open files" in said[0]
+    save(tmp_path, 4, 4.0)
+    assert steps(tmp_path) == [1, 4]
 
 
 def test_the_best_is_kept_besides_the_newest(tmp_path):

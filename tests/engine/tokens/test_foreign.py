@@ -171,7 +171,7 @@ def test_the_split_is_what_stands_before_the_number(suffix, tmp_path):
 
 
 def test_what_stands_after_the_split_need_not_be_a_number(tmp_path):
-    for place, name in enumerate(("x_train_a.bin", "x_train_b.npy", "a_train_x_val_000002-of-000002.bin")):
+    for place, name in enumerate(("x_train_a.bin", "x_train_b.npy", "a_train_x_val_train.2-of-2.bin")):
         write(tmp_path, name, 100 * place)
     assert foreign.what(tmp_path).kind == "data"
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 18).tolist() == [*range(9), *range(100, 109)]
