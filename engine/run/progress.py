@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from engine.config import TrainConfig
@@ -165,7 +165,7 @@ class Pace:
         if self.made == 2:  # the first may have compiled
             self._steps.clear()
         self._steps.append(seconds)
-        most = CLIP * median(self._steps)
+        most = CLIP * median_low(self._steps)
         self._step = sum(min(seconds, most) for seconds in self._steps) / len(self._steps)
 
     def step_seconds(self) -> float | None:

@@ -140,17 +140,22 @@ def test_a_stall_hardly_changes_the_time_left_and_is_not_called_training(now):
     for step in range(100):
         now[0] += 0.16 + (60 if step == 90 else 0)
         pace.end_step(step + 1)
+        assert step < 1 or pace.step_seconds() == pytest.approx(0.16, rel=0.03)
     assert pace.left().seconds == pytest.approx(900 * 0.16, rel=0.03)
     assert pace.train_seconds == pytest.approx(100 * 0.16)
-    assert (
-        pace.report("byte", Past(), 0) == "took 1 min 16 s, 6,400 bytes/s in training without 1 min of standing still"
-    )
+    said = "took 1 min 16 s, 6,400 bytes/s in training without 1 min of standing still"
+    assert pace.report("byte", Past(), 0) == said
     for part in ("evaluation", "checkpoint") * 3:
         with pace.part(part):
             now[0] += 1
     with pace.part("evaluation"):
         now[0] += 600
     assert pace.evaluation_seconds() == 1
+    early = Pace(config, 0)
+    for step in range(3):
+        now[0] += 0.16 + (60 if step == 2 else 0)
+        early.end_step(step + 1)
+    assert early.step_seconds() < 0.32
 
 
 def test_the_time_left_ends_with_max_minutes(now, monkeypatch):
