@@ -28,6 +28,7 @@ WINDOW, LAST = 50, 5  # steps, and evaluations or saves, that tell of those to c
 CLIP = 2.0  # times the median, at which a step counts in the running mean at most
 STALL = (5.0, 10.0)  # times the usual, and seconds beyond it, from which a step's time is not one of training
 FORWARD = 1 / 3  # cost of a forward pass over that of forward and backward
+WARM_UP = 1.0  # seconds; an evaluation of one batch that takes less tells nothing of a step
 SHOWN_AFTER = 2.0  # seconds after which a part of a step is worth showing
 UNITS = ((86_400, 3600, ("d", "h")), (3600, 60, ("h", "min")), (60, 1, ("min", "s")))  # seconds of two units each
 PIECES = {"update": "micro-batch", "evaluation": "evaluating"}
@@ -85,7 +86,10 @@ class Doing:
         if self.done == 0 or self.pieces == 0:
             return None
         done = min(self.done, self.pieces)
-        return (self.last - self.first) / (done - 1) if done > 1 else self.last - self.began
+        if done > 1:
+            return (self.last - self.first) / (done - 1)
+        alone = self.last - self.began
+        return None if self.part == "evaluation" and alone < WARM_UP else alone
 
 
 class Pace:

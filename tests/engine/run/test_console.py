@@ -13,6 +13,7 @@ from runs import train
 
 from engine import output
 from engine.config import PRESETS
+from engine.health import stopping
 from engine.run import console
 from engine.run.console import Bar, Lines
 from engine.run.metrics import Metrics
@@ -209,11 +210,14 @@ def test_a_short_run_says_nothing_of_its_time(config, now, capsys):
 
 
 def test_a_run_says_its_epochs_at_first_and_at_the_end_how_long_it_and_its_launches_took(
-    trained, shards, tmp_path, capfd
+    trained, shards, tmp_path, capfd, monkeypatch
 ):
     shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(stopping, "started_at", lambda process: stopping.now() - 7200)  # when the process did
     assert train(tmp_path / "run", shards, "--num-steps", "3") == 0
     printed, took = capfd.readouterr().out, r"[\w. ]+, [\d,]+ bytes/s in training"
     assert re.search(r"^epochs: under 0\.01, 768 of [\d,]+ training bytes in 3 steps$", printed, re.M)
-    wanted = rf"^done: 3 steps, .*\n  this launch: 1 steps in {took}; all launches: about {took}$"
+    wanted = (
+        rf"^done: 3 steps, .*\n  this launch: 1 steps in 2 h, [\d,]+ bytes/s in training; all launches: about {took}$"
+    )
     assert re.search(wanted, printed, re.M)

@@ -11,6 +11,7 @@ from engine.distributed import Ranks
 from engine.health import stopping
 from engine.run import header, progress
 from engine.run.header import Corpus
+from engine.run.metrics import Metrics
 from engine.run.progress import Pace, Past, clock, words
 
 CPU = Ranks(0, 0, 1, torch.device("cpu"))
@@ -114,6 +115,12 @@ def test_the_first_loss_has_the_time_left_of_the_update_just_made_and_not_of_an_
             now[0] += 1
             pace.tick()
     assert pace.step_seconds() == 1 * 3 * 256
+    brief = Pace(pace.config, 0)
+    brief.sized(50.0, 64, 2, 1)
+    with brief.part("evaluation"):
+        now[0] += 0.5
+        brief.tick()  # warms up, mostly
+    assert brief.left() is None
     with pace.part("update"):
         for _ in range(2):
             now[0] += 10
@@ -123,14 +130,16 @@ def test_the_first_loss_has_the_time_left_of_the_update_just_made_and_not_of_an_
 
 
 def test_the_batches_of_an_evaluation_end_when_a_gpu_has_done_them(now):
-    pace = Pace(preset(), 0)
+    rank = Metrics(preset(), 0, False, "byte")
+    pace = rank.pace
     pace.sized(50.0, 1024, 4, 2)  # four batches on this rank
     with pace.part("evaluation"):
         for _ in range(4):  # given to the GPU at once
             now[0] += 0.001
             pace.tick()
         now[0] += 48
-        pace.evaluated()
+        rank.log(0, val_loss=1.0)
+        now[0] += 30  # a sample
         assert pace.step_seconds() == pytest.approx(3, rel=0.01)
 
 
