@@ -122,22 +122,23 @@ def text_fields(record: Any) -> str:
     return few([json.dumps(name, ensure_ascii=False)[1:-1] for name in fields], MOST_NAMED) or "none"
 
 
-def look(path: Path, text_field: str) -> str | None:
-    """Why a file with one of the suffixes gives no text at all; or None if it may.
+def look(path: Path, text_field: str) -> tuple[str | None, bool]:
+    """Why a file with one of the suffixes seems to give no text at all, and whether that is sure; or (None, True).
 
-    Of records only a file that is no longer than its head can tell. A .parquet file is left to its
-    reader. Raises BadFile or FileNotFoundError.
+    The records at the head of a longer file do not tell what follows them. A .parquet file is left
+    to its reader. Raises BadFile or FileNotFoundError.
     """
     if path.suffix.lower() == ".parquet":
-        return None
+        return None, True
     with open_file(path) as file:
         head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
         found = foreign(head, path, file)
     if found is not None or path.suffix.lower() != ".jsonl":
-        return found
-    if size > len(head):
-        return None  # the rest may be other
-    records = _records(head)
+        return found, True
+    return _problem(_records(head), text_field), size == len(head)
+
+
+def _problem(records: list[Any], text_field: str) -> str | None:
     objects = [record for record in records if isinstance(record, dict)]
     if records and not objects:
         return "lines that are no JSON objects; write one object a line, or name the file .txt if it is plain text"

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -145,7 +146,8 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
     _refuse_older(out, sources, found, config)
-    require_text(found, config.text_field)
+    if warning := require_text(found, config.text_field):
+        print(f"prepare: {warning}", file=sys.stderr, flush=True)
     with lock.acquire(out, "prepare") as held:
         _remove_orphans(out, out / BUILDING)
         if (existing := _existing(out, request, config)) is not None:

@@ -32,7 +32,7 @@ SETS = (".txt", *RECORDS)  # suffixes of the files of train and test sets
 PROGRAMS = {".py", ".ipynb", ".sh", ".js", ".ts", ".java", ".go", ".rs", ".c", ".h", ".cc", ".cpp"}
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation"}
 UPWARDS = "linked directory that leads upwards"
-LOOKED_AT = 16  # files; if there are no more, they are looked into before anything is read
+LOOKED_AT = 16  # files that are looked into before anything is read
 
 
 @dataclass
@@ -89,13 +89,15 @@ def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
     return files
 
 
-def require_text(found: Selection, text_field: str) -> None:
-    """Raises BadInput if none of the files holds text. Of many files it says nothing."""
-    if len(found.files) > LOOKED_AT:
-        return
-    problems = [_look(file, text_field) for file in found.files]
-    if None not in problems:
-        raise BadInput(f"{found.files[0]}: must hold text, got {problems[0]}")
+def require_text(found: Selection, text_field: str) -> str:
+    """Raises BadInput if none of the files holds text. Returns a warning if it seems so of the first, or ""."""
+    looks = [_look(file, text_field) for file in found.files[:LOOKED_AT]]
+    if any(problem is None for problem, _ in looks):
+        return ""
+    file, problem = found.files[0], looks[0][0]
+    if len(found.files) <= LOOKED_AT and all(is_sure for _, is_sure in looks):
+        raise BadInput(f"{file}: must hold text, got {problem}")
+    return f"{file} begins with {problem}"
 
 
 def _is_directory(source: str) -> bool:
@@ -125,7 +127,7 @@ def _unread(path: Path) -> str:
         return f"which cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _look(path: Path, text_field: str) -> str | None:
+def _look(path: Path, text_field: str) -> tuple[str | None, bool]:
     try:
         return formats.look(path, text_field)
     except (BadFile, OSError) as error:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,13 +57,15 @@ def found(root: Path) -> tuple[list[str], dict[str, int]]:
 def test_a_directory_says_what_of_it_is_not_read(tmp_path):
     hidden = ".git/a.txt", "sub/.venv/b.py", "node_modules/c.md", "__MACOSX/d.txt", "sub/__pycache__/e.py", ".f.txt"
     root = tree(tmp_path / "in", "a.TXT", "sub/b.Jsonl", "c.csv", "x.json.gz", "y.json.gz", "LICENSE", *hidden)
+    tree(root, "two/train/a.txt", "two/val/b.txt")
     files, not_read = found(root)
-    assert files == ["a.TXT", "sub/b.Jsonl"]
+    assert files == ["a.TXT", "sub/b.Jsonl", "two/train/a.txt"]
     directories = dict.fromkeys([".git/", ".venv/", "node_modules/", "__MACOSX/", "__pycache__/"], 1)
     assert not_read == {".csv": 1, ".json.gz": 2, "without a suffix": 1, "hidden": 1, **directories}
     text = prepare.describe(run(root, tmp_path / "out", val_fraction=0.5), "out")
-    assert "of text from 1 .jsonl, 1 .txt, " in text
+    assert "of text from 2 .txt, 1 .jsonl, " in text
     assert "\n  not read: 2 .json.gz, 1 .csv, 1 .git/, " in text
+    assert f"\n  held out: {root}/two/val/, test or validation sets beside a train set; name them as sources" in text
 
 
 @pytest.mark.parametrize(
@@ -116,12 +119,16 @@ def test_a_card_beside_packed_data_is_refused_with_the_way_to_unpack_it(tmp_path
         found(root)
 
 
-def test_tokens_as_a_source_are_refused_with_the_command_that_reads_them(tmp_path):
+def test_tokens_as_a_source_are_refused_with_the_command_that_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "engine.cli", "prepare"])
     for split in ("train", "val"):
         (tmp_path / f"{split}.bin").write_bytes(bytes([198, 0, 80, 40]) * 50)
     for source in (tmp_path, tmp_path / "train.bin"):
-        with pytest.raises(BadInput, match=rf"; gpt2 train --data {tmp_path} reads them as they are$"):
+        with pytest.raises(BadInput, match=rf"; python -m engine.cli train --data {tmp_path} reads them as they are$"):
             sources.find([str(source)])
+    (tmp_path / "x.bin").write_bytes(MAGIC.to_bytes(4, "little"))
+    with pytest.raises(BadInput, match=r"needs no preparation: python -m engine.cli train takes its directory"):
+        sources.find([str(tmp_path / "x.bin")])
 
 
 def test_linked_directories_are_read_once_and_circles_end(tmp_path):
@@ -280,11 +287,12 @@ def test_another_format_under_a_name_is_named_with_the_way_in(tmp_path, name, co
     assert not (tmp_path / "out").exists()
 
 
-def test_odd_records_are_no_reason_to_refuse_a_file_or_the_files_after_it(tmp_path):
+def test_odd_records_are_no_reason_to_refuse_a_file_or_the_files_after_it(tmp_path, capsys):
     root, odd = tmp_path / "in", '{"version": 1}\n'
     root.mkdir()
     (root / "a.jsonl").write_text("[INFO] a log's line\n" + odd * 5000 + '{"text": "long"}\n')
     assert run(root, tmp_path / "one", val_fraction=0.5)["documents"] == {"train": 1, "val": 1}  # its tail
+    assert 'a.jsonl begins with records without the field "text", whose' in capsys.readouterr().err
     for i in range(17):
         (root / f"b{i:02d}.jsonl").write_text(odd)
     tree(root, "c.txt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from corpora import documents, run, texts, write_library
 
 from engine.errors import BadInput
 from engine.tokens import prepare, sources, tokenizer
+from engine.tokens.documents import raw_documents
 
 
 @pytest.fixture
@@ -16,8 +18,9 @@ def source(tmp_path) -> Path:
     return write_library(tmp_path / "library")
 
 
-def test_parquet_rows_are_documents(tmp_path):
+def test_parquet_rows_are_documents(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.delattr(pyarrow, "binary_view", raising=False)  # as before version 16
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [f"row {i}" for i in range(30)] + [None, ""]
     path = tmp_path / "x.parquet"
@@ -98,6 +101,16 @@ def test_a_column_that_is_not_utf_8_is_left_out_by_row(tmp_path):
         (tmp_path / "x.parquet").write_bytes(content[:cut])
         with pytest.raises(BadInput, match="must be a parquet file"):
             run(tmp_path / "x.parquet", tmp_path / "cut")
+
+
+def test_a_file_is_held_in_memory_once(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"x" * 4_000_000)
+    tracemalloc.start()
+    (document,) = raw_documents([tmp_path / "x.txt"], "text")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(document[1]) == 4_000_000
+    assert peak < 5_000_000
 
 
 # ---- Bad text -----------------------------------------------------------------------------------------------------
