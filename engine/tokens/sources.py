@@ -258,7 +258,7 @@ def _held_out(directory: str, children: list[str], names: list[str]) -> set[str]
     """
     files = [name for name in names if Path(name).suffix.lower() in SETS and not name.startswith(".")]
     train = {rest for name in files for rest in _without(name, TRAIN)}
-    held_out = {name for name in files if train.intersection(_without(name, TESTS))}
+    held_out = {name for name in files if train.intersection(_without(name, TESTS))} if train else set()
     tests = TESTS.intersection(children)
     if tests and "train" in children and _is_set(Path(directory, "train")):
         held_out |= {name for name in tests if _is_set(Path(directory, name))}
