@@ -35,6 +35,7 @@ from engine.run.checkpoint import Checkpoint
 from engine.run.header import Corpus
 from engine.run.metrics import Metrics
 from engine.run.plots import Painter
+from engine.run.progress import launched
 from engine.run.saver import Saver
 from engine.step import Guard, Mailbox, Step
 from engine.tokens import shards
@@ -242,7 +243,7 @@ def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitSta
 
     held: takes the lock of --out, on rank 0. Raises BadInput if config, data, checkpoint or machine cannot be used.
     """
-    began = time.monotonic()
+    began = launched()
     tuning, precision = choices.precision_and_tuning(config, ranks)
     if tuning is not None:
         config = record.applied(tuning, config, ranks.world_size)
@@ -386,7 +387,7 @@ def build_model(
 
 
 def open_record(run: Run, began: float) -> None:
-    """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: time.monotonic() at launch."""
+    """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: launched()."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size)

@@ -1,9 +1,10 @@
-"""Busy: names a busy machine as the reason of a slow step.
+"""Busy: names the reason of a slow step, if that is a lack of CPU time.
 
 Between two logged steps the process gets cores = CPU time / wall time. A step counts as slow for lack
 of CPU time if it takes SLOWER times the run's median, and the cores fall below FEWER of theirs. A GPU
 that is slow leaves the cores as they are, and so does a rank that is late: its peers wait in
-communication, which is left out.
+communication, which is left out. The machine is called busy only where its load or a CPU limit
+shows it: a process that was suspended lacks CPU time too.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 SLOWER, FEWER = 1.5, 0.7
+SUSPENDED = 5.0  # times the run's median, from which a step was suspended rather than short of CPUs
 LEAST, MOST = 8, 200  # readings that a median needs, and those that it is of
 EVERY = 600.0  # seconds between two warnings
 CPU_STAT = ("/sys/fs/cgroup/cpu.stat", "/sys/fs/cgroup/cpu/cpu.stat")  # of cgroups v2 and v1
@@ -45,9 +47,11 @@ class Busy:
         if own_ms <= SLOWER * usual_ms or cores >= FEWER * usual:
             return None
         self._warned = self._began[0]
+        is_busy, why = reason(own_ms / usual_ms, throttled / wall)
+        what = "SLOW, THE MACHINE IS BUSY" if is_busy else "SLOW STEP"
         return (
-            f"SLOW, THE MACHINE IS BUSY: {own_ms / 1e3:.3g} s a step, {usual_ms / 1e3:.3g} s is usual in this run; "
-            f"this process got {cores:.2f} cores, {usual:.2f} are usual; {reason(throttled / wall)}"
+            f"{what}: {own_ms / 1e3:.3g} s a step, {usual_ms / 1e3:.3g} s is usual in this run; "
+            f"this process got {cores:.2f} cores, {usual:.2f} are usual; {why}"
         )
 
     def _read(self) -> tuple[float, float, float]:
@@ -65,16 +69,22 @@ def throttled_seconds() -> float:
     return 0.0
 
 
-def reason(throttled: float) -> str:
-    """What took the CPU time, in words. throttled: share of the time in which a CPU limit held the process."""
+def reason(slower: float, throttled: float) -> tuple[bool, str]:
+    """(whether the machine is busy, what took the CPU time in words).
+
+    slower: the step's time over the usual. throttled: seconds, summed over CPUs, in which a CPU limit
+    held the process, for each second.
+    """
     if throttled > 0.05:
-        return f"the CPU limit of its container held it for {100 * min(1.0, throttled):.0f}% of the time"
+        return True, "the CPU limit of its container held it back"
     if (known := load()) is None:
-        return "other processes may have the rest"
-    text = f"the load average is {known[0]:.1f} on {known[1]} CPUs"
-    if known[0] > known[1]:
-        return f"{text}: other processes have the rest"
-    return f"{text}: it waited for a disk or for memory, or was suspended"
+        return False, "other processes may have the rest, or it was suspended"
+    share, text = known[0] / known[1], f"the load average is {known[0]:.1f} on {known[1]} CPUs"
+    if slower > max(SUSPENDED, share):  # more than the load can explain
+        return False, f"{text}: most likely it was suspended, or it waited for a disk or for memory"
+    if share > 1:
+        return True, f"{text}: other processes have the rest"
+    return False, f"{text}: it waited for a disk or for memory, or was suspended"
 
 
 def load() -> tuple[float, int] | None:

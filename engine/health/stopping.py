@@ -52,7 +52,11 @@ def launched_at() -> float:
 
     That is the start of torchrun, before any restarts, or else of this process.
     """
-    process = os.getppid() if under_torchrun() else os.getpid()
+    return started_at(os.getppid() if under_torchrun() else os.getpid())
+
+
+def started_at(process: int) -> float:
+    """When a process started, in seconds of now(); where that is not known, now()."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # not Linux

@@ -58,17 +58,17 @@ def fitted(figures: dict[str, str], width: int | None) -> list[str]:
     return [text for name, text in figures.items() if name in kept]
 
 
-def open_console(num_steps: int, start: int, unit: str, pace: Pace) -> "Lines":
+def open_console(num_steps: int, unit: str, pace: Pace) -> "Lines":
     """A bar on a terminal that can move its cursor, else lines."""
     is_bar = sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in DUMB
-    return (Bar if is_bar else Lines)(num_steps, start, unit, pace)
+    return (Bar if is_bar else Lines)(num_steps, unit, pace)
 
 
 class Lines:
     """Console output for pipes and log files: a plain line every few seconds."""
 
-    def __init__(self, num_steps: int, start: int, unit: str, pace: Pace | None = None):
-        self.num_steps, self.start, self.unit, self.pace = num_steps, start, unit, pace
+    def __init__(self, num_steps: int, unit: str, pace: Pace):
+        self.num_steps, self.unit, self.pace = num_steps, unit, pace
         self._began = self._printed = time.monotonic()
         self._has_said_time = False
 
@@ -78,13 +78,13 @@ class Lines:
         if fields.get("val_loss") is None and now - self._printed < PLAIN_EVERY:
             return
         figures = self._figures(fields)
-        if "loss" in fields and self.pace is not None and (left := self.pace.left()) is not None:
+        if step < self.num_steps and (left := self.pace.left()) is not None:
             figures["left"] = str(left)
         self._print_figures(step, figures)
 
     def advance(self, step: int) -> None:
         """Says once how long the run takes, when some steps have shown it."""
-        if self._has_said_time or self.pace is None or self.pace.made < 3:
+        if self._has_said_time or self.pace.made < 3:
             return
         if time.monotonic() - self._began >= PLAIN_EVERY and step < self.num_steps:
             self._has_said_time = True
@@ -126,10 +126,10 @@ class Lines:
 class Bar(Lines):
     """Console output for a terminal: the same lines, and below them one that is always up to date."""
 
-    def __init__(self, num_steps: int, start: int, unit: str, pace: Pace | None = None):
-        super().__init__(num_steps, start, unit, pace)
+    def __init__(self, num_steps: int, unit: str, pace: Pace):
+        super().__init__(num_steps, unit, pace)
         self._fields: dict[str, float] = {}
-        self._step, self._drawn = start, 0  # _drawn: columns of the line on the terminal
+        self._step, self._drawn = pace.start, 0  # _drawn: columns of the line on the terminal
         self._console = rich.console.Console(highlight=False)
         # A stderr that goes elsewhere must stay there.
         self._live = _Live(self, console=self._console, redirect_stderr=sys.stderr.isatty())
@@ -167,7 +167,7 @@ class Bar(Lines):
 
     def __rich_console__(self, console: rich.console.Console, options: Any) -> Iterator[Text | ProgressBar]:
         figures, width = {"step": self._count(self._step)}, min(options.max_width, self.width())
-        if self.pace is not None and self._live.is_started:
+        if self._live.is_started:
             now = {"left": self.pace.left(), "doing": self.pace.doing()}
             figures |= {name: str(value) for name, value in now.items() if value is not None}
         first, *rest = fitted(figures | self._figures(self._fields), width) or [""]

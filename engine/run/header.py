@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.config import PRESETS, TrainConfig
+from engine.config import MACHINES, PRESETS, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import warn
 from engine.health.busy import load
@@ -49,7 +49,7 @@ def show(
     tokens = past[1] + (config.num_steps - past[0]) * config.tokens_per_step
     ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + runs_on)
     if tokens / corpus.train > MANY_EPOCHS:
-        warn(often(config, corpus, tokens))
+        warn(often(config, corpus, tokens, past))
     if ranks.device.type == "cpu" and (line := time_on_a_cpu(config, corpus, past[0], ranks.world_size, dtype)):
         (warn if line.startswith("train:") else ranks.print0)(line)
 
@@ -68,17 +68,19 @@ def sizes(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> str:
 def epochs(config: TrainConfig, corpus: Corpus, tokens: int) -> str:
     """The line that says how often the training tokens are read. tokens: of the whole run."""
     count = tokens / corpus.train
-    form = f"{count:,.0f}" if count >= 100 else f"{count:.2g}"
+    decimals = next(n for n, least in ((0, 9.95), (1, 0.995), (2, 0.0)) if count >= least)
+    form = f"{count:,.{decimals}f}" if count >= 0.01 else "under 0.01"
     return f"epochs: {form}, {tokens:,} of {corpus.train:,} training {corpus.unit}s in {config.num_steps:,} steps\n"
 
 
-def often(config: TrainConfig, corpus: Corpus, tokens: int) -> str:
-    """The loud line about a small corpus."""
-    enough = max(1, MANY_EPOCHS * corpus.train // config.tokens_per_step)
+def often(config: TrainConfig, corpus: Corpus, tokens: int, past: tuple[int, int]) -> str:
+    """The loud line about a small corpus. tokens: of the whole run. past: steps and tokens done."""
+    room = MANY_EPOCHS * corpus.train - past[1]  # tokens
+    enough = past[0] + max(1, room // config.tokens_per_step)
+    lower = f", or lower --num-steps to about {enough:,}" if room > 0 else ""
     return (
         f"train: THE CORPUS IS READ {tokens / corpus.train:,.0f} TIMES: after some {MANY_EPOCHS} times a model learns "
-        f"little more from a text, or learns it by heart; give more than these {corpus.train:,} {corpus.unit}s, or "
-        f"lower --num-steps to about {enough:,}"
+        f"little more from a text, or learns it by heart; give more than these {corpus.train:,} {corpus.unit}s{lower}"
     )
 
 
@@ -87,16 +89,20 @@ def time_on_a_cpu(config: TrainConfig, corpus: Corpus, step: int, processes: int
     flops = flops_per_token(config.model, config.sequence_length)
     steps = config.num_steps - step
     evaluations = 1 if config.eval_every is None else 1 + steps // config.eval_every
-    total = flops * (steps * config.tokens_per_step + FORWARD * evaluations * corpus.evaluated)
+    of_step, of_evaluation = flops * config.tokens_per_step, flops * FORWARD * corpus.evaluated
+    total = steps * of_step + evaluations * of_evaluation
     if steps == 0 or total / SLOWEST < WORTHWHILE:  # need not be measured
         return None
     speed = processes * matmul_flops(dtype)
-    return estimate(config, total, flops * config.tokens_per_step, speed)
+    return estimate(config, step, total, (of_step, of_evaluation), speed)
 
 
-def estimate(config: TrainConfig, flops: float, flops_per_step: float, speed: float) -> str | None:
-    """The line with the estimate, loud if it is more than a day, or None if it is minutes. speed: FLOP/s."""
-    seconds, step = flops / speed, flops_per_step / speed
+def estimate(config: TrainConfig, done: int, flops: float, parts: tuple[float, float], speed: float) -> str | None:
+    """The line with the estimate, loud if it is more than a day, or None if it is minutes.
+
+    done: steps. flops: of the rest of the run. parts: FLOPs of a step, of an evaluation. speed: FLOP/s.
+    """
+    seconds, step, evaluation = (number / speed for number in (flops, *parts))
     if seconds < WORTHWHILE:
         return None
     text = (
@@ -105,21 +111,34 @@ def estimate(config: TrainConfig, flops: float, flops_per_step: float, speed: fl
     )
     if (busy := load()) is not None and busy[0] > busy[1]:
         text += f", while the load average is {busy[0]:.1f} on {busy[1]} CPUs"
+    if config.max_minutes is not None and 60 * config.max_minutes < seconds:
+        return f"time: {text}; it stops after {config.max_minutes:g} minutes (--max-minutes)"
     if seconds < DAY:
         return f"time: {text}"
-    steps = max(1, int(DAY / 2 / step))
-    advice = f"--num-steps {steps} takes about {words(steps * step)}" if step < DAY else "lower --tokens-per-step too"
+    advice = shorter(config, done, step, evaluation, seconds)
     return (
         f"train: THIS RUN IS TOO LONG FOR A CPU: {text}; it starts all the same. Presets for a CPU are "
         f"{small_presets(config)}; {advice}; or train on a GPU"
     )
 
 
+def shorter(config: TrainConfig, done: int, step: float, evaluation: float, seconds: float) -> str:
+    """What makes a run shorter. done: steps; the others are seconds of one step, one evaluation and the rest."""
+    if seconds > 2 * (config.num_steps - done) * step:
+        return f"an evaluation takes about {words(evaluation)}, raise --eval-every or lower --eval-tokens"
+    if step >= DAY:
+        return "lower --tokens-per-step too"
+    each = step + (evaluation / config.eval_every if config.eval_every is not None else 0.0)
+    steps = max(1, int((DAY / 2 - evaluation) / each))
+    if done + steps >= config.num_steps:
+        return "lower --tokens-per-step too, and --eval-tokens"
+    return f"--num-steps {done + steps} takes about {words(steps * each + evaluation)}"
+
+
 def small_presets(config: TrainConfig) -> str:
     """Names of the presets sized for a CPU, with their tokens."""
     kinds = {257: "bytes", config.model.vocab_size: "the same tokens"}
-    names = [name for name in ("tiny", "mini", "small") if name in PRESETS]
-    return ", ".join(f"{name} ({kinds.get(PRESETS[name].model.vocab_size, 'other tokens')})" for name in names)
+    return ", ".join(f"{name} ({kinds.get(PRESETS[name].model.vocab_size, 'other tokens')})" for name in MACHINES)
 
 
 def matmul_flops(dtype: torch.dtype) -> float:

@@ -60,7 +60,7 @@ class Metrics:
         self.unit, self.pace, self._past = unit, Pace(config, start), Past()
         if not active:
             return
-        self._console = console.open_console(config.num_steps, start, unit, self.pace)
+        self._console = console.open_console(config.num_steps, unit, self.pace)
         self._curves, self._busy = Curves(), Busy()
         for name in (METRICS_FILE, SAMPLES_FILE) if start == 0 else ():
             repair.keep_before(self.out / name, self.print0)
@@ -73,6 +73,8 @@ class Metrics:
 
     def log(self, step: int, **fields: float) -> None:
         """Adds fields to the row of `step`. end_step, sync or close writes the row."""
+        if "val_loss" in fields:
+            self.pace.evaluated()
         if not self.active:
             return
         if self._row is None:

@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import BadInput
 from engine.tokens import formats
 from engine.tokens.sources import unreadable
-from model.files import BadFile, open_file
+from model.files import BadFile, few, open_file
 
 MOST_FILES = 3  # files that are named of those that lose most
 
@@ -82,7 +82,7 @@ def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[Raw]:
                 continue
             with open_file(path) as file:
                 head = file.read(formats.HEAD)
-                if (found := formats.foreign(head, path)) is not None:
+                if (found := formats.foreign(head, path, file)) is not None:
                     yield "foreign", found.encode("utf-8", "replace"), str(path), 0, os.fstat(file.fileno()).st_size
                 elif path.suffix.lower() == ".jsonl":
                     file.seek(0)
@@ -92,7 +92,8 @@ def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[Raw]:
                         if line.strip()
                     )
                 else:
-                    content = head + file.read()
+                    file.seek(0)
+                    content = file.read()  # in one piece: two would be held twice
                     yield "file", content, str(path), 0, len(content)
         except (BadFile, OSError) as error:
             raise unreadable(path, error) from error
@@ -130,9 +131,9 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
         problem = f"column {column} must hold text, got {_short(kind)}"
     else:
         columns = [f"{one.name} ({_short(one.type)})" for one in schema]
-        problem = f"must have a column {column}, got {formats.named(columns)}"
+        problem = f"must have a column {column}, got {few(columns, formats.MOST_NAMED)}"
     way = "name one with --text-field" if texts else "write the text into a column of strings"
-    raise BadInput(f"{path}: {problem}; columns with text: {formats.named(texts)}; {way}")
+    raise BadInput(f"{path}: {problem}; columns with text: {few(texts, formats.MOST_NAMED) or 'none'}; {way}")
 
 
 def _short(kind: Any) -> str:
@@ -154,36 +155,31 @@ def _as_bytes(values: Any) -> Any:
 
     if pyarrow.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    kinds = {"string": pyarrow.binary(), "large_string": pyarrow.large_binary(), "string_view": pyarrow.binary_view()}
-    return values.cast(kinds[str(values.type)]) if str(values.type) in kinds else values
+    kinds = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}  # the last from 16 on
+    name = kinds.get(str(values.type))
+    return values if name is None else values.cast(getattr(pyarrow, name)())
 
 
 def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) -> tuple[str, int]:
     """(text, characters put in place of bad bytes) of a document. Raises NotText.
 
-    kind, raw: as from raw_documents. is_replacing: U+FFFD for what is not UTF-8, and for a NUL of a
-    file, unless that is more than a quarter of the text.
+    kind, raw: as from raw_documents. is_replacing: U+FFFD for each byte that is not UTF-8, unless
+    those are more than a quarter of the text.
     """
     if kind == "foreign":
         raise NotText("of another format", f"({raw.decode()})")
     if kind == "null":
         raise NotText("null")
-    text = _decode(raw, is_replacing)
-    replaced = text.count("\ufffd") - raw.count(b"\xef\xbf\xbd") if is_replacing else 0
+    text, replaced = _decode(raw, is_replacing), 0
     if kind == "json":
         text = _field(text, text_field)
-        try:
+    try:
+        if kind == "json" or is_replacing:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            if not is_replacing:
-                raise NotText("not UTF-8", f"at character {error.start:,} of the field, a lone surrogate") from error
-            text, count = re.subn("[\ud800-\udfff]", "\ufffd", text)
-            replaced += count
-    elif kind == "file" and "\0" in text:
+    except UnicodeEncodeError as error:  # JSON escapes a lone surrogate, and _decode makes one of a bad byte
         if not is_replacing:
-            raise NotText("with NUL bytes", f"at byte {raw.index(0):,} of {len(raw):,}")
-        replaced += text.count("\0")
-        text = text.replace("\0", "\ufffd")
+            raise NotText("not UTF-8", f"at character {error.start:,} of the field, a lone surrogate") from error
+        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
     if 4 * replaced > len(text):
         raise NotText("mostly not UTF-8", f"in {replaced:,} of {len(text):,} characters")
     if not text.strip():
@@ -193,7 +189,7 @@ def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) ->
 
 def _decode(raw: bytes, is_replacing: bool) -> str:
     try:
-        return raw.decode("utf-8", "replace" if is_replacing else "strict").removeprefix("\ufeff")
+        return raw.decode("utf-8", "surrogateescape" if is_replacing else "strict").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         at = f"at byte {error.start:,} of {len(raw):,} (0x{raw[error.start]:02x})"
         raise NotText("not UTF-8", at) from error

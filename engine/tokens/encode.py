@@ -24,6 +24,7 @@ class Encoded:
     source_bytes: int = 0  # of the files, text or not
     replaced: int = 0  # characters put in place of bad bytes
     markers: int = 0  # literal <|endoftext|> in the text
+    with_nul: int = 0  # documents with NUL bytes
     losses: list[Loss] = field(default_factory=list)  # of each file in turn
 
     def leave_out(self, file: str, place: str, num_bytes: int, error: NotText) -> None:
@@ -42,6 +43,7 @@ class Encoded:
         self.source_bytes += other.source_bytes
         self.replaced += other.replaced
         self.markers += other.markers
+        self.with_nul += other.with_nul
         for loss in other.losses:
             losses.add(loss)
 
@@ -81,6 +83,7 @@ def encode_batch(
         result.text_bytes += len(raw)
         result.replaced += replaced
         result.markers += text.count(tokenizer.END_OF_TEXT)
+        result.with_nul += "\0" in text
         if by_tail:
             tokens = _worker_tokenizer.encode(text)
             cut = len(tokens) - int(len(tokens) * val_fraction)

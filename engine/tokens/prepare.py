@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -35,7 +36,7 @@ from engine.tokens.encode import Encoded, encode_batch
 from engine.tokens.names import NUMBERED
 from engine.tokens.progress import Progress
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
-from engine.tokens.sources import Found, find, unreadable
+from engine.tokens.sources import Selection, find, find_by_rule_1, require_text, unreadable
 from engine.tokens.summary import describe as describe
 from engine.tokens.summary import left_out
 
@@ -45,6 +46,7 @@ MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
 MOST_WORKERS = 1024
 LEAST_VAL_FRACTION = 1e-9
 MOST_KINDS = 50  # of files that are not read, in the manifest
+RULES = 2  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule_1
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,13 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     Data already made by the same request is left as it is. Raises BadInput if a source cannot be
     read, the directory cannot be used, or a split would be empty.
     """
-    found, out = find(sources, config.text_field), Path(config.out)
+    found, out = find(sources), Path(config.out)
     request = _request(sources, found, config)
     if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
+    _refuse_older(out, sources, found, config)
+    if warning := require_text(found, config.text_field):
+        print(f"prepare: {warning}", file=sys.stderr, flush=True)
     with lock.acquire(out, "prepare") as held:
         _remove_orphans(out, out / BUILDING)
         if (existing := _existing(out, request, config)) is not None:
@@ -179,7 +184,26 @@ def _existing(out: Path, request: str, config: PrepareConfig) -> dict | None:
     return manifest
 
 
-def _replace(sources: list[str], found: Found, request: str, config: PrepareConfig, held: Lock) -> dict:
+def _refuse_older(out: Path, sources: list[str], found: Selection, config: PrepareConfig) -> None:
+    """Raises BadInput if the same sources and options made the data when other files of them were read."""
+    try:
+        manifest = read_manifest(out)
+        if manifest is None or "rules" in manifest or config.overwrite:
+            return
+        older = Selection(find_by_rule_1(sources))
+        if manifest.get("request") != _request(sources, older, config):
+            return
+    except BadInput:  # what is wrong is said where it matters
+        return
+    now, then = set(found.files), set(older.files)
+    which = next((f" ({path} ...)" for path in [*older.files, *found.files] if (path in now) != (path in then)), "")
+    raise BadInput(
+        f"prepare: {out} must be new or empty, got data of the same sources, made by a version that read other files "
+        f"of them{which}; train on it as it is, or add --overwrite to make it again"
+    )
+
+
+def _replace(sources: list[str], found: Selection, request: str, config: PrepareConfig, held: Lock) -> dict:
     """Makes the data and moves it into place. Returns the manifest."""
     out = Path(config.out)
     building = out / BUILDING
@@ -201,7 +225,7 @@ def _replace(sources: list[str], found: Found, request: str, config: PrepareConf
                 f"{manifest['tokens']['val']} validation tokens from {len(found.files)} "
                 f"files{_left_out_note(manifest, ', ')}; give more text or a larger --val-fraction"
             )
-        manifest |= {"request": request, "sources": sources, "not_read": dict(found.not_read.most_common(MOST_KINDS))}
+        manifest |= {"request": request, "rules": RULES, "sources": sources, **_account(found)}
         with system.naming(building / MANIFEST):
             (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         held.check()
@@ -224,6 +248,15 @@ def _replace(sources: list[str], found: Found, request: str, config: PrepareConf
     return manifest
 
 
+def _account(found: Selection) -> dict:
+    """What of the sources is read and what is not, for the manifest."""
+    account = {"not_read": dict(found.not_read.most_common(MOST_KINDS)), "linked": found.linked}
+    if found.held_out:
+        first = found.held_out[0]
+        account["held_out"] = {"count": len(found.held_out), "first": f"{first}/" if first.is_dir() else str(first)}
+    return account
+
+
 def _remove_orphans(out: Path, building: Path) -> None:
     """Removes shards that an interrupted preparation moved into place without the manifest."""
     if (out / MANIFEST).exists() or not (building / MANIFEST).exists():
@@ -243,7 +276,7 @@ def _is_complete(out: Path, manifest: dict) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
-def _request(sources: list[str], found: Found, config: PrepareConfig) -> str:
+def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str:
     """Digest of the options, and of each file's path, size and time. Sets found.num_bytes.
 
     Equal requests make the same bytes.
@@ -263,7 +296,7 @@ def _stat(path: Path) -> os.stat_result:
         raise unreadable(path, error) from error
 
 
-def _build(found: Found, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
+def _build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
     """Writes all shards into `building`. Returns the manifest, which it does not write."""
     count = config.workers or os.cpu_count() or 1
     name = _stem(Path(config.out).name) or "data"
@@ -308,6 +341,7 @@ def _build(found: Found, config: PrepareConfig, building: Path, by_tail: bool) -
         "left_out": {"bytes": losses.bytes, "files": losses.largest()},
         "replaced": totals.replaced,
         "markers": totals.markers,
+        "with_nul": totals.with_nul,
         "shards": [record for writer in writers.values() for record in writer.records],
     }
 

@@ -1,13 +1,15 @@
 """Sources to files: what `gpt2 prepare` reads of files, of directories, and of the word `stdlib`.
 
 `stdlib` names the source files of the running Python's standard library, without its tests. Of a
-directory everything with one of the suffixes is read, except what is hidden or made by tools,
-validation and test files beside train files, and the README of a data set. All that is not read is
-counted. A file that is named is always read.
+directory every file with one of the suffixes is read, also in linked directories, each once. Left
+out are what is hidden or made by tools, test and validation sets beside a train set of the same
+name, the README and licence of a data set, links to a directory above, and directories without
+permission. All that is not read is counted. A file that is named is always read.
 """
 
 import os
 import re
+import shlex
 import stat
 import sysconfig
 from collections import Counter
@@ -16,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import BadInput
-from engine.tokens import formats
-from model.files import KINDS, BadFile
+from engine.output import program
+from engine.tokens import foreign, formats
+from model.files import KINDS, BadFile, few
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 RECORDS = (".jsonl", ".parquet")  # beside them a README is the card of the data set
@@ -25,18 +28,22 @@ STDLIB = "stdlib"
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 TOOLS = {"__MACOSX", "__pycache__", "node_modules"}  # directories; .git, .venv and the like are hidden
 TRAIN, TESTS = {"train", "training"}, {"test", "validation", "valid", "val", "dev", "eval"}
+SETS = (".txt", *RECORDS)  # suffixes of the files of train and test sets
+PROGRAMS = {".py", ".ipynb", ".sh", ".js", ".ts", ".java", ".go", ".rs", ".c", ".h", ".cc", ".cpp"}
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation"}
-HELD_OUT = "test or validation beside train, such as"
-LOOKED_AT = 16  # files of a source that are looked into before anything is read
+UPWARDS = "linked directory that leads upwards"
+LOOKED_AT = 16  # files that are looked into before anything is read
 
 
 @dataclass
-class Found:
+class Selection:
     """Files to read, in an order that depends only on names, and counts of what is not read."""
 
     files: list[Path] = field(default_factory=list)
     not_read: Counter = field(default_factory=Counter)  # by suffix, or by reason
     examples: dict[str, Path] = field(default_factory=dict)  # one file of each
+    held_out: list[Path] = field(default_factory=list)  # test and validation sets, files or directories
+    linked: int = 0  # linked directories that are read
     num_bytes: int = 0  # of the files to read
 
     def leave_out(self, why: str, path: Path) -> None:
@@ -45,34 +52,52 @@ class Found:
         self.examples.setdefault(why, path)
 
 
-def find(sources: Iterable[str], text_field: str = "text") -> Found:
-    """Every file of the sources.
-
-    Raises BadInput for a bad source, and for one whose first files all hold something else.
-    """
-    found = Found()
+def find(sources: Iterable[str]) -> Selection:
+    """Every file of the sources. Raises BadInput for a bad source."""
+    found = Selection()
     for source in sources:
         path = Path(source)
         if source == STDLIB and not path.exists():
             found.files += _library(Path(sysconfig.get_path("stdlib")))
             continue
         if _is_directory(source):
-            files = _walk(path, found)
+            found.files += _walk(path, found)
         elif path.suffix.lower() in SUFFIXES:
-            files = [path]
+            found.files.append(path)
         else:
             raise BadInput(f"prepare: a source must end in {', '.join(SUFFIXES)}, got {source}, {_unread(path)}")
-        found.files += files
-        problems = [_look(file, text_field) for file in files[:LOOKED_AT]]
-        if problems and None not in problems:
-            raise BadInput(f"{files[0]}: must hold text, got {problems[0]}")
     if not found.files:
         raise BadInput(
-            f"prepare: the sources must hold files in {', '.join(SUFFIXES)}, got none in {list(sources)}{_got(found)}"
+            f"prepare: the sources must hold files in {', '.join(SUFFIXES)}, got none in {list(sources)}"
+            f"{_got(sources, found)}"
         )
-    if count := found.not_read.pop(HELD_OUT, 0):
-        found.not_read[f"{HELD_OUT} {found.examples[HELD_OUT].name}"] = count
     return found
+
+
+def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
+    """What versions before `prepare.RULES` read of sources that can be read: all with a suffix, but through no link."""
+    files: list[Path] = []
+    for source in sources:
+        if source == STDLIB and not os.path.exists(source):
+            files += _library(Path(sysconfig.get_path("stdlib")))
+        elif os.path.isdir(source):
+            for directory, children, names in os.walk(source):
+                children.sort()
+                files += [Path(directory, name) for name in sorted(names) if Path(name).suffix in SUFFIXES]
+        else:
+            files.append(Path(source))
+    return files
+
+
+def require_text(found: Selection, text_field: str) -> str:
+    """Raises BadInput if none of the files holds text. Returns a warning if it seems so of the first, or ""."""
+    looks = [_look(file, text_field) for file in found.files[:LOOKED_AT]]
+    if any(problem is None for problem, _ in looks):
+        return ""
+    file, problem = found.files[0], looks[0][0]
+    if len(found.files) <= LOOKED_AT and all(is_sure for _, is_sure in looks):
+        raise BadInput(f"{file}: must hold text, got {problem}")
+    return f"{file} begins with {problem}"
 
 
 def _is_directory(source: str) -> bool:
@@ -94,13 +119,15 @@ def _is_directory(source: str) -> bool:
 
 def _unread(path: Path) -> str:
     """What a file of another suffix holds, for a message."""
+    if foreign.is_headerless(path):
+        return f"which holds nanoGPT's tokens; {_train(path.parent)}"
     try:
         return f"which holds {formats.unread(path)}"
     except (BadFile, OSError) as error:
         return f"which cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def _look(path: Path, text_field: str) -> str | None:
+def _look(path: Path, text_field: str) -> tuple[str | None, bool]:
     try:
         return formats.look(path, text_field)
     except (BadFile, OSError) as error:
@@ -113,20 +140,27 @@ def unreadable(path: Path, error: Exception) -> BadInput:
     return BadInput(f"{path}: must be a file that can be read, got {why}; mend it, or move it out of the source")
 
 
-def _got(found: Found) -> str:
+def _train(directory: str | Path) -> str:
+    return f"{program()} train --data {shlex.quote(str(directory))} reads them as they are"
+
+
+def _got(sources: Iterable[str], found: Selection) -> str:
     """What the sources hold that is not read, and the way in for the most frequent kind."""
+    for source in sources:
+        if os.path.isdir(source) and (what := foreign.what(source)).kind == "data":
+            return f"; {source} is {what.words}; {_train(source)}"
     if not found.not_read:
         return ""
-    (most, _), *_ = found.not_read.most_common(1)
-    path = found.examples[most]
-    way = f"; {path} {_unread(path).removeprefix('which ')}" if path.is_file() else ""
+    examples = [found.examples[why] for why, _ in found.not_read.most_common()]
+    paths = [path for path in examples if path.is_file() and not path.name.startswith(".") and not _is_card(path)]
+    way = f"; {paths[0]} {_unread(paths[0]).removeprefix('which ')}" if paths else ""
     return f"; {not_read(found.not_read)}{way}"
 
 
 def not_read(counts: dict[str, int]) -> str:
     """Text such as "not read: 12 .gz, 3 .csv", the most frequent first; "" if there is nothing."""
     kinds = [f"{count:,} {why}" for why, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))]
-    return f"not read: {formats.named(kinds)}" if kinds else ""
+    return f"not read: {few(kinds, formats.MOST_NAMED)}" if kinds else ""
 
 
 # ---- Directories --------------------------------------------------------------------------------------------------
@@ -140,9 +174,9 @@ def _library(root: Path) -> list[Path]:
     return files
 
 
-def _walk(root: Path, found: Found) -> list[Path]:
+def _walk(root: Path, found: Selection) -> list[Path]:
     """The files of a directory that are to be read. Counts the others in `found`."""
-    files, cards, has_others = [], [], False
+    files, cards, has_packed = [], [], False
     for directory, names in _directories(root, found):
         for name in names:
             path = Path(directory, name)
@@ -150,63 +184,100 @@ def _walk(root: Path, found: Found) -> list[Path]:
                 found.leave_out("hidden", path)
             elif path.suffix.lower() not in SUFFIXES:
                 found.leave_out(_suffix(path), path)
-                has_others = True
+                has_packed |= path.suffix.lower() in formats.UNPACKED
             elif (kind := _special(path)) is not None:
                 found.leave_out(kind, path)
             else:
-                if _words(path) and _words(path)[0] in CARDS and path.suffix.lower() in (".md", ".txt"):
+                if _is_card(path) and path.suffix.lower() in (".md", ".txt"):
                     cards.append(path)
                 files.append(path)
-    with_records: set[Path] = set()  # directories with records in them or below
-    for directory in {path.parent for path in files if path.suffix.lower() in RECORDS}:
-        with_records |= {directory, *directory.parents}
-    left = {card for card in cards if card.parent in with_records or (len(files) == len(cards) and has_others)}
-    for card in cards:
-        if card in left:
-            found.leave_out(f"{card.name} beside data", card)
+    with_records = {path.parent for path in files if path.suffix.lower() in RECORDS}
+    with_records |= {directory.parent for directory in with_records}  # of data/a.jsonl
+    is_packed = has_packed and len(files) == len(cards)
+    left = {card for card in cards if is_packed or card.parent in with_records}
+    for card in sorted(left):
+        found.leave_out(f"{card.name} beside data", card)
     return [path for path in files if path not in left] if left else files
 
 
-def _directories(root: Path, found: Found) -> Iterator[tuple[str, list[str]]]:
+def _is_card(path: Path) -> bool:
+    return path.stem.lower() in CARDS
+
+
+def _directories(root: Path, found: Selection) -> Iterator[tuple[str, list[str]]]:
     """Yields each directory once, with the names of its files. Linked directories come last."""
 
     def refuse(error: OSError) -> None:
-        raise BadInput(f"{error.filename}: must be a directory that can be read, got {error.strerror}") from error
+        path = Path(error.filename)
+        if not isinstance(error, PermissionError) or path == root:
+            raise BadInput(f"{path}: must be a directory that can be read, got {error.strerror}") from error
+        found.leave_out("directory without permission", path)
 
-    seen, pending = set(), [str(root)]
+    seen, pending = set(), [(str(root), ())]
     while pending:
-        for directory, children, names in os.walk(pending.pop(0), onerror=refuse):
+        start, chain = pending.pop(0)
+        chain = (*chain, Path(os.path.realpath(start)))  # the source, and the links that lead here
+        for directory, children, names in os.walk(start, onerror=refuse):
             try:
-                identity = os.stat(directory)
+                identity = os.stat(os.path.join(directory, "."))  # needs the permission that its files need
             except OSError as error:
                 refuse(error)
+                children[:] = []
+                continue
             if (identity.st_dev, identity.st_ino) in seen:
                 children[:] = []
                 continue
             seen.add((identity.st_dev, identity.st_ino))
-            held_out = _held_out(children, names)
-            for name in sorted(held_out):
-                found.leave_out(HELD_OUT, Path(directory, name))
+            found.linked += directory == start and len(chain) > 1
+            held_out = _held_out(directory, children, names)
+            found.held_out += [Path(directory, name) for name in sorted(held_out)]
             for name in sorted(children):
                 if name.startswith(".") or name in TOOLS:
                     found.leave_out(f"{name}/", Path(directory, name))
-            kept = {name for name in children if not name.startswith(".")} - TOOLS - held_out
-            pending += [link for name in sorted(kept) if os.path.islink(link := os.path.join(directory, name))]
-            children[:] = sorted(kept)
+            children[:] = sorted({name for name in children if not name.startswith(".")} - TOOLS - held_out)
+            for link in filter(os.path.islink, (os.path.join(directory, name) for name in children)):
+                if _leads_up(link, (*chain, Path(os.path.realpath(directory)))):
+                    found.leave_out(UPWARDS, Path(link))
+                else:
+                    pending.append((link, chain))
             yield directory, sorted(set(names) - held_out)
 
 
-def _held_out(children: list[str], names: list[str]) -> set[str]:
-    """Names of validation and test sets, if a train set lies beside them. Programs are none."""
-    sets = [*children, *(name for name in names if Path(name).suffix.lower() in (".txt", *RECORDS))]
-    words = {name: set(_words(Path(name))) for name in sets if not name.startswith(".")}
-    if not any(one & TRAIN for one in words.values()):
-        return set()
-    return {name for name, one in words.items() if one & TESTS and not one & TRAIN}
+def _leads_up(link: str, lower: Iterable[Path]) -> bool:
+    """Whether a link leads to one of the directories, or to one above it."""
+    target = Path(os.path.realpath(link))
+    return any(target == one or target in one.parents for one in lower)
 
 
-def _words(path: Path) -> list[str]:
-    return re.findall("[a-z]+", path.name.lower())
+def _held_out(directory: str, children: list[str], names: list[str]) -> set[str]:
+    """Names of the test and validation sets that lie beside a train set.
+
+    A file is one if the name of a train file differs from its own in the word alone, or in numbers:
+    c4-validation.00000-of-00008 beside c4-train.00000-of-01024. A directory is one if it has the
+    word for a name and lies beside `train`, and neither holds a program.
+    """
+    files = [name for name in names if Path(name).suffix.lower() in SETS and not name.startswith(".")]
+    train = {rest for name in files for rest in _without(name, TRAIN)}
+    held_out = {name for name in files if train.intersection(_without(name, TESTS))} if train else set()
+    tests = TESTS.intersection(children)
+    if tests and "train" in children and _is_set(Path(directory, "train")):
+        held_out |= {name for name in tests if _is_set(Path(directory, name))}
+    return held_out
+
+
+def _without(name: str, split: set[str]) -> list[tuple[str, ...]]:
+    """The words of a file's name without its suffix, less one of a split, for each that it has."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\d+[-_. ]?of[-_. ]?\d+", " ", Path(name).stem.lower()))
+    return [(*words[:i], *words[i + 1 :]) for i, word in enumerate(words) if word in split]
+
+
+def _is_set(root: Path) -> bool:
+    """Whether a directory holds text or records, and no program."""
+    suffixes: set[str] = set()
+    for _, children, names in os.walk(root):
+        children[:] = [name for name in children if not name.startswith(".") and name not in TOOLS]
+        suffixes |= {Path(name).suffix.lower() for name in names}
+    return bool(suffixes.intersection(SETS)) and not suffixes & PROGRAMS
 
 
 def _suffix(path: Path) -> str:

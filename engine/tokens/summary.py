@@ -5,11 +5,11 @@ from typing import Any
 from engine.tokens import formats
 from engine.tokens.sources import not_read
 from engine.tokens.tokenizer import END_OF_TEXT
+from model.files import few
 
 LOUD = 0.1  # share of the bytes that is left out from which the summary begins with a warning
 WAYS = {
     "not UTF-8": "--on-bad-text replace keeps the rest of such documents",
-    "with NUL bytes": "--on-bad-text replace keeps the rest of such documents",
     "no text field": "--text-field names another field",
 }
 
@@ -51,10 +51,20 @@ def describe(manifest: dict[str, Any], out: str) -> str:
             f"  {markers:,} literal {END_OF_TEXT} are text like any other; to end documents at them, write one a line "
             "as .jsonl"
         )
+    if with_nul := manifest.get("with_nul"):
+        lines.append(f"  {with_nul:,} with NUL bytes, which are text like any other")
+    if linked := manifest.get("linked"):
+        lines.append(f"  linked directories that were read: {linked:,}")
     lines += [f"  {line}" for line in left_out(manifest)]
     if counts := manifest.get("not_read"):
         way = "; a file that is named as a source is read" if any("beside" in why for why in counts) else ""
         lines.append(f"  {not_read(counts)}{way}")
+    if (held_out := manifest.get("held_out")) and held_out["count"]:
+        more = f" and {held_out['count'] - 1:,} more" if held_out["count"] > 1 else ""
+        lines.append(
+            f"  held out: {held_out['first']}{more}, test or validation sets beside a train set; "
+            "name them as sources to read them"
+        )
     lost, read = manifest.get("left_out", {}).get("bytes", 0), manifest.get("source_bytes", 0)
     if lost and lost >= LOUD * read:
         lines.insert(0, f"WARNING: {100 * lost / read:.0f}% of the sources' bytes were left out, see below")
@@ -68,4 +78,6 @@ def _size(num_bytes: int) -> str:
 def _sources(manifest: dict[str, Any]) -> str:
     """Text such as " from 12 .py, 3 .txt", or "" for data made by an older version."""
     counts = sorted(manifest.get("files", {}).items(), key=lambda one: (-one[1], one[0]))
-    return f" from {formats.named([f'{count:,} {suffix}' for suffix, count in counts])}" if counts else ""
+    if not counts:
+        return ""
+    return f" from {few([f'{count:,} {suffix}' for suffix, count in counts], formats.MOST_NAMED)}"

@@ -19,10 +19,10 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
 TARGETS = ("sm_90",)  # other targets get a few cases; the slow tests compile every case for each
-FEW = ("sm_80", "sm_100")
+FEW = ("sm_80",)
 HEADS = ["attention D=64 bf16"]
 REST = ["layer_norm C=768 bf16", "layer_norm C=12288 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
-AMD = ["attention D=64 bf16", "layer_norm C=768 bf16"]
+AMD = ["attention D=64 bf16"]
 CHILD = f"""
 import dataclasses, json, os
 from kernels.aot import compile_all
@@ -65,7 +65,7 @@ def test_every_attention_kernel_is_there(rows, target, case):
 
 
 def test_every_matmul_of_attention_is_that_of_the_architectures_tensor_cores(rows):
-    newest = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}  # wgmma, tcgen05
+    newest = {"sm_90": "HGMMA"}  # wgmma
     seen = set()
     for row in rows:
         if row.case in HEADS and row.target.startswith("sm_"):

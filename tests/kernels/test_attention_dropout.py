@@ -68,7 +68,7 @@ def compare(op, shape, dtype, is_causal):
     assert_accurate(got, theirs, exact, dtype, "out dqkv")
 
 
-@CAUSAL
+@pytest.mark.parametrize("is_causal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["causal", "full"])
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_forward_and_backward_drop_the_same_weights(op, dtype, is_causal):

@@ -88,6 +88,7 @@ def test_a_machine_without_anything_trains_and_says_so_in_a_line_each(shards, tm
     assert [row["step"] for row in rows] == [0, 1, 2]
 
 
+@pytest.mark.slow
 @cpu_only
 def test_triton_asked_for_where_there_is_none_is_a_sentence(shards, tmp_path):
     done = train("triton", shards, tmp_path / "run", "--kernels", "triton")

@@ -149,6 +149,7 @@ def test_prepare_fails_at_each_write_and_then_succeeds(text, tmp_path, fault, mo
     assert prepare.prepare([str(text)], config) == whole
 
 
+@pytest.mark.slow  # export, which has most of its code, is not
 def test_import_fails_at_each_write_and_then_succeeds(released, tmp_path, fault):
     fails_at_each_operation(
         fault,

@@ -1,6 +1,7 @@
 """Busy: a step that is slow for lack of CPU time has the machine named as the reason, and no other."""
 
 import itertools
+import re
 
 import pytest
 
@@ -43,14 +44,31 @@ def test_a_slow_step_without_its_cpu_time_is_explained_by_what_else_runs(machine
 
 def test_a_container_s_limit_is_named_before_other_processes_and_a_disk_after_them(machine):
     machine.throttled, machine.load = 1.2, (7.25, 2)
-    assert machine.step(3.0, 0.7).endswith("the CPU limit of its container held it for 40% of the time")
+    said = machine.step(3.0, 0.7)
+    assert said.startswith("SLOW, THE MACHINE IS BUSY: 3 s a step")
+    assert said.endswith("; the CPU limit of its container held it back")  # summed over CPUs: no share of the time
     machine.wall += busy.EVERY
     machine.cpu += 2 * busy.EVERY
     machine.step()
     machine.load = (0.5, 2)
-    assert machine.step(3.0, 0.7).endswith(
-        "the load average is 0.5 on 2 CPUs: it waited for a disk or for memory, or was suspended"
-    )
+    said = machine.step(3.0, 0.7)
+    assert said.startswith("SLOW STEP: 3 s a step")
+    assert said.endswith("the load average is 0.5 on 2 CPUs: it waited for a disk or for memory, or was suspended")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "load", "wanted"),
+    [
+        pytest.param(61.0, 0.2, "SLOW STEP: .* most likely it was suspended, or it .*", id="suspended"),
+        pytest.param(
+            61.0, 2.3, "SLOW STEP: .* most likely it was suspended, or it .*", id="suspended, and its own load"
+        ),
+        pytest.param(9.0, 40.0, "SLOW, THE MACHINE IS BUSY: .* other processes have the rest", id="very busy"),
+    ],
+)
+def test_a_step_much_slower_than_the_load_explains_is_a_suspension_and_no_busy_machine(machine, seconds, load, wanted):
+    machine.load = (load, 2)
+    assert re.fullmatch(wanted, machine.step(seconds, 2.0 / seconds))
 
 
 @pytest.mark.parametrize(

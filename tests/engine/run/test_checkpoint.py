@@ -251,16 +251,8 @@ class FailingDisk:
 
 
 CALLS = ["mkdir", "mkdir", "save_file", "fsync", "save_file", "fsync", "write_text", "fsync"]
-CALLS += [
-    "write_text",
-    "fsync",
-    "fsync",
-    "rename",
-    "fsync",
-    "write_bytes",
-    "fsync",
-    "fsync",
-]  # last of them: OUT/latest
+CALLS += ["write_text", "fsync", "fsync", "rename", "fsync"]
+CALLS += ["write_bytes", "fsync", "fsync"]  # of OUT/latest
 
 
 def test_these_are_all_the_calls_of_a_save(tmp_path, monkeypatch):

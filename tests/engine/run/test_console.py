@@ -13,6 +13,7 @@ from runs import train
 
 from engine import output
 from engine.config import PRESETS
+from engine.health import stopping
 from engine.run import console
 from engine.run.console import Bar, Lines
 from engine.run.metrics import Metrics
@@ -59,7 +60,7 @@ def bar(screen, now, config, monkeypatch):
     for step in range(1000):
         now[0] += 1.0
         pace.end_step(step + 1)
-    bar = Bar(config.num_steps, 0, "byte", pace)
+    bar = Bar(config.num_steps, "byte", pace)
     bar._live._refresh_thread.stop()
     bar.advance(1000)
     bar._fields = FIELDS | {"val_loss": 2.71828}
@@ -161,7 +162,8 @@ def test_a_pipe_gets_plain_lines_now_and_then(config, now, capsys):
     assert "\x1b" not in printed
     assert "\r" not in printed
     lines = printed.splitlines()
-    assert lines[0] == "step   33/1000  val loss 2.7183"  # printed at once; the interval of the others begins again
+    # Printed at once, with the time left: the interval of the others begins again.
+    assert lines[0] == "step   33/1000  val loss 2.7183  2:00 left"
     assert lines[1].startswith("time: about 2 min to the end (0.12 s a step, ")  # 0.125 s * 959
     assert lines[2] == "step   73/1000  loss 3.142  lr 4.00e-03  12,346 bytes/s  0.50 GiB  1:55 left"  # 0.125 s * 926
     assert len(lines) == 3
@@ -208,11 +210,14 @@ def test_a_short_run_says_nothing_of_its_time(config, now, capsys):
 
 
 def test_a_run_says_its_epochs_at_first_and_at_the_end_how_long_it_and_its_launches_took(
-    trained, shards, tmp_path, capfd
+    trained, shards, tmp_path, capfd, monkeypatch
 ):
     shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(stopping, "started_at", lambda process: stopping.now() - 7200)  # when the process did
     assert train(tmp_path / "run", shards, "--num-steps", "3") == 0
-    printed, took = capfd.readouterr().out, r"[\d.]+ s, [\d,]+ bytes/s in training"
-    assert re.search(r"^epochs: 0\.\d+, 768 of [\d,]+ training bytes in 3 steps$", printed, re.M)
-    wanted = rf"^done: 3 steps, .*\n  this launch: 1 steps in {took}; all launches: about {took}$"
+    printed, took = capfd.readouterr().out, r"[\w. ]+, [\d,]+ bytes/s in training"
+    assert re.search(r"^epochs: under 0\.01, 768 of [\d,]+ training bytes in 3 steps$", printed, re.M)
+    wanted = (
+        rf"^done: 3 steps, .*\n  this launch: 1 steps in 2 h, [\d,]+ bytes/s in training; all launches: about {took}$"
+    )
     assert re.search(wanted, printed, re.M)

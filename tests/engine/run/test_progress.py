@@ -8,8 +8,10 @@ import torch
 
 from engine.config import PRESETS
 from engine.distributed import Ranks
+from engine.health import stopping
 from engine.run import header, progress
 from engine.run.header import Corpus
+from engine.run.metrics import Metrics
 from engine.run.progress import Pace, Past, clock, words
 
 CPU = Ranks(0, 0, 1, torch.device("cpu"))
@@ -34,6 +36,7 @@ def corpus(train: int = 10_000_000) -> Corpus:
 @pytest.mark.parametrize(
     ("seconds", "shown", "said"),
     [
+        (0.00001, "0:00", "under 0.001 s"),
         (0.004, "0:00", "0.004 s"),
         (8.21, "0:08", "8.2 s"),
         (59.97, "0:59", "1 min"),
@@ -94,9 +97,91 @@ def test_compiling_counts_neither_as_step_nor_as_speed(now):
         now[0] += 300
         pace.compiled()
         now[0] += 2
+    # The loss is printed here, between the update and the end of its step.
+    assert (pace.step_seconds(), pace.left().is_measured) == (2, False)
+    assert pace.left().seconds == pytest.approx(99 * 2, rel=0.01)
     pace.end_step(1)
     assert pace.train_seconds == 2
     assert pace.left().seconds == pytest.approx(99 * 2, rel=0.01)
+
+
+def test_the_first_loss_has_the_time_left_of_the_update_just_made_and_not_of_an_evaluation_with_its_sample(now):
+    pace = Pace(preset(num_steps=40, eval_every=None, save_every=None, tokens_per_step=2**20), 0)
+    pace.sized(50.0, 64, 2, 1)  # 4,096 tokens, in one batch: 256 times less than a step's
+    with pace.part("evaluation"):
+        now[0] += 1
+        pace.tick()
+        for _ in range(30):  # tokens of a sample
+            now[0] += 1
+            pace.tick()
+    assert pace.step_seconds() == 1 * 3 * 256
+    brief = Pace(pace.config, 0)
+    brief.sized(50.0, 64, 2, 1)
+    with brief.part("evaluation"):
+        now[0] += 0.5
+        brief.tick()  # warms up, mostly
+    assert brief.left() is None
+    with pace.part("update"):
+        for _ in range(2):
+            now[0] += 10
+            pace.tick()
+    assert pace.step_seconds() == 20
+    assert pace.left().seconds == pytest.approx(39 * 20 + 31)  # the last evaluation samples too
+
+
+def test_the_batches_of_an_evaluation_end_when_a_gpu_has_done_them(now):
+    rank = Metrics(preset(), 0, False, "byte")
+    pace = rank.pace
+    pace.sized(50.0, 1024, 4, 2)  # four batches on this rank
+    with pace.part("evaluation"):
+        for _ in range(4):  # given to the GPU at once
+            now[0] += 0.001
+            pace.tick()
+        now[0] += 48
+        rank.log(0, val_loss=1.0)
+        now[0] += 30  # a sample
+        assert pace.step_seconds() == pytest.approx(3, rel=0.01)
+
+
+def test_a_stall_hardly_changes_the_time_left_and_is_not_called_training(now):
+    config = preset(num_steps=1000, eval_every=None, save_every=None, eval_tokens=3)
+    pace = Pace(config, 0)
+    for step in range(100):
+        now[0] += 0.16 + (60 if step == 90 else 0)
+        pace.end_step(step + 1)
+        assert step < 1 or pace.step_seconds() == pytest.approx(0.16, rel=0.03)
+    assert pace.left().seconds == pytest.approx(900 * 0.16, rel=0.03)
+    assert pace.train_seconds == pytest.approx(100 * 0.16)
+    said = "took 1 min 16 s, 6,400 bytes/s in training without 1 min of standing still"
+    assert pace.report("byte", Past(), 0) == said
+    for part in ("evaluation", "checkpoint") * 3:
+        with pace.part(part):
+            now[0] += 1
+    with pace.part("evaluation"):
+        now[0] += 600
+    assert pace.evaluation_seconds() == 1
+    early = Pace(config, 0)
+    for step in range(3):
+        now[0] += 0.16 + (60 if step == 2 else 0)
+        early.end_step(step + 1)
+    assert early.step_seconds() < 0.32
+
+
+def test_the_time_left_ends_with_max_minutes(now, monkeypatch):
+    monkeypatch.setattr(stopping, "now", lambda: now[0])
+    monkeypatch.setattr(stopping, "launched_at", lambda: 70.0)  # half a minute before
+    pace = Pace(preset(num_steps=10_000, max_minutes=5.0), 0)
+    run(pace, now, range(5))
+    assert str(pace.left()) == "4:05 left"
+    assert pace.expected().startswith("time: about 4 min 5 s to --max-minutes (1.0 s a step, 20.0 s an evaluation)")
+    monkeypatch.setattr(pace, "_limit", 1e9)
+    assert pace.expected().startswith("time: about 4 h 38 min to the end (")
+
+
+def test_a_launch_begins_with_its_process(now, monkeypatch):
+    monkeypatch.setattr(stopping, "now", lambda: 5000.0)
+    monkeypatch.setattr(stopping, "started_at", lambda process: 4991.0)
+    assert progress.launched() == 91.0
 
 
 def test_a_step_in_progress_is_estimated_without_its_first_micro_batch(now):
@@ -168,6 +253,18 @@ def test_the_header_says_epochs_and_loudly_so_if_a_small_corpus_is_read_very_oft
     assert re.fullmatch(
         "train: THE CORPUS IS READ 25 TIMES: .*give more than these 4,096 bytes, .* --num-steps to about 64\n", err
     )
+    _, err = shown(preset(), corpus(4096), capsys, past=(90, 61_440))  # four steps are left of 16 epochs
+    assert "lower --num-steps to about 94\n" in err
+    _, err = shown(preset(), corpus(4096), capsys, past=(99, 70_000))
+    assert err.endswith("give more than these 4,096 bytes\n")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [(99_600, "100"), (99_400, "99"), (9960, "10"), (1500, "1.5"), (999, "1.0"), (12, "0.01"), (0.064, "under 0.01")],
+)
+def test_epochs_are_plain_numbers(tokens, wanted):
+    assert header.epochs(preset(), corpus(1000), tokens).startswith(f"epochs: {wanted}, ")
 
 
 def test_a_gpu_preset_on_a_cpu_says_loudly_what_it_would_take_and_what_to_do_instead(capsys):
@@ -180,6 +277,14 @@ def test_a_gpu_preset_on_a_cpu_says_loudly_what_it_would_take_and_what_to_do_ins
     assert "at the 100 GFLOP/s of a matrix product here, 1 h 15 min a step; it starts all the same" in err
     assert "tiny (bytes), mini (bytes)" in err
     assert "--num-steps 9 takes about 11 h 13 min" in err
+    _, err = shown(gpt2, sizes, capsys, past=(1000, 10**9))
+    assert "--num-steps 1009 takes about 11 h 13 min" in err
+    _, err = shown(dataclasses.replace(gpt2, eval_every=1), sizes._replace(evaluated=10**7), capsys)
+    assert "; an evaluation takes about 7 h 55 min, raise --eval-every or lower --eval-tokens; or train" in err
+    assert "--num-steps" not in err
+    out, err = shown(dataclasses.replace(gpt2, max_minutes=90.0), sizes, capsys)
+    assert "1 h 15 min a step; it stops after 90 minutes (--max-minutes)\n" in out
+    assert err == ""
     _, err = shown(gpt2, sizes, capsys, speed=1e9)
     assert "lower --tokens-per-step too" in err  # a step takes days
     out, err = shown(dataclasses.replace(gpt2, num_steps=3), sizes, capsys)

@@ -337,7 +337,7 @@ def test_a_number_that_is_not_finite_is_null_and_stops_no_reader(tmp_path, capsy
     run.close()
     odd = [{"step": 1, "tokens": 1, "loss": 1e308, "lr": 10**400}, {"loss": 1.0}, {"tokens": "1", "loss": [1]}]
     plots.draw(run.config, [*found, *curves.read(tmp_path), *odd], "byte")
-    Bar(1000, 0, "byte").update(0, {"val_loss": None, "loss": None})
+    Bar(1000, "byte", run.pace).update(0, {"val_loss": None, "loss": None})
 
 
 def test_sinks_get_no_null(tmp_path):

@@ -1,9 +1,11 @@
 """What a directory stands for, and all that is no text: said by name and place, never dropped or read in silence."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,31 +57,38 @@ def found(root: Path) -> tuple[list[str], dict[str, int]]:
 def test_a_directory_says_what_of_it_is_not_read(tmp_path):
     hidden = ".git/a.txt", "sub/.venv/b.py", "node_modules/c.md", "__MACOSX/d.txt", "sub/__pycache__/e.py", ".f.txt"
     root = tree(tmp_path / "in", "a.TXT", "sub/b.Jsonl", "c.csv", "x.json.gz", "y.json.gz", "LICENSE", *hidden)
+    tree(root, "two/train/a.txt", "two/val/b.txt")
     files, not_read = found(root)
-    assert files == ["a.TXT", "sub/b.Jsonl"]
+    assert files == ["a.TXT", "sub/b.Jsonl", "two/train/a.txt"]
     directories = dict.fromkeys([".git/", ".venv/", "node_modules/", "__MACOSX/", "__pycache__/"], 1)
     assert not_read == {".csv": 1, ".json.gz": 2, "without a suffix": 1, "hidden": 1, **directories}
     text = prepare.describe(run(root, tmp_path / "out", val_fraction=0.5), "out")
-    assert "of text from 1 .jsonl, 1 .txt, " in text
+    assert "of text from 2 .txt, 1 .jsonl, " in text
     assert "\n  not read: 2 .json.gz, 1 .csv, 1 .git/, " in text
+    assert f"\n  held out: {root}/two/val/, test or validation sets beside a train set; name them as sources" in text
 
 
 @pytest.mark.parametrize(
     ("names", "left"),
     [
-        (["train.jsonl", "test.jsonl", "my_val.JSONL"], {"test.jsonl", "my_val.JSONL"}),
+        (["train.jsonl", "test.jsonl", "my_val.JSONL"], {"test.jsonl"}),
         (["a/train-00.parquet", "a/validation-00.parquet", "b/test-00.parquet"], {"a/validation-00.parquet"}),
+        (["c4-train.00000-of-01024.jsonl", "c4-validation.00000-of-8.jsonl"], {"c4-validation.00000-of-8.jsonl"}),
         (["train/a.txt", "dev/b.txt", "notes.txt"], {"dev/b.txt"}),
+        (["The Girl on the Train.txt", "The Electric Kool-Aid Acid Test.txt", "test.txt"], set()),
+        (["src/train/a.py", "src/train/notes.txt", "src/eval/b.py", "src/dev/b.txt"], set()),
+        (["docs/training/a.txt", "docs/test/b.txt"], set()),
         (["train.txt", "train_test.txt", "contest.txt", "evaluate.txt"], set()),
         (["train.py", "test.py", "eval.py", "a.txt"], set()),
         (["test.txt", "eval.txt"], set()),
     ],
 )
 def test_held_out_sets_beside_train_sets_are_left_out_with_a_word(tmp_path, names, left):
-    files, not_read = found(tree(tmp_path / "in", *names))
-    assert set(files) == set(names) - left
-    assert sum(not_read.values()) == len(left)
-    assert all(note.startswith("test or validation beside train, such as ") for note in not_read)
+    walked = sources.find([str(tree(tmp_path / "in", *names))])
+    assert {str(path.relative_to(tmp_path / "in")) for path in walked.files} == set(names) - left
+    assert {str(path) for path in walked.held_out} == {
+        str(tmp_path / "in" / name).removesuffix("/b.txt") for name in left
+    }
     named = [str(tmp_path / "in" / name) for name in names]
     assert [str(path) for path in sources.find(named).files] == named  # what is named is read
 
@@ -89,8 +98,13 @@ def test_held_out_sets_beside_train_sets_are_left_out_with_a_word(tmp_path, name
     [
         (["README.md", "LICENSE.txt", "en/a.jsonl"], ["en/a.jsonl"]),
         (["README.md", "a.md", "src/b.py", "src/package.json"], ["README.md", "a.md", "src/b.py"]),
-        (["README.md"], ["README.md"]),
+        (["README.md", "LICENSE"], ["README.md"]),
         (["README.md", ".git/config"], ["README.md"]),
+        (["README.md", "tests/fixtures/a.jsonl"], ["README.md", "tests/fixtures/a.jsonl"]),
+        (
+            ["License to Kill.txt", "Notice to Quit.txt", "a.jsonl"],
+            ["License to Kill.txt", "Notice to Quit.txt", "a.jsonl"],
+        ),
     ],
 )
 def test_the_card_of_a_data_set_is_no_corpus(tmp_path, names, read):
@@ -100,16 +114,33 @@ def test_the_card_of_a_data_set_is_no_corpus(tmp_path, names, read):
 def test_a_card_beside_packed_data_is_refused_with_the_way_to_unpack_it(tmp_path):
     root = tree(tmp_path / "c4", "README.md", "en/c4-train.json.gz")
     (root / "en" / "c4-train.json.gz").write_bytes(b"\x1f\x8b\x08 packed")
+    (root / ".gitattributes").touch()
     with pytest.raises(BadInput, match=r"not read: 1 .json.gz, 1 README.md .*gzip data; try: gunzip -c .*json"):
         found(root)
+
+
+def test_tokens_as_a_source_are_refused_with_the_command_that_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "engine.cli", "prepare"])
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(bytes([198, 0, 80, 40]) * 50)
+    for source in (tmp_path, tmp_path / "train.bin"):
+        with pytest.raises(BadInput, match=rf"; python -m engine.cli train --data {tmp_path} reads them as they are$"):
+            sources.find([str(source)])
+    (tmp_path / "x.bin").write_bytes(MAGIC.to_bytes(4, "little"))
+    with pytest.raises(BadInput, match=r"needs no preparation: python -m engine.cli train takes its directory"):
+        sources.find([str(tmp_path / "x.bin")])
 
 
 def test_linked_directories_are_read_once_and_circles_end(tmp_path):
     root = tree(tmp_path / "in", "a.txt", "b/c.txt")
     tree(tmp_path / "else", "d.txt")
-    for link, target in (("a_loop", root), ("b/up", root), ("also", tmp_path / "else"), ("again", tmp_path / "else")):
+    tree(tmp_path, "outside.txt")
+    for link, target in (("a_loop", root), ("b/up", root), ("above", tmp_path), ("also", tmp_path / "else")):
         (root / link).symlink_to(target)
-    assert found(root) == (["a.txt", "b/c.txt", "again/d.txt"], {})
+    (root / "again").symlink_to(tmp_path / "else")
+    (tmp_path / "else" / "back").symlink_to(tmp_path / "else")
+    assert found(root) == (["a.txt", "b/c.txt", "again/d.txt"], {"linked directory that leads upwards": 4})
+    assert "\n  linked directories that were read: 1\n" in prepare.describe(run(root, tmp_path / "out"), "out")
 
 
 def test_what_cannot_be_opened_is_a_sentence_and_never_a_hang(tmp_path, monkeypatch):
@@ -169,6 +200,7 @@ def test_replace_keeps_the_rest_and_counts(tmp_path):
     root = bad_byte(tmp_path / "in")
     (root / "a.jsonl").write_bytes(b'{"text": "caf\xe9 and \\ud800 more \xef\xbf\xbd words"}\n')
     (root / "b.txt").write_bytes(b"\xef\xbb\xbfa NUL\x00in text")
+    (root / "c.jsonl").write_bytes(b'{"other": "' + b"\xff" * 90 + b'", "text": "whole"}\n')
     (root / "cyrillic.txt").write_bytes("Это не UTF-8".encode("cp1251"))
     manifest = run(root, tmp_path / "out", on_bad_text="replace")
     kept = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
@@ -176,10 +208,11 @@ def test_replace_keeps_the_rest_and_counts(tmp_path):
         "x" * 1000 + "\ufffd" + "y" * 8999,
         WORDS * 4,
         "caf\ufffd and \ufffd more \ufffd words",
-        "a NUL\ufffdin text",
+        "a NUL\0in text",
+        "whole",
     }
-    assert (manifest["replaced"], manifest["skipped"]) == (4, {"mostly not UTF-8": 1})
-    assert "U+FFFD in place of bad bytes: 4" in prepare.describe(manifest, "out")
+    assert (manifest["replaced"], manifest["skipped"]) == (3, {"mostly not UTF-8": 1})
+    assert "U+FFFD in place of bad bytes: 3" in prepare.describe(manifest, "out")
 
 
 def test_the_files_that_lose_most_are_named_and_few(tmp_path, monkeypatch):
@@ -250,74 +283,39 @@ FOREIGN = [
 def test_another_format_under_a_name_is_named_with_the_way_in(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=sentence):
-        sources.find([str(tmp_path / name)])
+        run(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_one_odd_record_at_the_head_of_a_long_file_is_no_reason_to_refuse_it(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"version": 1}\n' + json.dumps({"text": "long " * 20_000}) + "\n")
-    assert sources.find([str(tmp_path / "x.jsonl")]).files
+def test_odd_records_are_no_reason_to_refuse_a_file_or_the_files_after_it(tmp_path, capsys):
+    root, odd = tmp_path / "in", '{"version": 1}\n'
+    root.mkdir()
+    (root / "a.jsonl").write_text("[INFO] a log's line\n" + odd * 5000 + '{"text": "long"}\n')
+    assert run(root, tmp_path / "one", val_fraction=0.5)["documents"] == {"train": 1, "val": 1}  # its tail
+    assert 'a.jsonl begins with records without the field "text", whose' in capsys.readouterr().err
+    for i in range(17):
+        (root / f"b{i:02d}.jsonl").write_text(odd)
+    tree(root, "c.txt")
+    manifest = run(root, tmp_path / "two", val_fraction=0.5)
+    assert manifest["skipped"] == {"not JSON": 1, 'no text field "text"': 5017}
+    assert manifest["text_bytes"] == len('{"text": "long"}\n') + len("c.txt")
 
 
-def test_a_directory_that_cannot_be_read_is_refused_not_passed_over(tmp_path, monkeypatch):
-    root, scandir = tree(tmp_path / "in", "a.txt", "sub/b.txt"), os.scandir
+def test_a_directory_without_permission_is_counted_and_one_that_fails_is_refused(tmp_path, monkeypatch):
+    root, scandir, errors = tree(tmp_path / "in", "a.txt", "sub/b.txt"), os.scandir, {}
 
     def refuse(path):
-        if str(path).endswith("sub"):
-            raise PermissionError(13, "Permission denied", str(path))
+        if str(path) in errors:
+            raise OSError(errors[str(path)], os.strerror(errors[str(path)]), str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(BadInput, match=r"sub: must be a directory that can be read, got Permission denied"):
-        found(root)
-
-
-COLUMNS = [
-    ("string", ["words", "more words", None], None),
-    ("large_string", ["words", "more words", None], None),
-    ("string_view", ["words", "more words", None], None),
-    ("binary", [b"words", b"\xff", None], {"not UTF-8": 1}),
-    ("dictionary", ["words", "more words", None], None),
-    ("int64", [1, 2, 3], "int64"),
-    ("list", [["a"], ["b"], []], r"list<element: string>"),
-    ("struct", [{"text": "a"}] * 3, r"struct<text: string>"),
-]
-
-
-@pytest.mark.parametrize(("kind", "values", "outcome"), COLUMNS, ids=[one[0] for one in COLUMNS])
-def test_a_column_is_text_or_a_sentence_with_its_type(tmp_path, kind, values, outcome):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "x.parquet"
-    column = pyarrow.array(values)
-    if kind == "dictionary":
-        column = column.dictionary_encode()
-    elif kind not in ("list", "struct"):
-        column = column.cast(getattr(pyarrow, kind)())
-    parquet.write_table(pyarrow.table({"body": column, "id": [1, 2, 3]}), path)
-    if isinstance(outcome, str):
-        with pytest.raises(BadInput, match=f"x.parquet: column body must hold text, got {outcome}; columns with text"):
-            run(path, tmp_path / "out", text_field="body")
-        return
-    manifest = run(path, tmp_path / "out", text_field="body", val_fraction=0.6)
-    assert manifest["skipped"] == {"null": 1} | (outcome or {})
-    assert manifest["source_bytes"] == path.stat().st_size
-    with pytest.raises(BadInput, match=r"a column text, got body \(.*\), id \(int64\); columns with text: body \("):
-        run(path, tmp_path / "other")
-
-
-def test_a_column_that_is_not_utf_8_is_left_out_by_row(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows = pyarrow.array([f"row {i}".encode() for i in range(20)] + [b"caf\xe9", b"more"])
-    text = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
-    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
-    manifest = run(tmp_path / "x.parquet", tmp_path / "out")
-    assert manifest["left_out"]["files"][0]["first"] == "row 21, not UTF-8 at byte 3 of 4 (0xe9)"
-    run(tmp_path / "x.parquet", tmp_path / "two", on_bad_text="replace")
-    assert "caf\ufffd" in texts(tmp_path / "two", "train") + texts(tmp_path / "two", "val")
-    content = (tmp_path / "x.parquet").read_bytes()
-    for cut in (0, 3, 100, len(content) - 20):
-        (tmp_path / "x.parquet").write_bytes(content[:cut])
-        with pytest.raises(BadInput, match="must be a parquet file"):
-            run(tmp_path / "x.parquet", tmp_path / "cut")
+    errors[str(root / "sub")] = errno.EACCES
+    assert found(root) == (["a.txt"], {"directory without permission": 1})
+    for path, code in ((root / "sub", errno.EIO), (root, errno.EACCES)):
+        errors[str(path)] = code
+        with pytest.raises(BadInput, match=f"{path}: must be a directory that can be read, got {os.strerror(code)}"):
+            found(root)
 
 
 # ---- Options and progress -----------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from corpora import documents, files, run, texts, write_library
+from corpora import config, documents, files, run, texts, write_library
 
 from engine.errors import BadInput
-from engine.tokens import prepare, shards, tokenizer
+from engine.tokens import prepare, shards, sources, tokenizer
 from engine.tokens.encode import is_validation
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.shards import TokenStream
@@ -131,6 +131,18 @@ def test_changed_sources_are_another_request(source, tmp_path):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", overwrite=True)
     assert "changed" in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+
+
+def test_data_of_an_older_version_that_read_other_files_is_a_sentence_of_its_own(source, tmp_path):
+    (source / ".hidden.txt").write_text("read once")
+    manifest = run(source, tmp_path / "out")
+    del manifest["rules"]
+    older = prepare.Selection([*sources.find_by_rule_1([str(source)])])
+    manifest["request"] = prepare._request([str(source)], older, config(tmp_path / "out"))
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=r"a version that read other files of them \(.*/.hidden.txt ...\); train on it"):
+        run(source, tmp_path / "out")
+    assert run(source, tmp_path / "out", overwrite=True)["rules"] == prepare.RULES
 
 
 def test_lost_shards_are_made_again(source, tmp_path):

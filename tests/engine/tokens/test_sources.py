@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from corpora import documents, run, texts, write_library
 
 from engine.errors import BadInput
 from engine.tokens import prepare, sources, tokenizer
+from engine.tokens.documents import raw_documents
 
 
 @pytest.fixture
@@ -16,8 +18,9 @@ def source(tmp_path) -> Path:
     return write_library(tmp_path / "library")
 
 
-def test_parquet_rows_are_documents(tmp_path):
+def test_parquet_rows_are_documents(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.delattr(pyarrow, "binary_view", raising=False)  # as before version 16
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [f"row {i}" for i in range(30)] + [None, ""]
     path = tmp_path / "x.parquet"
@@ -49,13 +52,73 @@ def test_the_standard_library_is_a_source_without_its_tests():
     assert paths == sources.find(["stdlib"]).files
 
 
+# ---- Parquet -------------------------------------------------------------------------------------------------------
+
+COLUMNS = [
+    ("string", ["words", "more words", None], None),
+    ("large_string", ["words", "more words", None], None),
+    ("string_view", ["words", "more words", None], None),
+    ("binary", [b"words", b"\xff", None], {"not UTF-8": 1}),
+    ("dictionary", ["words", "more words", None], None),
+    ("int64", [1, 2, 3], "int64"),
+    ("list", [["a"], ["b"], []], r"list<element: string>"),
+    ("struct", [{"text": "a"}] * 3, r"struct<text: string>"),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "outcome"), COLUMNS, ids=[one[0] for one in COLUMNS])
+def test_a_column_is_text_or_a_sentence_with_its_type(tmp_path, kind, values, outcome):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    column = pyarrow.array(values)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    elif kind not in ("list", "struct"):
+        column = column.cast(getattr(pyarrow, kind)())
+    parquet.write_table(pyarrow.table({"body": column, "id": [1, 2, 3]}), path)
+    if isinstance(outcome, str):
+        with pytest.raises(BadInput, match=f"x.parquet: column body must hold text, got {outcome}; columns with text"):
+            run(path, tmp_path / "out", text_field="body")
+        return
+    manifest = run(path, tmp_path / "out", text_field="body", val_fraction=0.6)
+    assert manifest["skipped"] == {"null": 1} | (outcome or {})
+    assert manifest["source_bytes"] == path.stat().st_size
+    with pytest.raises(BadInput, match=r"a column text, got body \(.*\), id \(int64\); columns with text: body \("):
+        run(path, tmp_path / "other")
+
+
+def test_a_column_that_is_not_utf_8_is_left_out_by_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pyarrow.array([f"row {i}".encode() for i in range(20)] + [b"caf\xe9", b"more"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), len(rows), rows.buffers())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
+    manifest = run(tmp_path / "x.parquet", tmp_path / "out")
+    assert manifest["left_out"]["files"][0]["first"] == "row 21, not UTF-8 at byte 3 of 4 (0xe9)"
+    run(tmp_path / "x.parquet", tmp_path / "two", on_bad_text="replace")
+    assert "caf\ufffd" in texts(tmp_path / "two", "train") + texts(tmp_path / "two", "val")
+    content = (tmp_path / "x.parquet").read_bytes()
+    for cut in (0, 3, 100, len(content) - 20):
+        (tmp_path / "x.parquet").write_bytes(content[:cut])
+        with pytest.raises(BadInput, match="must be a parquet file"):
+            run(tmp_path / "x.parquet", tmp_path / "cut")
+
+
+def test_a_file_is_held_in_memory_once(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"x" * 4_000_000)
+    tracemalloc.start()
+    (document,) = raw_documents([tmp_path / "x.txt"], "text")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(document[1]) == 4_000_000
+    assert peak < 5_000_000
+
+
 # ---- Bad text -----------------------------------------------------------------------------------------------------
 
 BAD_FILES = [
     pytest.param("bad.txt", b"caf\xe9", "not UTF-8", id="latin-1"),
     pytest.param("bad.txt", b"ab\xed\xa0\x80", "not UTF-8", id="a surrogate as UTF-8"),
     pytest.param("bad.py", "é".encode("utf-16"), "of another format", id="UTF-16"),
-    pytest.param("bad.txt", b"a\x00b", "with NUL bytes", id="NUL"),
     pytest.param("bad.jsonl", b"\x1f\x8b\x08\n{}\n{}", "of another format", id="gzip data"),
     pytest.param("bad.txt", b"", "empty", id="an empty file"),
     pytest.param("bad.md", b" \n\t\r\n", "empty", id="white space only"),
@@ -99,6 +162,7 @@ KEPT = [
     pytest.param(b"in the \xef\xbb\xbfmiddle", "in the \ufeffmiddle", id="but not inside"),
     pytest.param(b"a\r\nb\rc\n", "a\r\nb\rc\n", id="line ends stay"),
     pytest.param(b"x" * 10_000_000, "x" * 10_000_000, id="a line of 10 MB"),
+    pytest.param(b"a\x00b", "a\x00b", id="NUL"),
     pytest.param(b"a<|endoftext|>b", "a<|endoftext|>b", id="a literal end of text is text"),
 ]
 
@@ -109,6 +173,7 @@ def test_odd_but_valid_text_is_kept_as_it_is(source, tmp_path, content, text):
     manifest = run(source, tmp_path / "out")
     assert text in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
     assert manifest["skipped"] == {}
+    assert ("\n  1 with NUL bytes" in prepare.describe(manifest, "out")) == ("\0" in text)
 
 
 KEPT_RECORDS = [
