@@ -20,7 +20,7 @@ from pathlib import Path
 from engine.errors import BadInput
 from engine.output import program
 from engine.tokens import foreign, formats
-from model.files import KINDS, BadFile, few
+from model.files import BadFile, few, kind_of
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 RECORDS = (".jsonl", ".parquet")  # beside them a README is the card of the data set
@@ -112,8 +112,9 @@ def _is_directory(source: str) -> bool:
             why += f", {getattr(error, 'strerror', None) or error}"
         raise BadInput(f"prepare: a source must be a file, a directory or the word {STDLIB}, got {why}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        kind = next((words for is_kind, words in KINDS.items() if is_kind(mode)), "no regular file")
-        raise BadInput(f"prepare: a source must be a file or a directory, got {source}, {kind}; write it to a file")
+        raise BadInput(
+            f"prepare: a source must be a file or a directory, got {source}, {kind_of(mode)}; write it to a file"
+        )
     return stat.S_ISDIR(mode)
 
 
@@ -292,6 +293,4 @@ def _special(path: Path) -> str | None:
     except OSError as error:
         gone = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else error.strerror
         raise unreadable(path, BadFile(gone)) from error
-    if stat.S_ISREG(mode):
-        return None
-    return next((words for is_kind, words in KINDS.items() if is_kind(mode)), "no regular file").removeprefix("a ")
+    return None if stat.S_ISREG(mode) else kind_of(mode).removeprefix("a ")
