@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import threading
 
@@ -193,7 +194,9 @@ def test_a_drawing_that_never_ends_does_not_keep_the_run(config, gate, monkeypat
     painter = plots.Painter(config, "byte", warnings.append)
     painter.draw(ROWS)
     painter.close()
-    assert [f"still not drawn after 0.05 s; gpt2 plot --run {config.out}" in line for line in warnings] == [True]
+    assert [
+        f"still not drawn after 0.05 s; gpt2 plot --run {shlex.quote(config.out)}" in line for line in warnings
+    ] == [True]
     warnings.clear()
     gate[0].set()  # the directory is missing, so that it then fails
     painter.close()
