@@ -15,6 +15,7 @@ from engine import system
 from engine.errors import BadInput
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+LONGEST_END = 5.0  # seconds that a killed worker may take to be gone
 POLL = 1.0  # seconds between two checks that the pool's own threads are alive
 
 
@@ -61,8 +62,11 @@ def map_in_order(
             yield _result(pending.popleft(), workers, threads)
         pool.shutdown()
     except BaseException:  # GeneratorExit too: the caller failed
-        for child in set(multiprocessing.active_children()) - others:
+        ours = set(multiprocessing.active_children()) - others
+        for child in ours:
             child.kill()  # Python would wait for one that waits for work
+        for child in ours:
+            child.join(LONGEST_END)
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
         raise

@@ -88,6 +88,7 @@ def test_no_two_kernels_need_the_same_tile(op, is_causal, set_tiles):  # noqa: F
     compare(op, (1, 65, 2, 80), torch.float32, is_causal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_weights_are_kept_and_scaled_so_that_the_mean_stays(op):
     B, T, H, p = 4, 64, 4, 0.25

@@ -50,7 +50,6 @@ PATIENCE = 15.0  # seconds without work after which a command hangs
 TICKS = os.sysconf("SC_CLK_TCK")  # per second of work
 MOST = 1 << 30  # bytes of memory more than this process has
 CODES = {0, 1, 2, 3, 75}
-plots.Painter.draw = lambda self, rows: None  # in training; `gpt2 plot` draws
 UNCAUGHT = 70  # exit code of a fork whose command raised
 SMALL = ["tiny", "--model.n-layer", "1", "--model.n-head", "2", "--model.n-embd", "32", "--model.n-positions", "32"]
 SMALL += ["--tokens-per-step", "128", "--micro-batch-size", "2", "--eval-tokens", "128", "--sample-tokens", "4"]
@@ -349,6 +348,7 @@ def of_whole_checkpoints(files: Path, here: Path) -> set[str]:
 def fuzz(asked: argparse.Namespace) -> list[str]:
     """Runs cases until the time is over, kind after kind. Returns what was wrong."""
     rng, counts, problems, number = random.Random(asked.seed), Counter(), [], 0
+    plots.Painter.draw = lambda self, rows: None  # in training; `gpt2 plot` draws
     with tempfile.TemporaryDirectory(prefix="gpt2_fuzz_") as place:
         root = Path(place)
         (root / "files").mkdir()

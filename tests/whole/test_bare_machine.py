@@ -107,6 +107,7 @@ def test_doctor_on_a_machine_without_anything_has_a_row_for_each(tmp_path):
     assert "a connection was tried" not in done.stderr
 
 
+@pytest.mark.slow
 @cpu_only
 def test_without_a_gpu_or_a_network_text_is_prepared_trained_on_and_continued(shards, tmp_path):
     (tmp_path / "text.md").write_text("The quick brown fox jumps over the lazy dog. " * 400)

@@ -114,17 +114,13 @@ def quiet(shards, tmp_path_factory) -> Path:
     return out
 
 
-def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_path):
-    """SIGTERM to torchrun, then SIGINT to rank 1 of the resumed run; a second resume runs to the end."""
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_signals_to_the_launcher_or_one_rank_cost_nothing(quiet, shards, tmp_path, count):
+    """SIGTERM to torchrun, then SIGINT to rank 1 of the resumed run; the next resume runs to the end."""
     out, last = tmp_path / "run", 0
-    for number, to_rank, after in ((signal.SIGTERM, None, 15), (signal.SIGINT, 1, 40)):
-        launcher = subprocess.Popen(
-            command(out, shards, *STEPS, faults="slow:0:0,slow:1:0"),
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    for number, to_rank, after in ((signal.SIGTERM, None, 15), (signal.SIGINT, 1, 40))[:count]:
+        words, pipe = command(out, shards, *STEPS, faults="slow:0:0,slow:1:0"), subprocess.PIPE
+        launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
         wait_for_row(out, max(after, last + 1), launcher)
         os.kill(launcher.pid if to_rank is None else workers(launcher)[to_rank], number)
         stdout, stderr = launcher.communicate(timeout=60)
@@ -262,6 +258,7 @@ def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_
 # ---- Rows 10, 12: ranks that hang ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_lost_ranks and test_heartbeat have a rank that hangs
 def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
     flags = [*STEPS, "--timeout-minutes", "0.05", "--grace-seconds", "1"]
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15")

@@ -212,6 +212,7 @@ def test_the_embedding_s_gradient_is_the_last_of_all():
     assert order[-1] == "wte.weight"
 
 
+@pytest.mark.slow
 def test_the_early_of_two_ranks_sees_its_wait_for_the_late_one_as_communication():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
