@@ -64,8 +64,8 @@ PRESETS: dict[str, GPT2Config] = {
     # positions and 1.62 with 128 (one run each).
     "tiny": GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=64, vocab_size=257, init="zero_residual"),
     "mini": GPT2Config(n_layer=6, n_head=6, n_embd=384, n_positions=128, vocab_size=257, init="zero_residual"),
-    # small is for one's own text on a CPU, with GPT-2's vocabulary. In the time that a width of 256 took for
-    # 164 thousand tokens of Python, 192 read 225 thousand: validation losses 3.41 and 3.33 (one run each).
+    # small is for one's own text on a CPU, with GPT-2's vocabulary. For about the same FLOPs a width of 256 read
+    # 164 thousand tokens of Python and 192 read 225 thousand: validation losses 3.41 and 3.33 (one run each).
     "small": GPT2Config(n_layer=6, n_head=6, n_embd=192, n_positions=256, init="zero_residual"),
     "gpt2": GPT2Config(12, 12, 768),
     "gpt2-medium": GPT2Config(24, 16, 1024),
