@@ -111,6 +111,7 @@ def test_only_the_first_host_writes(hosts, quiet):
     assert not list((hosts[1].disk).rglob("*"))
 
 
+@pytest.mark.slow  # a minute for the three
 def test_a_cut_link_ends_both_hosts_and_each_says_what_to_do(hosts, cut):
     started, codes = cut
     assert 0 not in codes
@@ -119,6 +120,7 @@ def test_a_cut_link_ends_both_hosts_and_each_says_what_to_do(hosts, cut):
         assert_says_what_to_do(run, peer)
 
 
+@pytest.mark.slow
 def test_a_lost_host_ends_the_other_which_says_what_to_do(hosts, lost):
     started, code, _ = lost
     assert code != 0
@@ -126,6 +128,7 @@ def test_a_lost_host_ends_the_other_which_says_what_to_do(hosts, lost):
     assert_says_what_to_do(started[0], 1)
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_from_the_disk_of_the_first_host(hosts, lost):
     started, _, before = lost
     assert re.search(rf"going on from \S*step_{before:08d}", started[0].worker_output()), started[0].worker_output()
