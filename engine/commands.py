@@ -232,12 +232,14 @@ def import_(args: list[str], prog: str) -> None:
 
     @dataclass(frozen=True)
     class Import:
-        """Makes a run directory from GPT-2 weights in the Hugging Face layout.
+        """Makes a run directory from GPT-2 weights in the Hugging Face layout, or from nanoGPT's ckpt.pt.
 
         The run can be sampled, evaluated, and trained from with --init-from.
         """
 
-        source: tyro.conf.Positional[str]  # a directory with config.json and model.safetensors, or a name such as gpt2
+        source: tyro.conf.Positional[
+            str
+        ]  # directory with config.json and model.safetensors, ckpt.pt, or a name such as gpt2
         out: str  # run directory to make, new or empty
 
     asked = _parse(Import, args, prog)

@@ -86,7 +86,7 @@ class TrainConfig:
     seed: int = 1  # seed of the initial weights, the data order and dropout
     resume: str = "auto"  # auto: newest whole checkpoint; never: move that run aside; a path: go back to it, once
     resume_changed: bool = False  # go on although the data, or settings that change what is computed, have changed
-    init_from: str | None = None  # initial weights: a run, a directory in the Hugging Face layout, or a GPT-2 name
+    init_from: str | None = None  # initial weights: a run, a Hugging Face directory, nanoGPT's ckpt.pt, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
     eval_tokens: int = 1_048_576  # tokens per validation, the same each time
     save_every: int | None = 500  # steps between checkpoints; None: only at the end

@@ -38,6 +38,7 @@ def edges(kind: type, prefix: str = "--") -> list[tuple[str, str]]:
 
 
 TRAIN = edges(TrainConfig) + edges(OptimConfig, "--optim.") + edges(GPT2Config, "--model.")
+YEARS = {("--num-steps", str(2**31)), ("--sample-tokens", str(2**31))}  # of work, which is what they ask for
 
 
 def test_every_number_of_a_training_config_is_judged_without_an_error_of_its_own():
@@ -53,8 +54,8 @@ def test_every_number_of_a_training_config_is_judged_without_an_error_of_its_own
                     wrong = [str(error)]
                 else:
                     wrong = config.problems()
-                    if not wrong:
-                        device.check_memory(config, device.torch.device("cuda")) if part != "model" else None
+                    if not wrong and part != "model":
+                        device.check_memory(config, device.torch.device("cuda"))
                 assert value not in (2**63, 2**64, 10**30) or wrong, (name, value)
                 assert all("must" in line and "got" in line for line in wrong)
                 judged += 1
@@ -90,8 +91,7 @@ def ended(command: str, *args: str) -> None:
 
 def test_every_number_of_the_other_commands_ends_in_success_or_a_sentence(trained, monkeypatch, capfd):
     for flag, value in edges(commands.Sample):
-        if not (flag == "--max-new-tokens" and value == "0"):
-            ended("sample", "--run", str(trained), "--prompt", "d", "--max-new-tokens", "2", flag, value)
+        ended("sample", "--run", str(trained), "--prompt", "d", "--max-new-tokens", "2", flag, value)
     for flag, value in edges(commands.Evaluate):
         ended("eval", "--run", str(trained), flag, value)
     monkeypatch.setattr(device, "report", lambda *_: "")
@@ -119,10 +119,8 @@ def test_a_probability_below_float32_keeps_the_most_likely_token(trained, capfd)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flag", "value"), TRAIN)
+@pytest.mark.parametrize(("flag", "value"), [pair for pair in TRAIN if pair not in YEARS])
 def test_every_number_of_train_ends_in_success_or_a_sentence(flag, value, shards, tmp_path, capfd):
-    if flag in ("--num-steps", "--sample-tokens") and value == str(2**31):
-        pytest.skip("asks for years of work")
     code = runs.run(
         "train", *SMALL, "--data", str(shards), "--out", str(tmp_path / "run"), "--num-steps", "2", flag, value
     )
