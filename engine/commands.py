@@ -237,9 +237,7 @@ def import_(args: list[str], prog: str) -> None:
         The run can be sampled, evaluated, and trained from with --init-from.
         """
 
-        source: tyro.conf.Positional[
-            str
-        ]  # directory with config.json and model.safetensors, ckpt.pt, or a name such as gpt2
+        source: tyro.conf.Positional[str]  # directory with config.json and weights, ckpt.pt, or a name such as gpt2
         out: str  # run directory to make, new or empty
 
     asked = _parse(Import, args, prog)
