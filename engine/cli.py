@@ -5,21 +5,8 @@ import platform
 import sys
 
 from engine import output, packages, system
-from engine.commands import COMMANDS
+from engine.commands import COMMANDS, SUMMARIES
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, nearest
-
-SUMMARIES = {
-    "prepare": "turn text into token shards",
-    "train": "train a preset on token shards; resumes by itself",
-    "tune": "find what trains a preset fastest on this machine; train reads it",
-    "sample": "continue a prompt with a trained model",
-    "eval": "print the validation loss of a trained model",
-    "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
-    "export": "turn a run into a directory that transformers opens",
-    "plot": "redraw a run's loss curve and learning rate",
-    "verify": "check that every shard and checkpoint is whole",
-    "doctor": "show this machine's hardware and software, and what each op runs on and why",
-}
 
 PRINTED = ("sample", "eval", "doctor")  # what is printed is all that these commands make
 

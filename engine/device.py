@@ -8,27 +8,24 @@ and statistics are float32 in all four.
 """
 
 import ctypes
-import importlib.metadata
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from engine import output
 from engine.config import TrainConfig
 from engine.errors import BadInput
-from kernels.dispatch import Ops, has_c_compiler, select
+from kernels.dispatch import has_c_compiler
 from kernels.launch import HAS_TRITON
-from model.presets import activation_bytes, num_parameters
+from model.presets import num_parameters
 
 COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
@@ -36,8 +33,6 @@ COMPUTE_DTYPES = {
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
-MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences, of which a GPU takes the first that fits
-MARGIN = 0.1  # share of the free memory left for fragments, workspaces and what the estimate leaves out
 BUILD_LIMIT = 60.0  # seconds for the build of an empty library
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
@@ -233,7 +228,7 @@ def tune_malloc() -> None:
 
 def check_memory(config: TrainConfig, device: torch.device) -> None:
     """Raises BadInput if the host's memory cannot hold the model of each of its processes, which is built there."""
-    count, memory = num_parameters(config.model), _cpu_memory_bytes()
+    count, memory = num_parameters(config.model), cpu_memory_bytes()
     processes, each, what = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 4, "weights"  # float32
     if device.type == "cpu" and config.parallel == "ddp":
         each, what = 12, "weights, gradients and moments"  # at least one moment
@@ -243,30 +238,6 @@ def check_memory(config: TrainConfig, device: torch.device) -> None:
             f"{what} take at least {format_bytes(needed)} in {processes} process{'es' * (processes > 1)}, and "
             f"{format_bytes(memory)} of memory; choose a smaller preset, or lower --model.n-layer or --model.n-embd"
         )
-
-
-def step_bytes(config: TrainConfig, micro_batch_size: int, dtype: torch.dtype, shards: int = 1) -> int:
-    """Estimate of the GPU memory that one step takes, compiled and with AdamW.
-
-    shards: ranks that share one copy of weights, gradients and moments.
-    """
-    model, tokens = config.model, micro_batch_size * config.sequence_length
-    parameters = num_parameters(model)
-    block = (parameters - model.n_embd * (model.padded_vocab_size + model.n_positions)) // model.n_layer
-    # Under FSDP with resharding a rank holds the whole weights of two blocks and of the embeddings only.
-    whole = parameters if shards == 1 or not config.reshard else parameters - max(0, model.n_layer - 2) * block
-    per_whole = 4 + (dtype.itemsize if dtype.itemsize < 4 or shards > 1 else 0)  # this micro-batch's gradients, casts
-    dweight = 4 * model.padded_vocab_size * model.n_embd
-    logits = min(tokens, 8192) * model.padded_vocab_size * (dtype.itemsize + 4)  # a chunk's, and a float32 copy
-    gradients = 10 * tokens * model.n_embd * dtype.itemsize  # of one block's activations
-    stored = activation_bytes(model, tokens, dtype.itemsize, config.recompute)
-    return 16 * parameters // shards + per_whole * whole + dweight + logits + gradients + stored
-
-
-def largest_micro_batch(config: TrainConfig, dtype: torch.dtype, free_bytes: int, shards: int = 1) -> int:
-    """The largest of MICRO_BATCHES whose estimate fits into free_bytes with a margin; 1 if none does."""
-    room = free_bytes * (1 - MARGIN)
-    return next((size for size in MICRO_BATCHES if step_bytes(config, size, dtype, shards) <= room), 1)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -300,7 +271,7 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{device}, {gpu.name}, {format_bytes(gpu.total_memory)}"
-    memory = _cpu_memory_bytes()
+    memory = cpu_memory_bytes()
     return "this machine's CPU" if memory is None else f"this machine's CPU, {format_bytes(memory)}"
 
 
@@ -312,76 +283,9 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**10:.1f} KiB"
 
 
-def _cpu_memory_bytes() -> int | None:
+def cpu_memory_bytes() -> int | None:
+    """Memory of this machine in bytes; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # not Linux
         return None
-
-
-# ---- gpt2 doctor --------------------------------------------------------------------------------------------------
-
-
-def report(
-    head_dim: int,
-    asked_precision: str,
-    recall: Callable[[str, Ops], dict[str, str] | None],
-    tuned: dict[str, str] | None = None,
-    about_tuned: str = "",
-) -> str:
-    """What this machine has, and which implementation of each op runs here and why. Starts and
-    writes nothing.
-
-    asked_precision: as for gpt2 train. recall: failures that the self-check of ops in a precision
-    found, or None if there was none. tuned: op -> implementation, from `gpt2 tune`; about_tuned: its
-    file in words. Raises BadInput if this machine cannot do it.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, why = choose_precision(asked_precision, device, "doctor")
-    ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned)
-    failed = recall(precision, ops)
-    if failed:
-        ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned, failed=failed)
-    memory = _cpu_memory_bytes()
-    facts = [
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        *((name, _version(name)) for name in ("torch", "triton")),
-        (
-            "processor",
-            f"{os.cpu_count()} cores, "
-            + ("memory unknown" if memory is None else f"{memory / 2**30:.1f} GiB of memory"),
-        ),
-        *_gpus(),
-        ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
-        ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
-        ("precision", f"{precision}: {why}"),
-        ("tuned", about_tuned or f"no, {output.program()} tune finds what is fastest here"),
-        ("self-check", _self_check(failed, [choice.implementation for choice in ops.choices])),
-    ]
-    lines = [f"{name:<21} {text}" for name, text in facts]
-    return "\n".join([*lines, "", f"ops at head_dim {head_dim}, {precision}", ops.explain()])
-
-
-def _self_check(failed: dict[str, str] | None, implementations: list[str]) -> str:
-    if failed:
-        return f"failed: {', '.join(failed)}"
-    if "triton" not in implementations:
-        return "none needed: no op runs on Triton"
-    return "not made yet, gpt2 train makes it" if failed is None else "passed"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpus() -> list[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        return [("GPU", "no CUDA device")]
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
-        (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-        for index, gpu in enumerate(gpus)
-    ]

@@ -102,6 +102,14 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
     return tyro.cli(kind, args=args, prog=called, **options)
 
 
+def checked(kind: type, args: list[str], prog: str) -> Any:
+    """The same, of a command without presets. Raises BadInput too for an integer that 64 bits do not hold."""
+    asked = parse(kind, args, prog)
+    if wrong := too_large(asked):
+        raise BadInput(f"{prog.removeprefix('gpt2 ')}: " + "\n  ".join(wrong))
+    return asked
+
+
 def names(kind: type, prefix: str = "--") -> set[str]:
     """Flags of a dataclass, nested ones dotted."""
     found = {"--help"}

@@ -38,8 +38,8 @@ from engine.errors import (
 )
 from engine.health.heartbeat import Heartbeat
 from engine.health.stopping import Stop, under_torchrun
+from engine.parts import Run
 from engine.run import directory, metrics
-from engine.start import Run
 from engine.step import OUT_OF_TIME, SIGNAL, Numbers, news
 
 

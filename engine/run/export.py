@@ -145,7 +145,8 @@ def released_weights(who: str, source: str) -> tuple[GPT2, str]:
     except (OSError, ValueError) as error:  # OSError: a path in a directory that is not open to this user
         if _is_no_weights(source, found):
             raise BadInput(f"{who}: the source must be GPT-2 weights, got {source}{foreign.hint(source)}") from error
-        raise BadInput(f"{who}: {error}") from error
+        refused = system.sentence(error, who) if isinstance(error, OSError) else None
+        raise BadInput(refused or f"{who}: {error}") from error
     rows = model.config.vocab_size
     name = vocabulary.tokenizer_of(who, source, rows)
     notes.append(vocabulary.check(who, folder, name, rows))

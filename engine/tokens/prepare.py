@@ -45,6 +45,7 @@ LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin w
 MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
 MOST_WORKERS = 1024
 LEAST_VAL_FRACTION = 1e-9
+SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
 RULES = 2  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule_1
 
@@ -213,7 +214,9 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
             f"prepare: {out} must be new or empty, got {len(others)} files, such as {others[0].name}; "
             "choose another --out, or add --overwrite to replace them"
         )
+    spare: list[int] = []  # file descriptors to clean up with, should the process have no more
     try:
+        spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         manifest = _build(found, config, building, by_tail=False)
@@ -242,6 +245,8 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
             f"{system.reason(error)}; {system.advice(error, 'another --out')}"
         ) from error
     finally:
+        for descriptor in spare:
+            os.close(descriptor)
         with suppress(OSError):  # what cannot be removed now, the same command removes when it begins
             _remove_orphans(out, building)
         shutil.rmtree(building, ignore_errors=True)

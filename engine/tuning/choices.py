@@ -10,6 +10,7 @@ from engine.checks import compiler, selfcheck
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput, warn
+from engine.planning import memory
 from engine.run import resume
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
@@ -55,7 +56,7 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
         return 16
     shards = distributed.shards(config.parallel, config.shard_size, ranks)
     free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
-    fits = min(ranks.gather(device.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
+    fits = min(ranks.gather(memory.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
     earlier = resume.resolved_before(config) or {}
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
 

@@ -26,6 +26,7 @@ from engine import device as devices
 from engine import output
 from engine.config import PRESETS, TrainConfig, batch_shape
 from engine.errors import BadInput
+from engine.planning import memory
 from engine.tuning import steps
 from engine.tuning.ops import OPS, Bench
 from engine.tuning.record import Setup, Tuning, check_writable, machine_of, path_of, save, shape_of
@@ -59,7 +60,7 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     most = 16  # as choices.largest_micro_batch has it
     if device.type == "cuda":
         dtype, free_bytes = devices.COMPUTE_DTYPES[precision], torch.cuda.mem_get_info(device)[0]
-        most = devices.largest_micro_batch(asked, dtype, free_bytes)
+        most = memory.largest_micro_batch(asked, dtype, free_bytes)
     batch = batch_shape(asked, 1, most)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import cli, device
+from engine import cli
+from engine.checks import doctor as report
 from kernels.dispatch import MODULES
 
 
@@ -55,4 +56,4 @@ def test_gpus_are_named_with_architecture_and_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    assert device._gpus() == [("GPU 0", "NVIDIA H200, sm_90, 140 GiB")]
+    assert report._gpus() == [("GPU 0", "NVIDIA H200, sm_90, 140 GiB")]

@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL
 
 from engine import commands, device, flags
 from engine import config as configs
+from engine.checks import doctor
 from engine.config import PRESETS, OptimConfig, TrainConfig, batch_shape
 from engine.errors import BadInput
 from engine.tuning import tune
@@ -90,12 +91,12 @@ def ended(command: str, *args: str) -> None:
 
 
 def test_every_number_of_the_other_commands_ends_in_success_or_a_sentence(trained, monkeypatch, capfd):
-    for flag, value in edges(commands.Sample):
+    for flag, value in edges(commands.KINDS["sample"]):
         ended("sample", "--run", str(trained), "--prompt", "d", "--max-new-tokens", "2", flag, value)
-    for flag, value in edges(commands.Evaluate):
+    for flag, value in edges(commands.KINDS["eval"]):
         ended("eval", "--run", str(trained), flag, value)
-    monkeypatch.setattr(device, "report", lambda *_: "")
-    for flag, value in edges(commands.Doctor):
+    monkeypatch.setattr(doctor, "report", lambda *_: "")
+    for flag, value in edges(commands.KINDS["doctor"]):
         ended("doctor", "--precision", "fp32", flag, value)
     monkeypatch.setattr(tune, "tune", lambda *_: None)
     for flag, values in (("--micro-batch-size", INTEGERS), ("--max-minutes", FLOATS)):
@@ -163,7 +164,7 @@ def test_a_flag_of_another_trainer_is_told_ours(command, flag, capsys):
 
 def test_every_hint_names_a_flag_that_exists():
     known = flags.names(TrainConfig) | {"--workers", "--tokenizer"}
-    for kind in (commands.Sample, commands.Evaluate):
+    for kind in (commands.KINDS["sample"], commands.KINDS["eval"]):
         known |= flags.names(kind)
     for ours, theirs in flags.HINTS:
         assert ours.replace(",", " ").replace(";", " ").split()[0] in known, ours

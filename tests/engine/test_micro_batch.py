@@ -9,6 +9,7 @@ import torch
 from engine import device
 from engine.config import PRESETS, batch_shape
 from engine.distributed import Ranks
+from engine.planning import memory
 from engine.tuning import choices
 from model.gpt2 import GPT2, GPT2Config
 from model.presets import activation_bytes, num_parameters, parameter_shapes
@@ -63,7 +64,7 @@ def test_gpt2_at_64_sequences_takes_24_gib():
     """By a count of Inductor's graph: 1.52 GiB of activations per layer, about 24 GiB in all."""
     gpt2 = PRESETS["gpt2"]
     assert activation_bytes(gpt2.model, 64 * 1024, 2) / 12 / GIB == pytest.approx(1.52, rel=0.01)
-    assert device.step_bytes(gpt2, 64, torch.bfloat16) / GIB == pytest.approx(24, rel=0.05)
+    assert memory.step_bytes(gpt2, 64, torch.bfloat16) / GIB == pytest.approx(24, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -78,20 +79,20 @@ def test_gpt2_at_64_sequences_takes_24_gib():
 )
 def test_the_largest_micro_batch_that_fits_is_taken(preset, free_gib, shards, largest):
     config = PRESETS[preset]
-    assert device.largest_micro_batch(config, torch.bfloat16, free_gib * GIB, shards) == largest
+    assert memory.largest_micro_batch(config, torch.bfloat16, free_gib * GIB, shards) == largest
     if largest > 1:
-        assert device.step_bytes(config, largest, torch.bfloat16, shards) < 0.9 * free_gib * GIB
-    assert device.step_bytes(config, 2 * largest, torch.bfloat16, shards) > 0.9 * free_gib * GIB or largest == 64
+        assert memory.step_bytes(config, largest, torch.bfloat16, shards) < 0.9 * free_gib * GIB
+    assert memory.step_bytes(config, 2 * largest, torch.bfloat16, shards) > 0.9 * free_gib * GIB or largest == 64
 
 
 def test_sharding_divides_what_a_rank_holds_and_recomputing_lowers_what_it_stores():
     xl = dataclasses.replace(PRESETS["gpt2-xl"], reshard=False)
-    whole, half = (device.step_bytes(xl, 4, torch.bfloat16, shards) for shards in (1, 2))
+    whole, half = (memory.step_bytes(xl, 4, torch.bfloat16, shards) for shards in (1, 2))
     assert whole - half == 8 * num_parameters(xl.model)  # half of 16 bytes: weight, gradient and two moments
-    resharded = device.step_bytes(PRESETS["gpt2-xl"], 4, torch.bfloat16, 2)
+    resharded = memory.step_bytes(PRESETS["gpt2-xl"], 4, torch.bfloat16, 2)
     assert resharded < half - 4 * num_parameters(xl.model)
     sizes = [
-        device.step_bytes(dataclasses.replace(xl, recompute=part), 4, torch.bfloat16)
+        memory.step_bytes(dataclasses.replace(xl, recompute=part), 4, torch.bfloat16)
         for part in ("block", "attention", "none")
     ]
     assert sizes == sorted(sizes)

@@ -19,9 +19,10 @@ from conftest import ROOT
 
 from engine import cli, config
 from engine import commands as subcommands
+from engine import flags as flag_parser
 from engine.errors import BadInput
 from engine.tokens.prepare import PrepareConfig
-from model.presets import PRESETS
+from model.presets import PRESETS, GPT2Config
 
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,7 +46,7 @@ TRAINING = {
     for name in (
         *(field.name for field in dataclasses.fields(config.TrainConfig)),
         *(f"optim.{field.name}" for field in dataclasses.fields(config.OptimConfig)),
-        *(f"model.{field.name}" for field in dataclasses.fields(config.GPT2Config)),
+        *(f"model.{field.name}" for field in dataclasses.fields(GPT2Config)),
     )
 }
 
@@ -135,7 +136,7 @@ def parse_gpt2(args: list[str], monkeypatch) -> None:
         config.parse(flags, "gpt2 train")
         return
     with monkeypatch.context() as patch:
-        patch.setattr(subcommands, "_parse", stopping(subcommands._parse))
+        patch.setattr(flag_parser, "checked", stopping(flag_parser.checked))
         asked = parsed_by(cli.COMMANDS[command], flags, f"gpt2 {command}")
     assert getattr(asked, "preset", "gpt2") in PRESETS
 
@@ -274,7 +275,7 @@ def test_every_flag_in_the_text_exists(document):
     from torch.distributed.run import get_args_parser
 
     known = TRAINING | {f"--no-{flag[2:]}" for flag in TRAINING}
-    for kind in (PrepareConfig, subcommands.Sample, subcommands.Evaluate, subcommands.Export, subcommands.Doctor):
+    for kind in (PrepareConfig, *subcommands.KINDS.values()):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     known |= {"--help", "--shutdown-timeout"}  # the second is torchrun's, from torch 2.12 on

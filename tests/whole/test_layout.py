@@ -24,25 +24,29 @@ LAYERS = (
     {"tokens"},
     {"config"},
     {"optim", "device", "rendezvous"},
+    {"planning"},
     {"distributed"},
     {"evaluation", "health"},
     {"checks"},
     {"step"},
     {"run"},
-    {"tuning"},
+    {"tuning", "parts"},
     {"start"},
     {"train", "commands"},
     {"cli"},
 )
-FILES = {"train", "start", "step", "config", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "commands", "system", "packages", "flags", "sizes"}
+FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
+FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
-    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch"},
+    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
+    "config": {"fields", "presets", "parse", "file"},
+    "planning": {"memory"},
+    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }

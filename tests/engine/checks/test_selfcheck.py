@@ -226,9 +226,10 @@ def test_what_is_asked_for_follows_the_run():
 
 
 def test_doctor_says_what_is_remembered(gpu, play, monkeypatch, capsys):
-    from engine import cli, device
+    from engine import cli
+    from engine.checks import doctor
 
-    monkeypatch.setattr(device, "_gpus", lambda: [])
+    monkeypatch.setattr(doctor, "_gpus", lambda: [])
     assert cli.main(["doctor"]) == 0
     assert "self-check            not made yet, gpt2 train makes it" in capsys.readouterr().out
     play(attention=WRONG)

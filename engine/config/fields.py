@@ -1,26 +1,15 @@
-"""Config of a training run: its fields, presets and command line.
+"""Fields of a training run's config, with their defaults, and what is wrong with their values."""
 
-`gpt2 train PRESET --flag value`: the preset sets every field, and each flag changes one. Nested
-fields are dotted (`--optim.lr 3e-4`, `--model.dropout 0.1`). Imports no PyTorch, so that --help is
-fast.
-"""
-
-import dataclasses
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine import flags, output, sizes
-from engine.errors import BadInput, nearest
-from engine.tokens import foreign
-from model.files import check_fields, make, read_json
-from model.presets import PRESETS as MODEL_PRESETS
-from model.presets import GPT2Config, num_parameters
+from engine import flags
+from engine.errors import BadInput
+from model.presets import GPT2Config
 
-CONFIG_FILE = "config.json"
 FAR = 10_000  # sequences within which a micro-batch that divides the step is looked for
 Precision = Literal["auto", "bf16", "fp16", "tf32", "fp32"]
 LONGEST_WAIT = 1_000_000  # minutes or seconds, that every timer and every library can hold
@@ -48,17 +37,19 @@ class OptimConfig:
         wrong = []
         for name in ("muon_lr", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                wrong.append(f"{_flag('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
+                wrong.append(f"{flag_of('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
-                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and below 1, got {getattr(self, name)}")
+                wrong.append(f"{flag_of('optim.' + name)} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "eps"):
             if not 0 < getattr(self, name) < math.inf:  # this form rejects NaN too
                 advice = "; 1e9 clips nothing" if name == "clip" else ""
-                wrong.append(f"{_flag('optim.' + name)} must be above 0 and finite, got {getattr(self, name)}{advice}")
+                wrong.append(
+                    f"{flag_of('optim.' + name)} must be above 0 and finite, got {getattr(self, name)}{advice}"
+                )
         for name in ("weight_decay", "warmup_tokens"):
             if not 0 <= getattr(self, name) < math.inf:
-                wrong.append(f"{_flag('optim.' + name)} must be at least 0 and finite, got {getattr(self, name)}")
+                wrong.append(f"{flag_of('optim.' + name)} must be at least 0 and finite, got {getattr(self, name)}")
         return wrong
 
 
@@ -131,17 +122,17 @@ class TrainConfig:
             "max_skipped",
         ):
             if getattr(self, name) < 1:
-                wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+                wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                wrong.append(f"{_flag(name)} must be at least 1, got {getattr(self, name)}")
+                wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
         if self.skip_z_score is not None and not 0 < self.skip_z_score < math.inf:
             wrong.append(f"--skip-z-score must be above 0 and finite, got {self.skip_z_score}; None: no limit")
         for name in ("grace_seconds", "timeout_minutes", "max_minutes", "save_every_minutes"):
             value, may_be_none = getattr(self, name), name in ("max_minutes", "save_every_minutes")
             if not (may_be_none and value is None) and not 0 < value <= LONGEST_WAIT:
                 advice = "; None: no limit" if may_be_none else ""
-                wrong.append(f"{_flag(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {value}{advice}")
+                wrong.append(f"{flag_of(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {value}{advice}")
         if self.parallel != "ddp" and self.optim.name == "muon":
             wrong.append(
                 "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
@@ -165,7 +156,8 @@ class TrainConfig:
         return wrong
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a field."""
     return "--" + name.replace("_", "-")
 
 
@@ -181,129 +173,6 @@ def parse_profile(text: str) -> tuple[int, int]:
             f"{text!r}"
         )
     return int(match[1]), int(match[2])
-
-
-# ---- Presets ------------------------------------------------------------------------------------------------------
-
-# Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
-# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size
-# takes those of the nearest GPT-3 model.
-_GPT3_RECIPE = {
-    "gpt2": (6.0e-4, 2**19),
-    "gpt2-medium": (3.0e-4, 2**19),
-    "gpt2-large": (2.5e-4, 2**19),
-    "gpt2-xl": (2.0e-4, 2**20),
-    "gpt3-small": (6.0e-4, 2**19),
-    "gpt3-medium": (3.0e-4, 2**19),
-    "gpt3-large": (2.5e-4, 2**19),
-    "gpt3-xl": (2.0e-4, 2**20),
-    "gpt3-2.7b": (1.6e-4, 2**20),
-    "gpt3-6.7b": (1.2e-4, 2**21),
-    "gpt3-13b": (1.0e-4, 2**21),
-    "gpt3-175b": (0.6e-4, 2**22),
-}
-
-
-def _gpt(name: str) -> TrainConfig:
-    lr, tokens_per_step = _GPT3_RECIPE[name]
-    return TrainConfig(
-        out=f"runs/{name}",
-        num_steps=round(10e9 / tokens_per_step),
-        tokens_per_step=tokens_per_step,
-        model=MODEL_PRESETS[name],
-        optim=OptimConfig(lr=lr),
-    )
-
-
-_LAPTOP = TrainConfig(
-    data="data/stdlib",
-    out="runs/tiny",
-    num_steps=760,
-    tokens_per_step=1024,
-    eval_every=190,
-    eval_tokens=65_536,
-    save_every=190,
-    prompt="def ",
-    sample_tokens=200,
-    model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=76 * 1024, beta2=0.99),
-)
-
-# What trains a preset; the others need GPUs.
-MACHINES = {
-    "tiny": "a laptop's CPU: two minutes, on bytes",
-    "mini": "a CPU, on bytes",
-    "small": "a laptop's CPU, on your own text",
-}
-
-PRESETS: dict[str, TrainConfig] = {
-    "tiny": _LAPTOP,
-    "mini": dataclasses.replace(
-        _LAPTOP,
-        out="runs/mini",
-        num_steps=4000,
-        tokens_per_step=4096,
-        model=MODEL_PRESETS["mini"],
-        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096),
-    ),
-    "small": dataclasses.replace(
-        _LAPTOP,
-        data="data/mine",
-        out="runs/small",
-        num_steps=1000,
-        tokens_per_step=2048,
-        eval_every=100,
-        eval_tokens=32_768,
-        save_every=100,
-        prompt="The ",
-        sample_tokens=100,
-        model=MODEL_PRESETS["small"],
-        optim=OptimConfig("muon", lr=2e-3, min_lr_ratio=0.02, warmup_tokens=50 * 2048, beta2=0.99),
-    ),
-} | {name: _gpt(name) for name in _GPT3_RECIPE}
-
-
-# ---- Command line -------------------------------------------------------------------------------------------------
-
-
-def presets_help(prog: str) -> str:
-    """A line for each preset: its parameters, and the machine that it is for."""
-    lines = []
-    for name, preset in PRESETS.items():
-        count = num_parameters(preset.model, padded=False)
-        state = f"GPUs: weights, gradients and moments take {16 * count / 2**30:,.1f} GiB"
-        lines.append(f"  {name:<12} {count:>15,} parameters  {MACHINES.get(name, state)}")
-    return (
-        f"usage: {prog} PRESET [--flag VALUE ...]\n\nTrains a GPT-2 on token shards; the same command goes on. "
-        "PRESET is one of\n\n" + "\n".join(lines) + f"\n\n{prog} PRESET --help lists all flags with the preset's values"
-    )
-
-
-def parse(args: list[str], prog: str) -> TrainConfig:
-    """Parses `PRESET --flags`.
-
-    With --init-from the model has the sizes of those weights. Raises BadInput for a bad preset or
-    value; for an unknown flag tyro exits with 2.
-    """
-    if args and args[0] in ("-h", "--help"):
-        print(presets_help(prog.replace("gpt2", output.program(), 1)))
-        raise SystemExit(0)
-    if not args or args[0].startswith("-"):
-        got = args[0] if args else "nothing"
-        raise BadInput(f"{prog}: a preset must come first, got {got}; choose from {', '.join(PRESETS)}")
-    preset, *args = args
-    if preset not in PRESETS:
-        raise BadInput(f"{prog}: the preset must be one that exists, got {preset!r}{nearest(preset, PRESETS)}")
-    switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
-    args = [part for arg in args for part in switches.get(arg, [arg])]
-    try:
-        config = flags.parse(TrainConfig, args, f"{prog} {preset}", PRESETS[preset])
-        config = with_sizes_of_weights(config, args)
-    except ValueError as error:
-        raise BadInput(f"{prog}: {error}") from error
-    if wrong := config.problems():
-        raise BadInput(f"{prog}: " + "\n  ".join(wrong))
-    return config
 
 
 def batch_shape(config: TrainConfig, world_size: int, most: int = 16) -> tuple[int, int]:
@@ -333,68 +202,3 @@ def batch_shape(config: TrainConfig, world_size: int, most: int = 16) -> tuple[i
     per_rank = config.tokens_per_step // (T * world_size)  # sequences
     size = wanted or max(size for size in range(1, min(most, per_rank) + 1) if per_rank % size == 0)
     return size, per_rank // size
-
-
-# ---- Sizes of --init-from ------------------------------------------------------------------------------------------
-
-
-def with_sizes_of_weights(config: TrainConfig, args: list[str]) -> TrainConfig:
-    """The config with the model sizes of --init-from, if they are known, in place of the preset's.
-
-    A run that began with these weights keeps its sizes, so that it goes on without them. The context
-    stays the preset's if it is shorter. Raises ValueError if a flag asks for another size.
-    """
-    if config.init_from is None:
-        return config
-    began = sizes.of_run(config.out, config.init_from) if config.resume != "never" else None
-    if (found := began or sizes.of_weights(config.init_from)) is None:
-        return config
-    if -(-found["vocab_size"] // 128) * 128 == config.model.padded_vocab_size:  # padded by another trainer
-        found["vocab_size"] = config.model.vocab_size
-    given = {word.partition("=")[0].replace("_", "-") for word in args}
-    for name, theirs in found.items():
-        if _flag(f"model.{name}") in given and (ours := getattr(config.model, name)) != theirs:
-            raise ValueError(
-                f"{_flag('model.' + name)} must be that of the weights in --init-from {config.init_from}, {theirs}, "
-                f"got {ours}; leave it out" + ("; --context may be shorter" if name == "n_positions" else "")
-            )
-    context = config.context
-    if context is None and config.model.n_positions < found["n_positions"]:
-        context = config.model.n_positions
-    return dataclasses.replace(config, context=context, model=dataclasses.replace(config.model, **found))
-
-
-# ---- File ---------------------------------------------------------------------------------------------------------
-
-
-def to_dict(config: TrainConfig) -> dict:
-    """The config as JSON types."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(fields: dict) -> TrainConfig:
-    """Inverse of to_dict. Ignores fields that this version does not know.
-
-    Raises ValueError if a field has another type or value.
-    """
-    return make(TrainConfig, check_fields(fields, {"model": dict, "optim": dict}))
-
-
-def load(run: str | Path) -> TrainConfig:
-    """The config of a run directory.
-
-    Raises BadInput if it has no config.json, or one that cannot be read.
-    """
-    path = Path(run) / CONFIG_FILE
-    if not os.path.lexists(path) or foreign.what(run).kind == "weights":  # which have one too
-        raise BadInput(
-            f"run: must be a directory made by gpt2 train, with a {CONFIG_FILE}, got {run}"
-            f"{foreign.hint(run, f'make one with {output.program()} train')}"
-        )
-    try:
-        config = from_dict(read_json(path))
-        if wrong := config.problems():
-            raise ValueError(wrong[0])
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: must be the config of a run, got {error}") from error
-    return config

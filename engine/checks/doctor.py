@@ -1,0 +1,78 @@
+"""The report of `gpt2 doctor`: what this machine has, and what each op runs on here and why."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from engine import output
+from engine.device import COMPUTE_DTYPES, choose_precision, cpu_memory_bytes
+from kernels.dispatch import Ops, has_c_compiler, select
+
+
+def report(
+    head_dim: int,
+    asked_precision: str,
+    recall: Callable[[str, Ops], dict[str, str] | None],
+    tuned: dict[str, str] | None = None,
+    about_tuned: str = "",
+) -> str:
+    """What this machine has, and which implementation of each op runs here and why. Starts and
+    writes nothing.
+
+    asked_precision: as for gpt2 train. recall: failures that the self-check of ops in a precision
+    found, or None if there was none. tuned: op -> implementation, from `gpt2 tune`; about_tuned: its
+    file in words. Raises BadInput if this machine cannot do it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, why = choose_precision(asked_precision, device, "doctor")
+    ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned)
+    failed = recall(precision, ops)
+    if failed:
+        ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned, failed=failed)
+    memory = cpu_memory_bytes()
+    facts = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in ("torch", "triton")),
+        (
+            "processor",
+            f"{os.cpu_count()} cores, "
+            + ("memory unknown" if memory is None else f"{memory / 2**30:.1f} GiB of memory"),
+        ),
+        *_gpus(),
+        ("C compiler", "found" if has_c_compiler() else "none: neither Triton nor torch.compile can run"),
+        ("disk", f"{shutil.disk_usage('.').free / 1e9:,.0f} GB free here"),
+        ("precision", f"{precision}: {why}"),
+        ("tuned", about_tuned or f"no, {output.program()} tune finds what is fastest here"),
+        ("self-check", _self_check(failed, [choice.implementation for choice in ops.choices])),
+    ]
+    lines = [f"{name:<21} {text}" for name, text in facts]
+    return "\n".join([*lines, "", f"ops at head_dim {head_dim}, {precision}", ops.explain()])
+
+
+def _self_check(failed: dict[str, str] | None, implementations: list[str]) -> str:
+    if failed:
+        return f"failed: {', '.join(failed)}"
+    if "triton" not in implementations:
+        return "none needed: no op runs on Triton"
+    return "not made yet, gpt2 train makes it" if failed is None else "passed"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("GPU", "no CUDA device")]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+        for index, gpu in enumerate(gpus)
+    ]

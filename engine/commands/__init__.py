@@ -1,0 +1,45 @@
+"""The subcommands of `gpt2`, a file for each few: the flags of each, and what it does.
+
+Each imports what it needs when it runs, so that --help is fast.
+"""
+
+from collections.abc import Callable
+
+from engine.commands.data import prepare, verify
+from engine.commands.evaluating import Evaluate, evaluate
+from engine.commands.machine import Doctor, doctor
+from engine.commands.plotting import Plot, plot
+from engine.commands.sampling import Sample, sample
+from engine.commands.training import train, tune
+from engine.commands.weights import Export, export, import_
+
+__all__ = ["COMMANDS", "KINDS", "SUMMARIES"]
+
+COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the exit code; None: DONE
+    "prepare": prepare,
+    "train": train,
+    "tune": tune,
+    "sample": sample,
+    "eval": evaluate,
+    "import": import_,
+    "export": export,
+    "plot": plot,
+    "verify": verify,
+    "doctor": doctor,
+}
+
+SUMMARIES = {
+    "prepare": "turn text into token shards",
+    "train": "train a preset on token shards; resumes by itself",
+    "tune": "find what trains a preset fastest on this machine; train reads it",
+    "sample": "continue a prompt with a trained model",
+    "eval": "print the validation loss of a trained model",
+    "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
+    "export": "turn a run into a directory that transformers opens",
+    "plot": "redraw a run's loss curve and learning rate",
+    "verify": "check that every shard and checkpoint is whole",
+    "doctor": "show this machine's hardware and software, and what each op runs on and why",
+}
+
+# Flags of the commands whose flags are a dataclass at the door.
+KINDS = {"sample": Sample, "eval": Evaluate, "export": Export, "plot": Plot, "doctor": Doctor}

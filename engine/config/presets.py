@@ -1,0 +1,97 @@
+"""Presets: the config of each model, and the machine that it is for."""
+
+import dataclasses
+
+from engine.config.fields import OptimConfig, TrainConfig
+from model.presets import PRESETS as MODEL_PRESETS
+from model.presets import num_parameters
+
+# Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
+# arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size
+# takes those of the nearest GPT-3 model.
+_GPT3_RECIPE = {
+    "gpt2": (6.0e-4, 2**19),
+    "gpt2-medium": (3.0e-4, 2**19),
+    "gpt2-large": (2.5e-4, 2**19),
+    "gpt2-xl": (2.0e-4, 2**20),
+    "gpt3-small": (6.0e-4, 2**19),
+    "gpt3-medium": (3.0e-4, 2**19),
+    "gpt3-large": (2.5e-4, 2**19),
+    "gpt3-xl": (2.0e-4, 2**20),
+    "gpt3-2.7b": (1.6e-4, 2**20),
+    "gpt3-6.7b": (1.2e-4, 2**21),
+    "gpt3-13b": (1.0e-4, 2**21),
+    "gpt3-175b": (0.6e-4, 2**22),
+}
+
+
+def _gpt(name: str) -> TrainConfig:
+    lr, tokens_per_step = _GPT3_RECIPE[name]
+    return TrainConfig(
+        out=f"runs/{name}",
+        num_steps=round(10e9 / tokens_per_step),
+        tokens_per_step=tokens_per_step,
+        model=MODEL_PRESETS[name],
+        optim=OptimConfig(lr=lr),
+    )
+
+
+_LAPTOP = TrainConfig(
+    data="data/stdlib",
+    out="runs/tiny",
+    num_steps=760,
+    tokens_per_step=1024,
+    eval_every=190,
+    eval_tokens=65_536,
+    save_every=190,
+    prompt="def ",
+    sample_tokens=200,
+    model=MODEL_PRESETS["tiny"],
+    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=76 * 1024, beta2=0.99),
+)
+
+# What trains a preset; the others need GPUs.
+MACHINES = {
+    "tiny": "a laptop's CPU: two minutes, on bytes",
+    "mini": "a CPU, on bytes",
+    "small": "a laptop's CPU, on your own text",
+}
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": _LAPTOP,
+    "mini": dataclasses.replace(
+        _LAPTOP,
+        out="runs/mini",
+        num_steps=4000,
+        tokens_per_step=4096,
+        model=MODEL_PRESETS["mini"],
+        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096),
+    ),
+    "small": dataclasses.replace(
+        _LAPTOP,
+        data="data/mine",
+        out="runs/small",
+        num_steps=1000,
+        tokens_per_step=2048,
+        eval_every=100,
+        eval_tokens=32_768,
+        save_every=100,
+        prompt="The ",
+        sample_tokens=100,
+        model=MODEL_PRESETS["small"],
+        optim=OptimConfig("muon", lr=2e-3, min_lr_ratio=0.02, warmup_tokens=50 * 2048, beta2=0.99),
+    ),
+} | {name: _gpt(name) for name in _GPT3_RECIPE}
+
+
+def presets_help(prog: str) -> str:
+    """A line for each preset: its parameters, and the machine that it is for."""
+    lines = []
+    for name, preset in PRESETS.items():
+        count = num_parameters(preset.model, padded=False)
+        state = f"GPUs: weights, gradients and moments take {16 * count / 2**30:,.1f} GiB"
+        lines.append(f"  {name:<12} {count:>15,} parameters  {MACHINES.get(name, state)}")
+    return (
+        f"usage: {prog} PRESET [--flag VALUE ...]\n\nTrains a GPT-2 on token shards; the same command goes on. "
+        "PRESET is one of\n\n" + "\n".join(lines) + f"\n\n{prog} PRESET --help lists all flags with the preset's values"
+    )
