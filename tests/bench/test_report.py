@@ -139,4 +139,4 @@ def test_a_table_without_a_place_is_a_sentence(root, capsys):
 def test_a_marker_that_names_no_table_is_a_sentence(root, capsys):
     (root / "README.md").write_text(region("cpus"))
     assert report.main([], root) == 2
-    assert "a table must be one of gpu, gpu_all, cpu, peers" in capsys.readouterr().err
+    assert "a table must be one of gpu, gpu_all, published, cpu, peers" in capsys.readouterr().err
