@@ -79,7 +79,16 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
-    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
+    batches = Batches(
+        train,
+        context=context,
+        tokens_per_step=config.tokens_per_step,
+        micro_batch_size=shape[0],
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
     return Data(tokenizer, train, val, windows, *shape, batches)
 
 
