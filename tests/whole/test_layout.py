@@ -131,7 +131,7 @@ def test_no_file_shadows_the_standard_library_or_a_package_in_use(package):
     # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would shadow Python's own.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in PACKAGES}
     taken = set(sys.stdlib_module_names) | installed
-    names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__"}
+    names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__", "py"}  # py.typed
     assert not names & taken
 
 
