@@ -37,10 +37,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=args.steps)
 
-    with closing(Batches(stream, context=CONTEXT, tokens_per_step=4096, micro_batch_size=16, device=device)) as batches:
+    with closing(Batches(stream, context=CONTEXT, tokens_per_step=2048, micro_batch_size=8, device=device)) as batches:
         for step in range(args.steps):
             micro_batches = batches.at(step)
-            for tokens, targets in micro_batches:  # each (16, 128) int64
+            for tokens, targets in micro_batches:  # each (8, 128) int64
                 loss = model(tokens.to(device), targets.to(device))
                 (loss / len(micro_batches)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
