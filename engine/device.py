@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -96,6 +96,26 @@ def apply_precision(precision: str) -> torch.dtype:
     """Sets PyTorch's mode for float32 matrix products and returns the dtype of the activations."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     return COMPUTE_DTYPES[precision]
+
+
+@contextmanager
+def modes_kept() -> Iterator[None]:
+    """Context manager that puts back what a run sets for the whole process.
+
+    These are PyTorch's random state, threads, precision of matrix products, and CUDA graphs.
+    """
+    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    gpus, graphs = [], nullcontext()
+    if torch.cuda.is_available():
+        import torch._inductor.config as inductor
+
+        gpus, graphs = [torch.cuda.current_device()], inductor.patch("triton.cudagraphs", inductor.triton.cudagraphs)
+    try:
+        with torch.random.fork_rng(gpus), graphs:
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(products)
 
 
 @contextmanager

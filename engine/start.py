@@ -25,7 +25,6 @@ from engine.parts import Data, Past, Run
 from engine.run import directory, export, header, resume, settings
 from engine.run.metrics import Metrics
 from engine.run.plots import Painter
-from engine.run.progress import launched
 from engine.run.saver import Saver
 from engine.step import Guard, Step
 from engine.tokens import shards
@@ -38,12 +37,12 @@ from engine.tuning.record import Tuning
 from model.gpt2 import GPT2
 
 
-def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitStack) -> Run | None:
+def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitStack, began: float) -> Run | None:
     """The run, ready for its first step, or None if it is complete. All ranks call it.
 
-    held: takes the lock of --out, on rank 0. Raises BadInput if config, data, checkpoint or machine cannot be used.
+    held: takes the lock of --out, on rank 0. began: time.monotonic() of the launch. Raises BadInput
+    if config, data, checkpoint or machine cannot be used.
     """
-    began = launched()
     tuning, precision = choices.precision_and_tuning(config, ranks)
     if tuning is not None:
         config = record.applied(tuning, config, ranks.world_size)
@@ -79,7 +78,16 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
-    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
+    batches = Batches(
+        train,
+        context=context,
+        tokens_per_step=config.tokens_per_step,
+        micro_batch_size=shape[0],
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+    )
     return Data(tokenizer, train, val, windows, *shape, batches)
 
 
@@ -187,7 +195,7 @@ def build_model(
 
 
 def open_record(run: Run, began: float) -> None:
-    """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: launched()."""
+    """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: as in build."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
     run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size)

@@ -6,6 +6,7 @@ before the loop is in engine/start.py, one update is engine/step.py. Nothing imp
 """
 
 import sys
+import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,7 +40,7 @@ from engine.errors import (
 from engine.health.heartbeat import Heartbeat
 from engine.health.stopping import Stop, under_torchrun
 from engine.parts import Run
-from engine.run import directory, metrics
+from engine.run import directory, metrics, progress
 from engine.step import OUT_OF_TIME, SIGNAL, Numbers, news
 
 
@@ -52,7 +53,8 @@ def train(config: TrainConfig, ranks: Ranks, stop: Stop) -> str | None:
     with ExitStack() as held, Heartbeat(config, ranks) as heartbeat:
         stop.on_leave = lambda reason: heartbeat.ends_with("stopped", reason)
         try:
-            run = start.build(config, ranks, heartbeat, held)
+            began = progress.launched() if stop.asked is None else time.monotonic()  # a caller's process may be old
+            run = start.build(config, ranks, heartbeat, held, began)
             return None if run is None else loop(config, run, stop)
         except BaseException:
             stop.is_quiet = True  # torchrun may end this rank before it has said what is wrong
@@ -87,6 +89,7 @@ def loop(config: TrainConfig, run: Run, stop: Stop) -> str | None:
             if is_last:  # done, unless a signal came before the loss was known: the same command evaluates
                 stopping = SIGNAL if evaluated[1] is None else None
             if is_last or stopping is not None:
+                stopping = stop.source if stopping == SIGNAL else stopping
                 run.heartbeat.ends = ("stopped", stopping) if stopping is not None else ("done", "")
                 break
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from kernels import alternatives, attention, cross_entropy, gelu, layer_norm
 from kernels.launch import HAS_TRITON, INTERPRETED, TRITON_FLOATING
@@ -44,14 +45,25 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ops:
-    """The model's six ops, each bound to its chosen implementation. `choices` gives the reasons."""
+    """The model's six ops, each bound to its chosen implementation. `choices` gives the reasons.
 
-    attention: Callable
-    layer_norm: Callable
-    add_layer_norm: Callable
-    gelu: Callable
-    bias_gelu: Callable
-    linear_cross_entropy: Callable
+        attention(qkv, *, is_causal=True, dropout_p=0.0, scale=None)    (B, T, 3, H, D) -> (B, T, H, D)
+        layer_norm(x, weight, bias, eps=1e-5)                           (..., C), (C,), (C,) -> (..., C)
+        add_layer_norm(x, residual, weight, bias, eps=1e-5)             -> layer_norm(summed), summed = x + residual
+        gelu(x)                                                         any shape; the tanh form
+        bias_gelu(x, bias)                                              (..., F), (F,) -> gelu(x + bias)
+        linear_cross_entropy(hidden, weight, targets, *, vocab_size=None, ignore_index=-100)
+            (N, C), (Vp, C), (N,) int64 -> mean loss of the targets that are not ignored, () float32
+
+    They take float32, bfloat16 and float16. Raise ValueError for other dtypes or shapes.
+    """
+
+    attention: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    gelu: Callable[..., Tensor]
+    bias_gelu: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
     choices: tuple[Choice, ...]
 
     def explain(self) -> str:
@@ -83,12 +95,15 @@ def select(
     "auto" takes what was found fastest, else Triton where it can run and is not slow by count, else
     PyTorch. dropout_p: of attention, in training. failed: op -> why its Triton kernels are not to
     be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
-    heeds it. Raises ValueError if the backend is unknown. Raises ValueError, with the reason, if it
-    is "triton" and an op cannot run on Triton here.
+    heeds it. Raises ValueError if the backend or the device is unknown. Raises ValueError, with the
+    reason, if the backend is "triton" and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'kernels: the device must be one of PyTorch, such as "cuda", got {device!r}') from error
     choices = []
     for op in MODULES:
         obstacle = triton_obstacle(op, device, dtype, head_dim) or (failed or {}).get(op)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.suites.conftest import ON_GPU, case
+from bench.suites.conftest import DEVICE, case
 from engine.tokens import sources, tokenizer
 from engine.tokens.batches import Batches, step_windows
 from engine.tokens.prepare import PrepareConfig, prepare
@@ -112,8 +112,8 @@ def check_batches(batches: Batches, tokens: np.ndarray) -> None:
 @pytest.mark.parametrize("preset", STEPS)
 def test_batches(preset: str, size: str, written, measure):
     directory, tokens = written(size)
-    T, B, accumulation = STEPS[preset]
+    T, B, A = STEPS[preset]
     stream = TokenStream.open(directory, "train", VOCAB_SIZE)
-    with closing(Batches(stream, T, B, accumulation, seed=1, pin=ON_GPU)) as batches:
+    with closing(Batches(stream, context=T, tokens_per_step=T * B * A, micro_batch_size=B, device=DEVICE)) as batches:
         steps, work = count(), (T * batches.sequences, "tokens/s")
         measure(lambda: batches.at(next(steps)), lambda first: check_batches(batches, tokens), work=work)

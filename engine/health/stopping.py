@@ -5,6 +5,9 @@ update where ranks or accumulation leave no such place. The all-reduce that sums
 the flags, so all ranks learn of it together and save at the same step. The process exits within
 `grace_seconds` of a signal in any case, and immediately at a second one. A Ctrl-C of a terminal has
 no limit: nobody kills the process soon after it, and a second Ctrl-C leaves.
+
+A program that calls training gives an event in place of signals: then no handler is touched, and
+setting the event is the request, from any thread or from a handler of the program's own.
 """
 
 import atexit
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import INTERRUPTED, STOPPED
+from engine.errors import INTERRUPTED, STOPPED, warn
 
 # Requests to stop. Queues and hosts also warn with HUP (a terminal closed), USR1 and USR2 (time runs
 # out) and XCPU (CPU time runs out, sent each second).
@@ -76,20 +79,28 @@ def time_is_up(elapsed: float, limit: float | None, step: float, save: float) ->
 class Stop:
     """Context manager that listens for signals in a thread: the main one may be in a collective.
 
+    asked: the caller's request to stop, in place of signals. Only Python's main thread can have
+    handlers, so elsewhere signals are not heeded either.
+
     Meanwhile may be set: last_saved, what of the run is saved, in words; on_leave, what to call with
     the reason before the process leaves at once; is_over, whether all is saved that will be; is_quiet,
     since an error ends the run anyway.
     """
 
-    def __init__(self, grace_seconds: float, max_minutes: float | None):
-        self.grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float, max_minutes: float | None, asked: threading.Event | None = None):
+        self.grace_seconds, self.asked = grace_seconds, asked
         self.limit = None if max_minutes is None else 60 * max_minutes
-        self.launched = launched_at() if max_minutes is not None else 0.0
+        self.launched = 0.0 if max_minutes is None else launched_at() if asked is None else now()
         self.signal: signal.Signals | None = None
         self._forget()
         self._slowest, self._last, self._steps_begun = 0.0, 0.0, 0
 
     def __enter__(self) -> "Stop":
+        self._listens = self.asked is None and threading.current_thread() is threading.main_thread()
+        if not self._listens:
+            if self.asked is None:
+                warn("gpt2 train: no signal stops a run outside the main thread; engine.run_training takes an event")
+            return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         # nohup starts a process that ignores HUP, and so does the run then. torchrun takes HUP itself and hands it on.
@@ -101,6 +112,11 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._listens:
+            self._end_listening()
+        self._forget()
+
+    def _end_listening(self) -> None:
         signal.set_wakeup_fd(self._wakeup)
         if self.signal is not None:  # a second one must not change the exit code of a run that has saved
             atexit.register(_ignore, list(self._handlers))
@@ -109,7 +125,6 @@ class Stop:
                 signal.signal(number, handler)
         os.close(self._write)  # ends the thread
         self._thread.join(5.0)  # it may be printing to a stderr that nobody reads
-        self._forget()
 
     def _forget(self) -> None:
         """Drops the hooks: they hold the model, which no thread may free while Python ends."""
@@ -119,11 +134,16 @@ class Stop:
         self.is_quiet = False
 
     def is_requested(self) -> bool:
-        """Whether this process has received a signal."""
-        return self.signal is not None
+        """Whether this process has received a signal, or its caller asks it to stop."""
+        return self.signal is not None or (self.asked is not None and self.asked.is_set())
+
+    @property
+    def source(self) -> str:
+        """Whose request stops the run, in words."""
+        return "a signal" if self.asked is None else "its caller"
 
     def flags(self, save_seconds: float) -> tuple[bool, bool]:
-        """(whether a signal came, whether time is up). Call it once per step.
+        """(whether a request came, whether time is up). Call it once per step.
 
         save_seconds: duration of the slowest save so far.
         """

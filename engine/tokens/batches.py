@@ -7,7 +7,7 @@ batches, and resuming needs only the step number.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ from engine.errors import BadInput
 from engine.tokens.shards import TokenStream
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FEISTEL_ROUNDS = 6
@@ -84,22 +85,41 @@ def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.n
 
 @dataclass
 class Batches:
-    """Micro-batches of one rank.
+    """Micro-batches of one rank, with a thread that reads one step ahead.
 
-    `at(step)` returns them; a background thread reads one step ahead.
+        stream = TokenStream.open("data/mine", "train", vocab_size=50257)
+        batches = Batches(stream, context=1024, tokens_per_step=524_288, micro_batch_size=16)
+        for tokens, targets in batches.at(step):  # each (16, 1024) int64
+            ...
+
+    `close` ends the thread; contextlib.closing calls it. Raises BadInput if tokens_per_step is no
+    multiple of context * micro_batch_size * world_size, and if the stream is shorter than a step.
     """
 
     stream: TokenStream
+    _: KW_ONLY
     context: int  # T, tokens per sequence
+    tokens_per_step: int  # over all ranks
     micro_batch_size: int  # B, sequences per forward pass on one rank
-    accumulation: int  # micro-batches per step
-    seed: int
+    seed: int = 1  # of the order of the windows
     rank: int = 0
     world_size: int = 1
-    pin: bool = False  # whether to use page-locked memory, so that the copy to a GPU overlaps with compute
+    device: "torch.device | str" = "cpu"  # for cuda the memory is page-locked, so that the copy overlaps with compute
 
     def __post_init__(self) -> None:
-        self.sequences = self.micro_batch_size * self.accumulation * self.world_size  # per step, all ranks
+        unit = self.context * self.micro_batch_size * self.world_size
+        if min(self.context, self.micro_batch_size, self.world_size) < 1 or not 0 <= self.rank < self.world_size:
+            raise BadInput(
+                "data: context, micro_batch_size and world_size must be at least 1, and rank below world_size, got "
+                f"{self.context}, {self.micro_batch_size}, {self.world_size} and rank {self.rank}"
+            )
+        if self.tokens_per_step < 1 or self.tokens_per_step % unit:
+            raise BadInput(
+                f"data: tokens_per_step must be a multiple of context * micro_batch_size * world_size = {self.context} "
+                f"* {self.micro_batch_size} * {self.world_size} = {unit}, got {self.tokens_per_step}"
+            )
+        self.accumulation = self.tokens_per_step // unit  # micro-batches per step of this rank
+        self.sequences = self.tokens_per_step // self.context  # per step, all ranks
         self.num_windows = self.stream.num_windows(self.context)
         if self.num_windows < self.sequences:
             raise BadInput(
@@ -107,6 +127,7 @@ class Batches:
                 f"{self.num_windows} ({len(self.stream)} tokens); give more text or lower --tokens-per-step to at most "
                 f"{self.num_windows * self.context}"
             )
+        self._is_pinned = str(self.device).startswith("cuda")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 
@@ -124,7 +145,7 @@ class Batches:
         for indices in mine:  # (B,) each
             windows = self.stream.windows(indices, self.context)  # (B, T + 1)
             pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-            micro_batches.append(tuple(t.pin_memory() for t in pair) if self.pin else pair)
+            micro_batches.append(tuple(t.pin_memory() for t in pair) if self._is_pinned else pair)
         return micro_batches
 
     def close(self) -> None:

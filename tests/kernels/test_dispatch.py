@@ -44,6 +44,23 @@ def test_every_op_has_a_definition_and_two_implementations():
         assert callable(getattr(module, f"{op}_triton"))
 
 
+def test_the_package_is_the_door_to_the_choice_and_has_nothing_else():
+    from kernels import Choice as ChoiceOfDoor
+    from kernels import Ops as OpsOfDoor
+    from kernels import select as select_of_door
+
+    assert (select_of_door, OpsOfDoor, ChoiceOfDoor) == (select, Ops, Choice)
+    with pytest.raises(ImportError, match="cannot import name 'selekt'"):
+        from kernels import selekt  # noqa: F401
+    for op in OPS:
+        assert f"{op}(" in Ops.__doc__
+
+
+def test_a_device_that_pytorch_does_not_know_is_a_value_error():
+    with pytest.raises(ValueError, match=r"kernels: the device must be one of PyTorch, .*, got 'gpu'"):
+        select("auto", "gpu", torch.float32, 64)
+
+
 def test_torch_takes_pytorch_for_every_op():
     ops = select("torch", "cpu", torch.float32, 64)
     for op, module in MODULES.items():

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 PACKAGES = ("kernels", "model", "engine")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-BENCH, TESTS = (sorted((ROOT / folder).rglob("*.py")) for folder in ("bench", "tests"))
+BENCH, TESTS, EXAMPLES = (sorted((ROOT / folder).rglob("*.py")) for folder in ("bench", "tests", "examples"))
 MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {"kernels", "model", "engine"}}
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
@@ -123,7 +123,7 @@ def test_engine_has_its_files_at_the_door_and_its_rooms():
 
 
 def test_nothing_imports_the_loop():
-    assert not [path for path in [*SOURCES, *BENCH, *TESTS] if "engine.train" in imported(path)]
+    assert not [path for path in [*SOURCES, *BENCH, *TESTS, *EXAMPLES] if "engine.train" in imported(path)]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -131,11 +131,11 @@ def test_no_file_shadows_the_standard_library_or_a_package_in_use(package):
     # `torchrun engine/train.py` puts engine/ first on sys.path, where a profile.py would shadow Python's own.
     installed = {name for name in importlib.metadata.packages_distributions() if name not in PACKAGES}
     taken = set(sys.stdlib_module_names) | installed
-    names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__"}
+    names = {path.stem for path in (ROOT / package).iterdir()} - {"__init__", "__pycache__", "py"}  # py.typed
     assert not names & taken
 
 
-@pytest.mark.parametrize("paths", [SOURCES, BENCH, TESTS], ids=["sources", "bench", "tests"])
+@pytest.mark.parametrize("paths", [SOURCES, BENCH, TESTS, EXAMPLES], ids=["sources", "bench", "tests", "examples"])
 def test_no_file_is_named_for_nothing_or_too_long(paths):
     for path in paths:
         assert path.stem not in {"utils", "common", "helpers", "misc"}

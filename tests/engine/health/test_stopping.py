@@ -237,6 +237,36 @@ def test_handlers_wakeup_and_thread_are_gone_afterwards(is_asked):
         os.close(write)
 
 
+def test_outside_the_main_thread_no_handler_is_touched_and_one_note_says_so(capfd):
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    seen = []
+
+    def listen() -> None:
+        with Stop(60, None) as stop:
+            seen.append({number: signal.getsignal(number) for number in stopping.SIGNALS})
+            seen.append((listeners(), stop.flags(0.0)))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before, ([], (False, False))]
+    assert capfd.readouterr().err.startswith("gpt2 train: no signal stops a run outside the main thread")
+
+
+def test_with_a_caller_s_event_that_is_the_request_and_signals_stay_the_caller_s(capfd, monkeypatch):
+    monkeypatch.setattr(stopping, "launched_at", lambda: -1e9)
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    asked = threading.Event()
+    with Stop(60, 10.0, asked) as stop:  # of the call, however old the process is
+        assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == before
+        assert not listeners()
+        assert stop.flags(0.0) == (False, False)
+        asked.set()
+        assert stop.is_requested()
+        assert (stop.flags(0.0), stop.source) == ((True, False), "its caller")
+    assert capfd.readouterr() == ("", "")
+
+
 # ---- Time ---------------------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,16 @@ def counting_stream(num_tokens: int) -> TokenStream:
     return TokenStream([Path("memory")], [np.arange(num_tokens, dtype=np.uint16)], 1 << 16)
 
 
-def batches(num_tokens: int, **changes) -> Batches:
+def batches(
+    num_tokens: int, micro_batch_size: int = 1, accumulation: int = 1, world_size: int = 1, **changes
+) -> Batches:
     return Batches(
-        **{"stream": counting_stream(num_tokens), "context": 4, "micro_batch_size": 1, "accumulation": 1, "seed": 0}
-        | changes
+        counting_stream(num_tokens),
+        context=4,
+        tokens_per_step=4 * micro_batch_size * accumulation * world_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        **changes,
     )
 
 
@@ -192,10 +198,32 @@ def test_a_corpus_smaller_than_a_step_says_what_to_lower():
     batches(25, micro_batch_size=3, accumulation=2).close()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tokens_per_step": 30}, r"must be a multiple of .* = 4 \* 2 \* 2 = 16, got 30"),
+        ({"tokens_per_step": 0}, "multiple of .*, got 0"),
+        ({"rank": 2}, "rank below world_size, got 4, 2, 2 and rank 2"),
+        ({"micro_batch_size": 0}, "at least 1"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_sizes_that_make_no_batches_are_refused(wrong, sentence):
+    sizes = {"context": 4, "tokens_per_step": 32, "micro_batch_size": 2, "world_size": 2}
+    Batches(counting_stream(100), **sizes).close()
+    with pytest.raises(BadInput, match=sentence):
+        Batches(counting_stream(100), **sizes | wrong)
+
+
+def test_batches_take_names_and_no_positions():
+    with pytest.raises(TypeError, match="positional"):
+        Batches(counting_stream(100), 4, 32, 2)
+
+
 def test_an_error_of_the_reader_surfaces_where_its_step_is_asked_for():
     tokens = np.zeros(64, dtype=np.uint16)
     stream = TokenStream([Path("a shard")], [tokens], 100)
-    part = Batches(stream, context=4, micro_batch_size=5, accumulation=1, seed=0)
+    part = Batches(stream, context=4, tokens_per_step=20, micro_batch_size=5)
     part.at(0)
     tokens[:] = 100  # damaged after it was opened
     part.at(1) if part._ahead[1].exception() is None else None

@@ -188,7 +188,7 @@ def test_a_bad_token_deep_inside_a_large_shard_is_found_when_it_is_read(tmp_path
     assert stream.read(0, 4321).max() == 256
     with pytest.raises(BadInput, match=f"{path.name}: every token must be below the vocabulary size 257, got 257"):
         stream.read(4320, 8)
-    part = Batches(stream, context=10, micro_batch_size=499, accumulation=1, seed=0)
+    part = Batches(stream, context=10, tokens_per_step=4990, micro_batch_size=499)
     with pytest.raises(BadInput, match=path.name):
         part.at(0)
     part.close()
