@@ -74,12 +74,14 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config, tokenizer)
+    device.check_can_train(config, ranks.device)
     device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
-    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
+    pins = device.events(ranks.device) is not None
+    batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, pins)
     return Data(tokenizer, train, val, windows, *shape, batches)
 
 
