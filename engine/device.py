@@ -1,5 +1,8 @@
-"""The device: which precision and compiler it can use, its memory and peak FLOP/s, and the report
-of `gpt2 doctor`.
+"""The device: which one this machine has, its precision, compiler, memory and peak FLOP/s.
+
+The other modules ask this one what a kind of device can do. PyTorch calls both CUDA and ROCm "cuda";
+"xpu" is Intel's, "mps" Apple's. Nothing has been run on ROCm, XPU or MPS: what is written for them
+follows PyTorch's documentation and sources.
 
 Precision is that of activations and matrix products. bf16: bfloat16. fp16: float16, with the loss
 scaled so that small gradients survive. tf32: float32 activations, products rounded to 10-bit
@@ -8,6 +11,7 @@ and statistics are float32 in all four.
 """
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -20,6 +24,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.config import TrainConfig
 from engine.errors import BadInput
@@ -71,22 +76,97 @@ OTHER_CARD = r"(?! (?:Ti|SUPER|D)\b)"  # after a name: another card than the one
 NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last: a share that a hypervisor gives
 
 
+ACCELERATORS = ("cuda", "xpu", "mps")  # types that a run may be on, besides "cpu"
+BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # of collectives between devices; RCCL, of ROCm, goes by NCCL's name
+HAS_STREAMS = ("cuda", "xpu")  # whose copies and events run beside the host; Triton compiles for these
+
+
+# ---- Which device -------------------------------------------------------------------------------------------------
+
+
+def current() -> torch.device:
+    """This machine's accelerator, without an index, or the CPU. GPT2_DEVICE=cpu asks for the CPU.
+
+    Raises BadInput for another value of the variable.
+    """
+    asked = os.environ.get("GPT2_DEVICE", "")
+    if asked not in ("", "cpu"):
+        raise BadInput(f"gpt2: the variable GPT2_DEVICE must be cpu, got {asked!r}; unset it to use an accelerator")
+    found = None if asked else torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None and found.type in ACCELERATORS else torch.device("cpu")
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether the device is NVIDIA's, whose capability is a number such as (9, 0)."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def name(device: torch.device) -> str:
+    """An accelerator's name, such as "NVIDIA H200"."""
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def events(device: torch.device) -> type | None:
+    """The class of the device's events; None on a CPU and on MPS, where copies wait and the host keeps the time."""
+    return torch.get_device_module(device).Event if device.type in HAS_STREAMS else None
+
+
+def send(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """CPU tensors copied to the device, from pinned memory without waiting."""
+    return [tensor.to(device, non_blocking=device.type in HAS_STREAMS) for tensor in tensors]
+
+
+def heeds_found_inf(device: torch.device) -> bool:
+    """Whether fused AdamW heeds `found_inf` on the device; on MPS it reads no such number."""
+    return device.type != "mps"
+
+
+@functools.cache
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating-point type of the device: float32 on MPS and on an XPU without float64, else float64."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_can_train(config: TrainConfig, device: torch.device) -> None:
+    """Raises BadInput for what the device cannot do, whatever its memory."""
+    wrong = None
+    if config.parallel != "ddp":
+        wrong = f"--parallel {config.parallel} needs collectives"
+    elif config.recompute != "none" and config.model.dropout:  # PyTorch restores no random state of MPS
+        wrong = f"--recompute {config.recompute} with dropout must draw the same numbers twice"
+    if device.type == "mps" and wrong is not None:
+        raise BadInput(f"train: {wrong}, which PyTorch cannot do on mps; leave it out")
+
+
 # ---- Precision ----------------------------------------------------------------------------------------------------
 
 
 def choose_precision(asked: str, device: torch.device, who: str = "train") -> tuple[str, str]:
     """(precision, why) for a device. Raises BadInput, from `who`, if it cannot do what was asked."""
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    has_tensor_cores = is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0)
     if asked == "tf32" and not has_tensor_cores:
-        raise BadInput(f"{who}: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got {device.type}; use fp32")
-    if asked == "bf16" and device.type == "cuda" and not has_tensor_cores:
+        got = "an AMD GPU" if device.type == "cuda" and not is_nvidia(device) else device.type
+        raise BadInput(f"{who}: --precision tf32 needs an NVIDIA GPU from 2020 on (sm_80), got {got}; use fp32")
+    if asked == "bf16" and is_nvidia(device) and not has_tensor_cores:
         raise BadInput(f"{who}: --precision bf16 needs an NVIDIA GPU from 2020 on (sm_80); use fp16 or fp32")
+    if asked == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise BadInput(f"{who}: --precision bf16 needs macOS 14 on mps; use fp16 or fp32")
     if asked != "auto":
         return asked, "asked for"
-    if device.type == "cuda":
-        if has_tensor_cores:
-            return "bf16", "this GPU has bf16 tensor cores"
+    if has_tensor_cores:
+        return "bf16", "this GPU has bf16 tensor cores"
+    if is_nvidia(device):
         return "fp32", "this GPU has no bf16 tensor cores"
+    if device.type == "cuda":  # a ROCm capability is another number: (9, 0) is an MI100 or an MI200
+        return "bf16", "PyTorch has bf16 on every AMD GPU"
+    if device.type == "xpu":
+        return ("bf16", "this XPU has bf16") if torch.xpu.is_bf16_supported() else ("fp32", "this XPU has no bf16")
+    if device.type == "mps":
+        return "fp32", "the default on mps"
     speedup = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
     precision = "bf16" if speedup >= WORTHWHILE else "fp32"
     return precision, f"a bf16 matrix product ran at {speedup:.2g}x the speed of fp32 on this CPU"
@@ -161,7 +241,7 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 def wants_compile(asked: bool | None, device: torch.device) -> tuple[bool, str]:
     """(whether to compile the training step, why).
 
-    asked: --compile, or None for the default: on a GPU only.
+    asked: --compile, or None for the default: on CUDA and ROCm only.
     """
     wanted = device.type == "cuda" if asked is None else asked
     if not wanted:
@@ -188,12 +268,14 @@ def compile_obstacle(device: torch.device) -> str | None:
 
     A GPU needs Triton and a C compiler, a CPU a C++ compiler.
     """
-    if device.type == "cuda":
+    if device.type == "mps":
+        return "PyTorch's compiler for mps is a prototype"
+    if device.type in HAS_STREAMS:
         if not HAS_TRITON:
             return "Triton is not installed"
         if not has_c_compiler():
             return "there is no C compiler here"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        if is_nvidia(device) and torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs sm_70"
         return _build_obstacle(os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang"))
     # PyTorch takes the compiler that CXX names and tries no other if that one is missing.
@@ -234,7 +316,7 @@ def _build_obstacle(compiler: str) -> str | None:
 
 
 def tune_malloc() -> None:
-    """Makes glibc reuse the memory of freed tensors; does nothing without glibc.
+    """Makes glibc reuse the memory of freed tensors; does nothing without glibc, as on macOS.
 
     By default glibc returns every freed megabyte to the kernel, which hands it back page by page. A
     step of `tiny` on 512 bytes with AdamW took 48 ms without this and 42 ms with it (medians of 4
@@ -264,35 +346,62 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """Data-sheet peak of the device in FLOP/s for bf16 and fp16, or None where it is not known."""
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return None
-    name = torch.cuda.get_device_name(device)
-    if NOT_THE_WHOLE_CARD.search(name):
+    card = name(device)
+    if NOT_THE_WHOLE_CARD.search(card):
         return None
-    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b{OTHER_CARD}", name)), None)
+    return next((t * 1e12 for known, t in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b{OTHER_CARD}", card)), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of an accelerator, of all that any process may take."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return torch.accelerator.get_memory_info(device)[0]
+
+
+def forget_memory(device: torch.device) -> None:
+    """Gives the allocator's cache back, and begins its peak anew. No-op on a CPU."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float:
-    """Highest memory use so far in GiB: allocated by PyTorch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    """Highest memory use so far in GiB: allocated by PyTorch on a GPU, resident on a CPU.
+
+    PyTorch keeps no peak on MPS: there it is what Metal holds for it now, with its cache.
+    """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def alloc_retries(device: torch.device) -> int | None:
-    """Times that the GPU's allocator had to free its cache, which is slow; None on a CPU."""
-    if device.type != "cuda":
+    """Times that the GPU's allocator had to free its cache, which is slow; None on a CPU and on MPS."""
+    if device.type not in HAS_STREAMS:
         return None
-    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0)  # empty before the first allocation
+    return torch.accelerator.memory_stats(device).get("num_alloc_retries", 0)  # empty before the first allocation
 
 
 def describe(device: torch.device) -> str:
     """Name and memory of the device."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
+    if device.type in HAS_STREAMS:
+        gpu = torch.get_device_module(device).get_device_properties(device)
         return f"{device}, {gpu.name}, {format_bytes(gpu.total_memory)}"
-    memory = cpu_memory_bytes()
-    return "this machine's CPU" if memory is None else f"this machine's CPU, {format_bytes(memory)}"
+    memory, unit = cpu_memory_bytes(), "CPU" if device.type == "cpu" else name(device)
+    return f"this machine's {unit}" if memory is None else f"this machine's {unit}, {format_bytes(memory)}"
 
 
 def format_bytes(count: int) -> str:

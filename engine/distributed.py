@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import output, rendezvous
+from engine import device, output, rendezvous
 from engine.errors import BadInput
 from model.gpt2 import GPT2
 
@@ -145,8 +145,8 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
     """
     global _had_peers
     ranks = _read_environment()
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
+    if ranks.device.type != "cpu":
+        torch.accelerator.set_device_index(ranks.local_rank)
     if ranks.world_size > 1:
         has_joined, is_late = threading.Event(), threading.Event()
         watched = ranks.rank, ranks.world_size, 60 * timeout_minutes, has_joined, is_late
@@ -155,7 +155,8 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
         # torchrun sets 1, with which NCCL's own thread aborts the process when a peer is lost: SIGABRT in
         # place of a sentence and exit code 4. The heartbeat ends the waiting instead.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-        backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+        kind, between = ranks.device.type, device.BACKENDS.get(ranks.device.type)
+        backend = f"cpu:gloo,{kind}:{between}" if between else "gloo"
         try:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
             ranks = replace(ranks, meeting=rendezvous.meet(store, ranks.rank, ranks.world_size, is_late))
@@ -165,7 +166,7 @@ def process_group(timeout_minutes: float = 10.0) -> Iterator[Ranks]:
                 rank=rank,
                 world_size=world_size,
                 timeout=TIMEOUT,
-                device_id=ranks.device if ranks.device.type == "cuda" else None,
+                device_id=ranks.device if between else None,
             )
             dist.all_reduce(torch.zeros(1, device=ranks.device))  # the first collective, which connects the processes
         except (RuntimeError, ValueError, TimeoutError) as error:
@@ -212,14 +213,20 @@ def _read_environment() -> Ranks:
             f"LOCAL_RANK -u WORLD_SIZE -u LOCAL_WORLD_SIZE {output.program()} train (a scheduler or container may "
             "have set them)"
         )
-    if not torch.cuda.is_available():
+    kind = device.current().type
+    if kind == "cpu":
         return Ranks(rank, local_rank, world_size, torch.device("cpu"))
-    if local_rank >= torch.cuda.device_count():
+    if world_size > 1 and kind not in device.BACKENDS:
         raise BadInput(
-            f"distributed: a host must have a GPU for each of its processes, got {torch.cuda.device_count()} GPUs for "
-            f"local rank {local_rank}; lower --nproc_per_node"
+            f"distributed: several processes must be on CPUs or on GPUs with collectives, got {world_size} on {kind}, "
+            "for which PyTorch has none; start one process, or put GPT2_DEVICE=cpu in front of the command"
         )
-    return Ranks(rank, local_rank, world_size, torch.device("cuda", local_rank))
+    if local_rank >= (count := torch.accelerator.device_count()):
+        raise BadInput(
+            f"distributed: a host must have a GPU for each of its processes, got {count} GPUs for local rank "
+            f"{local_rank}; lower --nproc_per_node"
+        )
+    return Ranks(rank, local_rank, world_size, torch.device(kind, local_rank))
 
 
 def wrap(
@@ -245,7 +252,7 @@ def wrap(
             model = torch.compile(model, dynamic=False)
         if ranks.world_size == 1:
             return model
-        device_ids = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        device_ids = [ranks.local_rank] if ranks.device.type != "cpu" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no in-place op changes the view
@@ -331,7 +338,7 @@ def clip(model: nn.Module, max_norm: float) -> Tensor:
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([local(p.grad) for p in parameters])
     if is_sharded(model):  # one all-reduce for all parameters; PyTorch's norm of DTensors makes one for each
-        mesh, squared = parameters[0].grad.device_mesh, norm.double().square()
+        mesh, squared = parameters[0].grad.device_mesh, norm.to(device.widest(norm.device)).square()
         dist.all_reduce(squared, group=mesh.get_group("shard"))
         if mesh.ndim == 2:  # each replica has its own sum; replicas that differed in a bit would drift apart
             dist.broadcast(squared, group=mesh.get_group("replicate"), group_src=0)

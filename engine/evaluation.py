@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import device
 from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
 from engine.tokens.shards import TokenStream
@@ -61,7 +62,8 @@ def mean_loss(
     """
     size = max(1, BATCH_TOKENS // context)  # sequences per batch
     batches = np.split(windows, range(size, len(windows), size))
-    sums = torch.zeros(len(batches) + 1, dtype=torch.float64, device=ranks.device)  # the last: ranks interrupted
+    wide = device.widest(ranks.device)
+    sums = torch.zeros(len(batches) + 1, dtype=wide, device=ranks.device)  # the last: ranks interrupted
     end = len(batches)
     if is_sharded(raw_model):  # each forward needs all ranks: spare ranks repeat the last batch and drop its loss
         end = math.ceil(end / ranks.world_size) * ranks.world_size
@@ -77,7 +79,7 @@ def mean_loss(
                 batch = stream.windows(indices, context).to(ranks.device)  # (B, T + 1)
                 loss = raw_model(batch[:, :-1], batch[:, 1:])
                 if index < len(batches):
-                    sums[index] = loss.double() * len(batch)
+                    sums[index] = loss.to(wide) * len(batch)
                 progress()
     finally:
         raw_model.train(was_training)

@@ -69,7 +69,7 @@ HINTS = (
     ("--tokenizer", "encoding tokenizer-name"),
 )
 DEVICES = "device devices gpu gpus cuda cpu no-cuda use-cpu num-gpus accelerator"
-DEVICE = "CUDA_VISIBLE_DEVICES in front of the command: 0 is the first GPU, an empty value the CPU"
+DEVICE = "CUDA_VISIBLE_DEVICES in front of the command, where 0 is the first GPU, or GPT2_DEVICE=cpu for the CPU"
 # Ways in that are no flags: of commands that have this flag, what, for which names.
 ELSEWHERE = (
     ("--tokens-per-step", f"{DEVICE}, and torchrun --nproc_per_node=N engine/train.py takes N of them", DEVICES),

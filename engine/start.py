@@ -73,6 +73,7 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     """
     tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
     check_vocabulary(config, tokenizer)
+    device.check_can_train(config, ranks.device)
     device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
     train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))

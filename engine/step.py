@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import distributed, optim
+from engine import device, distributed, optim
 from engine.distributed import Ranks
 from engine.errors import Diverged
 from engine.health.timing import Clock, phase
@@ -36,7 +36,7 @@ FLAGS = 4  # in Numbers after loss and norm: ranks that say so
 class Numbers(NamedTuple):
     """What one update tells the host.
 
-    On the device it is one (8,) float64 tensor, equal on all ranks.
+    On the device it is one (8,) tensor, float64 where it has that, equal on all ranks.
     """
 
     loss: float  # mean over the global batch, nats per token
@@ -57,19 +57,19 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._sent: tuple[Tensor, torch.Event | None] | None = None
 
     def exchange(self, numbers: Tensor) -> Numbers | None:
         """Sends this step's numbers and returns those of the step before, or None the first time."""
         before = self._sent
-        if numbers.is_cuda:
+        if (event := device.events(numbers.device)) is not None:
             copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             copy.copy_(numbers, non_blocking=True)
-            arrival = torch.cuda.Event()
+            arrival = event()
             arrival.record()
             self._sent = copy, arrival
         else:
-            self._sent = numbers, None
+            self._sent = numbers.cpu(), None
         return _received(before)
 
     def collect(self) -> Numbers | None:
@@ -78,7 +78,7 @@ class Mailbox:
         return _received(sent)
 
 
-def _received(sent: tuple[Tensor, torch.cuda.Event | None] | None) -> Numbers | None:
+def _received(sent: tuple[Tensor, torch.Event | None] | None) -> Numbers | None:
     if sent is None:
         return None
     numbers, arrival = sent
@@ -91,13 +91,13 @@ class Guard:
     """Decides which updates are made. Its state is saved with the checkpoints, so a resumed run
     decides alike.
 
-    state: (5,) float64 on the device: running mean and variance of the loss, updates made, skipped,
+    state: (5,) on the device, float64 where it has that: running mean and variance of the loss, updates made, skipped,
     skipped in a row.
     """
 
-    def __init__(self, device: torch.device, max_skipped: int = 20, skip_z_score: float | None = None):
+    def __init__(self, on: torch.device, max_skipped: int = 20, skip_z_score: float | None = None):
         self.max_skipped, self.skip_z_score = max_skipped, skip_z_score
-        self.state = torch.zeros(5, dtype=torch.float64, device=device)
+        self.state = torch.zeros(5, dtype=device.widest(on), device=on)
 
     def judge(self, loss: Tensor, grad_norm: Tensor, is_abandoned: Tensor | None = None) -> Tensor:
         """Whether to skip this update: 1.0 or 0.0, a float32 scalar on the device.
@@ -107,7 +107,7 @@ class Guard:
         """
         before = self.state
         mean, variance, count, skipped, streak = self.state
-        loss = loss.double()
+        loss = loss.to(self.state.dtype)
         skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self.skip_z_score is not None:
             skip |= (count >= WINDOW) & (loss > mean + self.skip_z_score * variance.sqrt())
@@ -122,7 +122,7 @@ class Guard:
         return (skip | is_abandoned).float()
 
     def counts(self) -> Tensor:
-        """Updates skipped in all, and in a row up to the last one: (2,) float64 on the device."""
+        """Updates skipped in all, and in a row up to the last one: (2,) on the device."""
         return self.state[SKIPPED:]
 
     def verdict(self, numbers: Numbers, step: int) -> str | None:
@@ -144,7 +144,7 @@ class Guard:
 
     def load_state_dict(self, state: list[float]) -> None:
         """Takes the state of a checkpoint."""
-        self.state = torch.tensor(state, dtype=torch.float64, device=self.state.device)
+        self.state = torch.tensor(state, dtype=self.state.dtype, device=self.state.device)
 
 
 class News(NamedTuple):
@@ -202,16 +202,16 @@ class Step:
 
         micro_batches: (tokens, targets), each (B, T) int64, of this rank. lr: learning rate of
         AdamW at this step; Muon's follows in proportion. asked: whether this rank has a signal,
-        whether it is out of time, and whether it wants a save. Returns Numbers as a (8,) float64
-        tensor.
+        whether it is out of time, and whether it wants a save. Returns Numbers as a (8,) tensor.
         """
+        wide = self.guard.state.dtype
         shared = torch.zeros(1 + FLAGS, device=self.ranks.device)  # loss and flags: one all-reduce for all
         is_abandoned = self._add_gradients(index, micro_batches, shared[0])
         for flag, is_set in enumerate((*asked, is_abandoned), start=1):
             shared[flag] = float(is_set)
         if is_abandoned and self.ranks.world_size == 1:
             self.optimizer.zero_grad()
-            return torch.cat([shared[:1].double(), shared.double(), self.guard.counts()])
+            return torch.cat([shared[:1].to(wide), shared.to(wide), self.guard.counts()])
         self.clock.synchronized()
         with phase("optimizer"):
             self.scaler.unscale_(self.optimizer)
@@ -222,17 +222,18 @@ class Step:
             # 1.0: the optimizer changes nothing
             self.optimizer.found_inf = self.guard.judge(mean_loss[0], grad_norm, is_abandoned)
             optim.set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
+            if device.heeds_found_inf(self.ranks.device) or not self.optimizer.found_inf.item():  # else read it here
+                self.optimizer.step()
             self._update_scale(is_abandoned)
             self.optimizer.zero_grad(set_to_none=not self.cuda_graphs)
-        return torch.cat([mean_loss.double(), grad_norm.double().reshape(1), shared[1:].double(), self.guard.counts()])
+        return torch.cat([mean_loss.to(wide), grad_norm.to(wide).reshape(1), shared[1:].to(wide), self.guard.counts()])
 
     def _add_gradients(self, index: int, micro_batches: list[tuple[Tensor, Tensor]], total: Tensor) -> bool:
         """Adds the micro-batches' gradients to .grad, and their share of the loss to `total`, ().
 
         Returns whether this rank was interrupted, so that some of them were left out.
         """
-        device, ranks, is_sharded = self.ranks.device, self.ranks, distributed.is_sharded(self.model)
+        ranks, is_sharded = self.ranks, distributed.is_sharded(self.model)
         is_alone, is_abandoned = ranks.world_size == 1, False
         with nullcontext() if is_sharded else cast_once(self.model):
             for position, (tokens, targets) in enumerate(micro_batches):
@@ -245,7 +246,7 @@ class Step:
                 # Dropout needs no saved random state, and is the same on any number of ranks if B is.
                 torch.manual_seed(derived_seed(self.seed, index, position * ranks.world_size + ranks.rank))
                 distributed.synchronize_gradients(self.model, is_last)
-                tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                tokens, targets = device.send(ranks.device, tokens, targets)
                 if self.cuda_graphs:
                     self._begin_replay()
                 with phase("forward"):

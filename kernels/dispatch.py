@@ -153,6 +153,8 @@ def triton_obstacle(op: str, device: torch.device, dtype: torch.dtype, head_dim:
     if INTERPRETED:
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly"
+    elif device.type in ("mps", "xpu"):
+        return f"our kernels have not been run on {device.type}"
     elif not torch.cuda.is_available():
         return "no CUDA device"
     elif device.type != "cuda":

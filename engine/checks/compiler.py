@@ -68,9 +68,7 @@ def check(model: nn.Module, raw_model: GPT2, batch: MicroBatch, ranks: Ranks) ->
         return _check(model, raw_model, batch, ranks)
     finally:
         raw_model.zero_grad(set_to_none=True)
-        if ranks.device.type == "cuda":  # what uncompiled steps need is not what the run needs
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(ranks.device)
+        device.forget_memory(ranks.device)  # what uncompiled steps need is not what the run needs
 
 
 def _check(model: nn.Module, raw_model: GPT2, batch: MicroBatch, ranks: Ranks) -> Finding:
@@ -109,7 +107,7 @@ def bound_of(dtype: torch.dtype) -> float:
 
 def loss_and_gradients(model: nn.Module, raw_model: GPT2, batch: MicroBatch, on: torch.device) -> dict[str, Tensor]:
     """The loss, and this rank's part of each parameter's gradient. Parameters keep no gradient."""
-    tokens, targets = (part.to(on, non_blocking=True) for part in batch)
+    tokens, targets = device.send(on, *batch)
     loss = model(tokens, targets)
     (loss * (LOSS_SCALE if raw_model.compute_dtype == torch.float16 else 1.0)).backward()
     values = {LOSS: loss.detach()}
@@ -127,7 +125,9 @@ def judge(
     norms = []  # of the difference and of the eager value, squared
     for name, value in eager.items():
         difference = compiled[name] - value if name in compiled else value
-        norms.append(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in (difference, value)]))
+        norms.append(
+            torch.stack([torch.linalg.vector_norm(t, dtype=device.widest(ranks.device)) for t in (difference, value)])
+        )
     squares = torch.stack(norms).square()
     if is_sharded:  # replicas of shards are counted as often above and below
         squares = ranks.sum(squares)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from engine import output
-from engine.device import COMPUTE_DTYPES, choose_precision, cpu_memory_bytes
+from engine.device import COMPUTE_DTYPES, HAS_STREAMS, choose_precision, cpu_memory_bytes, current, is_nvidia, name
 from kernels.dispatch import Ops, has_c_compiler, select
 
 
@@ -27,7 +27,7 @@ def report(
     found, or None if there was none. tuned: op -> implementation, from `gpt2 tune`; about_tuned: its
     file in words. Raises BadInput if this machine cannot do it.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = current()
     precision, why = choose_precision(asked_precision, device, "doctor")
     ops = select("auto", device, COMPUTE_DTYPES[precision], head_dim, tuned=tuned)
     failed = recall(precision, ops)
@@ -69,10 +69,12 @@ def _version(package: str) -> str:
 
 
 def _gpus() -> list[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        return [("GPU", "no CUDA device")]
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
-        (f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-        for index, gpu in enumerate(gpus)
-    ]
+    kind = current().type
+    if kind not in HAS_STREAMS:
+        return [("GPU", "no CUDA device" if kind == "cpu" else f"{name(current())}, on {kind}")]
+    lines = []
+    for index in range(torch.accelerator.device_count()):
+        gpu = torch.get_device_module(kind).get_device_properties(index)
+        named = f"sm_{gpu.major}{gpu.minor}" if is_nvidia(torch.device(kind)) else getattr(gpu, "gcnArchName", kind)
+        lines.append((f"GPU {index}", f"{gpu.name}, {named.partition(':')[0]}, {gpu.total_memory / 2**30:.0f} GiB"))
+    return lines

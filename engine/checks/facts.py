@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine.device import is_nvidia, name
 from model.files import BadFile, read
 
 ROOT = Path(__file__).resolve().parents[2]  # where the packages lie
@@ -31,8 +32,8 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_cpuinfo('model name') or platform.machine()}, {cores} core{'s' * (cores != 1)}"
 
@@ -87,9 +88,11 @@ def _version(package: str) -> str:
 
 def _driver(device: torch.device) -> str:
     with suppress(OSError):
-        if device.type == "cuda" and (found := re.search(r"\d+\.\d+(\.\d+)*", Path(NVIDIA_VERSION).read_text())):
+        if is_nvidia(device) and (found := re.search(r"\d+\.\d+(\.\d+)*", Path(NVIDIA_VERSION).read_text())):
             return found[0]
-    return "none" if device.type == "cpu" else str(torch.version.hip or torch.version.cuda)
+    if device.type == "mps":
+        return f"macOS {platform.mac_ver()[0]}"
+    return "none" if device.type == "cpu" else str(torch.version.hip or torch.version.xpu or torch.version.cuda)
 
 
 def _cpuinfo(name: str) -> str:

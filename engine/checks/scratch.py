@@ -8,6 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from engine.device import HAS_STREAMS
 from engine.distributed import Ranks
 from engine.errors import warn
 
@@ -29,7 +30,7 @@ def prepare(out: str | Path, ranks: Ranks) -> None:
     except FileNotFoundError as error:
         tempfile.tempdir = _replace("TMPDIR", room, error, ranks)
     folders = {"TORCHINDUCTOR_CACHE_DIR": _inductor_folder()}
-    if ranks.device.type == "cuda":
+    if ranks.device.type in HAS_STREAMS:
         folders["TRITON_CACHE_DIR"] = os.path.expanduser("~/.triton/cache")
     for variable, default in folders.items():
         folder = Path(os.environ.get(variable) or default)

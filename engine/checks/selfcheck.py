@@ -22,7 +22,7 @@ import torch
 
 from engine.checks import facts
 from engine.config import TrainConfig
-from engine.device import COMPUTE_DTYPES, apply_precision
+from engine.device import COMPUTE_DTYPES, apply_precision, current, synchronize
 from kernels import tiles
 from kernels.accuracy import failure
 from kernels.cases import Sizes
@@ -129,8 +129,7 @@ def main(asked: dict) -> None:
         is_head = op == "linear_cross_entropy"
         small, kept = (dataclasses.replace(sizes, B=1, H=1), torch.float32) if is_head else (sizes, parameters)
         print(json.dumps({"op": op, "failure": failure(op, small, dtype, kept, device)}), flush=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # after an illegal access nothing runs in this process
+        synchronize(device)  # after an illegal access nothing runs in this process
 
 
 # ---- Memory -------------------------------------------------------------------------------------------------------
@@ -147,8 +146,7 @@ def recall(asked: dict) -> dict[str, str] | None:
 
 def recall_for(config: TrainConfig, precision: str, ops: Ops, tuned: dict | None = None) -> dict[str, str] | None:
     """What is remembered for a run of this config on this machine's first GPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return recall(request(config, precision, ops, device, tuned))
+    return recall(request(config, precision, ops, current(), tuned))
 
 
 def remember(asked: dict, failed: dict[str, str]) -> None:

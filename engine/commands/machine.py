@@ -31,9 +31,7 @@ def doctor(args: list[str], prog: str) -> None:
     head_dim = PRESETS[asked.preset].head_dim if asked.head_dim is None else asked.head_dim
     if head_dim < 1:
         raise BadInput(f"doctor: --head-dim must be at least 1, got {head_dim}")
-    import torch
-
-    from engine import config
+    from engine import config, device
     from engine.checks import doctor as checks
     from engine.checks import selfcheck
     from engine.tuning import record
@@ -42,7 +40,7 @@ def doctor(args: list[str], prog: str) -> None:
     if head_dim != preset.model.head_dim:  # nothing is remembered of other heads
         print(checks.report(head_dim, asked.precision, lambda *_: None))
         return
-    tuning, note = record.find(preset, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tuning, note = record.find(preset, device.current())
     if tuning is not None and asked.precision not in ("auto", tuning.setup.precision):
         tuning, note = None, f"ignored, it is for {tuning.setup.precision}"
     tiles, ops = (tuning.setup.tiles, tuning.setup.ops) if tuning is not None else ({}, {})

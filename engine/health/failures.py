@@ -12,19 +12,21 @@ import torch.distributed as dist
 
 from engine import system
 from engine.config import TrainConfig
-from engine.device import describe, format_bytes
+from engine.device import BACKENDS, describe, format_bytes
 from engine.distributed import Ranks
 from engine.errors import BadInput, Lost
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 # Messages of out-of-memory errors that have no type of their own: PyTorch's CPU allocator on Linux
-# and on Windows, the CUDA runtime, and cuBLAS asking for a workspace.
+# and on Windows, the runtimes of CUDA and ROCm, their BLAS asking for a workspace, and MPS.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+    "HIP error: out of memory",
+    "BLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
 )
 # Gloo's errors have no type of their own either, but begin with the place in its source.
 _LOST_PEER = re.compile(
@@ -105,7 +107,7 @@ def out_of_memory_sentence(
 
 
 def _advice_for_model(config: TrainConfig, ranks: Ranks) -> str:
-    can_shard = config.parallel == "ddp" and ranks.device.type == "cuda"
+    can_shard = config.parallel == "ddp" and ranks.device.type in BACKENDS
     return "try " + ("--parallel fsdp over more GPUs, then " if can_shard else "") + "a smaller preset"
 
 
@@ -129,7 +131,7 @@ def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
         return f"try --micro-batch-size {smaller} (the batch stays the same, in more micro-batches){also}"
     steps = {"none": ["--recompute attention", "--recompute block"], "attention": ["--recompute block"]}
     left = steps.get(config.recompute, []).copy()
-    if config.parallel == "ddp" and ranks.device.type == "cuda":
+    if config.parallel == "ddp" and ranks.device.type in BACKENDS:
         left.append(
             "--parallel fsdp over more GPUs" + (" with --optim.name adamw" if config.optim.name == "muon" else "")
         )
@@ -139,7 +141,7 @@ def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
 
 def _request(error: BaseException) -> str | None:
     """Size of the allocation that failed, from PyTorch's message."""
-    if match := re.search(r"[Tt]ried to allocate (\d[\d.]* [KMG]iB)", str(error)):
+    if match := re.search(r"[Tt]ried to allocate (\d[\d.]* [KMG]i?B)", str(error)):
         return match[1]
     match = re.search(r"tried to allocate (\d+) bytes", str(error))
     return format_bytes(int(match[1])) if match else None

@@ -5,7 +5,7 @@
 
 Communication is the part that the backward pass did not hide: from this rank's last gradient until
 the gradients of all ranks are averaged. So it includes waiting for slower ranks. On a GPU it is
-measured with CUDA events, without a synchronisation.
+measured with events, without a synchronisation.
 """
 
 import time
@@ -17,12 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from engine import device
 from engine.config import parse_profile
 from engine.distributed import Ranks
 
 Part = Literal["data", "update", "evaluation", "checkpoint"]
 FIELDS = {"evaluation": "eval_ms", "checkpoint": "checkpoint_ms"}  # part: field of metrics.jsonl
-Moment = float | torch.cuda.Event  # on a CPU: seconds of time.perf_counter; on a GPU: an event
+Moment = float | torch.Event  # on a GPU with events: one of them; else seconds of time.perf_counter
 
 
 class Clock:
@@ -31,8 +32,8 @@ class Clock:
     Only read() waits for the GPU.
     """
 
-    def __init__(self, device: torch.device):
-        self._is_gpu = device.type == "cuda"
+    def __init__(self, on: torch.device):
+        self._event = device.events(on)
         self._last_gradient: Moment | None = None
         self._reset()
 
@@ -74,7 +75,7 @@ class Clock:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if self._is_gpu and self._last_gradient is not None:
+        if self._event is not None and self._last_gradient is not None:
             self._last_gradient.record()  # an event keeps only its newest recording
         else:
             self._last_gradient = self._mark(time.perf_counter())
@@ -112,14 +113,14 @@ class Clock:
         return fields | {name: total for name, total in totals.items() if total}
 
     def _mark(self, now: float) -> Moment:
-        if not self._is_gpu:
+        if self._event is None:
             return now
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._event(enable_timing=True)
         event.record()
         return event
 
     def _seconds(self, began: Moment, ended: Moment) -> float:
-        if not self._is_gpu:
+        if self._event is None:
             return ended - began
         ended.synchronize()  # the GPU may not have reached the event yet
         return began.elapsed_time(ended) / 1e3
@@ -150,7 +151,7 @@ class Trace:
     def __init__(self, profile: str | None, out: str | Path, ranks: Ranks):
         self._start, self._stop = (0, 0) if profile is None else parse_profile(profile)
         self._path = Path(out) / f"trace_{self._start}_{self._stop}.json.gz"
-        self._print0 = ranks.print0
+        self._print0, self._kind = ranks.print0, ranks.device.type.upper()
         self._is_done = profile is None or not ranks.is_first
         self._profiler = None
         self._first = self._last = 0  # steps in the trace
@@ -181,8 +182,8 @@ class Trace:
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
+        if self._kind != "CPU" and hasattr(ProfilerActivity, self._kind):  # MPS has none
+            activities.append(getattr(ProfilerActivity, self._kind))
         self._profiler = profile(activities=activities, record_shapes=False)
         self._profiler.start()
         self._first, _is_recording = step, True

@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
-from engine import config, lock, system
+from engine import config, device, lock, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
@@ -80,8 +78,7 @@ def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> 
         )
     model = GPT2(model_config)
     checkpoints.load_weights(checkpoint, model)
-    if torch.cuda.is_available():
-        model.to("cuda")  # its ops stay PyTorch's, which need no self-check
+    model.to(device.current())  # its ops stay PyTorch's, which need no self-check
     return model, tokenizer, checkpoint
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from engine import distributed, lock
+from engine import device, distributed, lock
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput
@@ -124,14 +124,14 @@ class Saver:
         copies: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             part = distributed.local(tensor)
+            runs_beside = device.events(part.device) is not None  # else the copy waits
             if name not in self._buffers:
-                self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
-            copy = self._buffers[name].copy_(part, non_blocking=True)
+                self._buffers[name] = torch.empty_like(part, device="cpu", pin_memory=runs_beside)
+            copy = self._buffers[name].copy_(part, non_blocking=runs_beside)
             # Not DTensor.from_local, which would move the copy back to the mesh's device.
             is_sharded = isinstance(tensor, DTensor)
             copies[name] = DTensor(copy, tensor._spec, requires_grad=False) if is_sharded else copy
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        device.synchronize(self.raw_model.wte.weight.device)
         return copies
 
     def _write(self, state: dict, tensors: dict[str, Tensor]) -> None:

@@ -104,7 +104,7 @@ class Batches:
     seed: int = 1  # of the order of the windows
     rank: int = 0
     world_size: int = 1
-    device: "torch.device | str" = "cpu"  # for cuda the memory is page-locked, so that the copy overlaps with compute
+    device: "torch.device | str" = "cpu"  # for cuda and xpu the memory is page-locked: copies overlap with compute
 
     def __post_init__(self) -> None:
         unit = self.context * self.micro_batch_size * self.world_size
@@ -127,7 +127,7 @@ class Batches:
                 f"{self.num_windows} ({len(self.stream)} tokens); give more text or lower --tokens-per-step to at most "
                 f"{self.num_windows * self.context}"
             )
-        self._is_pinned = str(self.device).startswith("cuda")
+        self._is_pinned = str(self.device).partition(":")[0] in ("cuda", "xpu")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
 

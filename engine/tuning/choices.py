@@ -52,10 +52,10 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
     that its sums keep their order. On a CPU, and uncompiled, which the estimate is not for, 16.
     """
-    if ranks.device.type != "cuda" or not compiler.wanted(config.compile, False, ranks)[0]:
+    if ranks.device.type == "cpu" or not compiler.wanted(config.compile, False, ranks)[0]:
         return 16
     shards = distributed.shards(config.parallel, config.shard_size, ranks)
-    free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
+    free_bytes = device.free_bytes(ranks.device)
     fits = min(ranks.gather(memory.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
     earlier = resume.resolved_before(config) or {}
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
@@ -84,7 +84,7 @@ def ops(config: TrainConfig, precision: str, ranks: Ranks, tuned: Setup | None) 
     options = {"dropout_p": model.dropout, "tuned": tuned_ops}
     try:
         chosen = select(*inputs, **options)
-        if ranks.local_rank == 0 and ranks.device.type == "cuda":
+        if ranks.local_rank == 0 and ranks.device.type != "cpu":
             asked = selfcheck.request(config, precision, chosen, ranks.device, tuned.tiles if tuned is not None else {})
             found = selfcheck.failures(asked, warn)
         failed = {op: why for each in ranks.gather(found) for op, why in each.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from engine import device
 from engine.tuning.search import Race, descend, one_line, race
 from kernels import tiles
 from kernels.accuracy import inputs_as_in_the_model
@@ -41,7 +42,7 @@ class Bench:
     def names(self, op: str, shipped: str) -> list[str]:
         """Implementations of an op that may run here, the shipped one first."""
         others = ["triton", "torch", *ALTERNATIVES.get(op, ())]
-        is_gpu = self.device.type == "cuda"  # else Triton's interpreter, which is for tests
+        is_gpu = self.device.type != "cpu"  # else Triton's interpreter, which is for tests
         if not is_gpu or triton_obstacle(op, self.device, self.dtype, self.sizes.D) is not None:
             others.remove("triton")
         if not is_gpu and self.sizes.N * self.sizes.Vp > 2**26:
@@ -75,7 +76,8 @@ class Bench:
 
     def sampler(self, fn: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor]) -> Callable[[], float]:
         """A function that returns the seconds of one forward and backward pass."""
-        on_gpu = self.device.type == "cuda"
+        event = device.events(self.device)
+        on_gpu = event is not None
         calls = 4 if on_gpu else 1  # recording an event costs microseconds
         flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device) if on_gpu else None
 
@@ -86,7 +88,7 @@ class Bench:
                 return time.perf_counter() - began
             for _ in range(8):  # a millisecond or two, in which the CPU queues what is timed
                 flush.zero_()
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began, ended = (event(enable_timing=True) for _ in range(2))
             began.record()
             for _ in range(calls):
                 values(fn, inputs, douts)
@@ -118,7 +120,7 @@ class Bench:
             raise ArithmeticError(f"no implementation is right here: {refused[shipped]}")
         result = race(samplers, until, self.clock)
         ours = result.best("triton") if "triton" in samplers else float("inf")
-        if self.device.type == "cuda" and ours <= WORTH_TILES * min(map(result.best, samplers)):
+        if self.device.type != "cpu" and ours <= WORTH_TILES * min(map(result.best, samplers)):
             before, tuned = tuned, self.tune_tiles(op, samplers["triton"], tuned, until)
             tiles.use(tuned)
             if tuned != before:

@@ -68,7 +68,7 @@ class Worker:
         )
         try:
             self.losses: list[float] = self._ask(job, until)["losses"]
-            if job["device"] == "cuda":
+            if job["device"] != "cpu":
                 self._taken = [self._sample() for _ in range(ROUNDS)]
                 self.close()
         except BaseException:

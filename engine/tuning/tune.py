@@ -54,12 +54,16 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     """
     warnings.filterwarnings("ignore", module=r"torch\.")  # of Inductor, and of the first product in a new thread
     began = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.current()
+    if device.type not in OPS_SHARE:
+        raise BadInput(
+            f"tune: the device must be a CPU or a GPU of CUDA or ROCm, got {device.type}; train runs untuned"
+        )
     precision, _ = devices.choose_precision(asked.precision, device, "tune")
     sequences = asked.tokens_per_step // asked.sequence_length
     most = 16  # as choices.largest_micro_batch has it
-    if device.type == "cuda":
-        dtype, free_bytes = devices.COMPUTE_DTYPES[precision], torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        dtype, free_bytes = devices.COMPUTE_DTYPES[precision], devices.free_bytes(device)
         most = memory.largest_micro_batch(asked, dtype, free_bytes)
     batch = batch_shape(asked, 1, most)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
@@ -122,7 +126,7 @@ def tune_ops(bench: Bench, shipped: dict[str, str], until: float) -> tuple[dict[
         show(f"  {key:<28} {tile}")
     with contextlib.suppress(RuntimeError):  # a kernel that broke the GPU's context: the steps have their own
         gc.collect()
-        torch.cuda.empty_cache()  # which need the memory
+        devices.forget_memory(bench.device)  # which need the memory
     return races, tiles
 
 

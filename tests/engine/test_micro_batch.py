@@ -124,7 +124,7 @@ class TwoGPUs(Ranks):
 
 def chosen(monkeypatch, out, other: int = 64, free_gib: float = 78.5, **changes) -> int:
     monkeypatch.setattr(device, "wants_compile", lambda asked, gpu: (asked is not False, ""))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda gpu: (free_gib * GIB, 80 * GIB))
     config = dataclasses.replace(PRESETS["gpt2"], out=str(out), **changes)
     return choices.largest_micro_batch(config, "bf16", TwoGPUs(0, 0, 2, torch.device("cuda", 0), other=other))
 

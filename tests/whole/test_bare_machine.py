@@ -20,7 +20,7 @@ from engine.errors import Diverged
 from model.gpt2 import GPT2
 
 LACKS = """
-import os, socket, sys, tempfile
+import io, os, socket, sys, tempfile
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -38,6 +38,19 @@ if "directory" in sys.argv[1]:
 if "network" in sys.argv[1]:
     socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
 
+def without_proc(function):
+    def call(path, *args, **options):
+        if str(path).startswith(("/proc", "/sys")):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return function(path, *args, **options)
+    return call
+
+if "linux" in sys.argv[1]:
+    import torch._inductor.config, torch.distributed
+    for name in ("sched_getaffinity", "posix_fallocate", "posix_fadvise", "fdatasync", "O_DIRECT"):
+        delattr(os, name)
+    io.open, os.open, os.readlink = map(without_proc, (io.open, os.open, os.readlink))
+
 from engine import cli
 sys.exit(cli.main(sys.argv[2:]))
 """
@@ -46,7 +59,8 @@ sys.exit(cli.main(sys.argv[2:]))
 def gpt2(lacks: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs `gpt2 ARGS` in a process without what `lacks` names: triton, compiler, network, or several.
 
-    directory: a temporary one, a home and caches, so that only --out can be written.
+    directory: a temporary one, a home and caches, so that only --out can be written. linux: /proc, /sys and
+    system calls that macOS lacks.
     """
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     surroundings.pop("TRITON_INTERPRET", None)  # conftest.py sets it
@@ -119,6 +133,15 @@ def test_without_a_gpu_or_a_network_text_is_prepared_trained_on_and_continued(sh
     sampled = gpt2("network", "sample", "--run", str(tmp_path / "run"), "--prompt", "def ", "--max-new-tokens", "3")
     assert lines(sampled, "def ")
     assert "a connection was tried" not in prepared.stderr + trained.stderr + sampled.stderr
+
+
+@pytest.mark.slow
+@cpu_only
+def test_a_machine_without_proc_and_the_calls_of_linux_trains_and_goes_on(shards, tmp_path):
+    assert lines(train("linux triton", shards, tmp_path / "run"), "done: 2 steps")
+    assert lines(train("linux triton", shards, tmp_path / "run", "--num-steps", "3"), "done: 3 steps")
+    assert lines(gpt2("linux triton", "sample", "--run", str(tmp_path / "run"), "--prompt", "def "), "def ")
+    assert lines(gpt2("linux triton", "doctor", "--precision", "fp32"), "processor")
 
 
 def test_weights_by_name_without_a_network_are_a_sentence(tmp_path):

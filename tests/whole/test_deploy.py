@@ -1,4 +1,7 @@
-"""Files in deploy/: they parse, their flags exist, and they requeue a run only if it was stopped."""
+"""Files in deploy/: they parse, their flags exist, and they requeue a run only if it was stopped.
+
+The Dockerfile: what it copies is there, its versions are constraints.txt's, and its user is not root.
+"""
 
 import json
 import os
@@ -9,11 +12,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from setuptools import find_packages
 
 from engine.config import TrainConfig
 
 SLURM, KUBERNETES = ROOT / "deploy" / "train.slurm", ROOT / "deploy" / "train.k8s.yaml"
 FIELDS = {"--" + name.replace("_", "-") for name in TrainConfig.__dataclass_fields__}
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def instructions(name: str) -> list[str]:
+    """What follows this instruction in the Dockerfile, continued lines joined, in order."""
+    joined = re.sub(r"\\\n *", "", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE))
+    return re.findall(rf"^{name} (.*)$", joined, re.MULTILINE)
 
 
 def pod_script() -> str:
@@ -138,3 +150,51 @@ def test_a_pod_hands_the_signal_on_once_and_waits_for_the_last_checkpoint(tmp_pa
         assert (done.returncode, done.stdout) in ((143, ""), (1, "asked\nsaved\n"))
     else:
         assert (done.returncode, done.stdout) == (1, "asked\nsaved\n")
+
+
+# ---- The image ----------------------------------------------------------------------------------------------------
+
+
+def copied() -> set[str]:
+    """What the Dockerfile takes from the repository."""
+    return {source for line in instructions("COPY") for source in line.split()[:-1]}
+
+
+def test_the_image_has_every_package_and_what_setup_py_reads():
+    packages = {name.partition(".")[0] for name in find_packages(str(ROOT), include=["kernels", "model", "engine"])}
+    assert packages == {"kernels", "model", "engine"}
+    assert copied() == packages | {"constraints.txt", "setup.py", "pyproject.toml", "LICENSE"}
+    assert all((ROOT / name).exists() for name in copied())
+
+
+def test_what_is_copied_is_what_docker_may_see():
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert (lines[0], lines[-1]) == ("*", "**/__pycache__")
+    assert {line.removeprefix("!") for line in lines[1:-1]} == copied()
+
+
+def test_what_the_image_requires_has_the_versions_that_are_tested():
+    installs = [line for line in instructions("RUN") if "pip install" in line]
+    assert len(installs) == 2
+    assert all(" -c constraints.txt " in line for line in installs)
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    setup = (ROOT / "setup.py").read_text()
+    required = re.findall(r'"([a-z]+)[>"]', setup.partition("install_requires=[")[2].partition("]")[0])
+    assert {"torch", "triton", "numpy"} <= set(required) <= pinned
+    assert "[data]" in installs[1]
+
+
+def test_the_image_runs_gpt2_as_a_user_who_is_not_root_and_whom_the_job_knows():
+    (user,) = instructions("USER")
+    assert int(user) > 1000  # Ubuntu's images have a user of their own, 1000
+    assert f"useradd --uid {user} " in instructions("RUN")[0]
+    assert f"fsGroup: {user} " in KUBERNETES.read_text()
+    assert f"workingDir: {instructions('WORKDIR')[0]}\n" in KUBERNETES.read_text()  # where engine/train.py is
+    (entry,) = map(json.loads, instructions("ENTRYPOINT"))
+    assert f'"{entry[0]}=engine.cli:main"' in (ROOT / "setup.py").read_text()
+
+
+def test_the_base_and_the_wheels_of_torch_are_build_arguments():
+    assert [line.partition("=")[0] for line in instructions("ARG")] == ["BASE", "TORCH_INDEX"]
+    assert instructions("FROM") == ["${BASE}"]
+    assert {f"--build-arg {name}=" in DOCKERFILE for name in ("BASE", "TORCH_INDEX")} == {True}

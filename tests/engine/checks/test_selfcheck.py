@@ -162,6 +162,7 @@ def gpu(monkeypatch) -> Ranks:
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(dispatch, "has_c_compiler", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")

@@ -150,7 +150,7 @@ def test_a_cpu_is_not_told_to_get_more_gpus():
 
 def test_retries_are_the_allocator_s(monkeypatch):
     assert alloc_retries(torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": 3})
+    monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: {"num_alloc_retries": 3})
     assert alloc_retries(torch.device("cuda", 0)) == 3
 
 

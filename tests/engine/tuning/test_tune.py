@@ -211,8 +211,9 @@ def test_the_whole_command_on_a_gpu_that_is_a_fake(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for owner, name, value in [
         (torch.cuda, "is_available", lambda: True),
+        (torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-        (torch.cuda, "mem_get_info", lambda device=None: (23 * 2**30, 80 * 2**30)),  # for 32 sequences
+        (torch.accelerator, "get_memory_info", lambda device=None: (23 * 2**30, 80 * 2**30)),  # for 32 sequences
         (torch.cuda, "get_device_name", lambda device=None: "NVIDIA Made Up 80GB"),
         (torch, "set_float32_matmul_precision", lambda precision: None),
         (dispatch, "INTERPRETED", False),
