@@ -144,6 +144,9 @@ OTHERS = {
     ("train", "--output-dir"): "--out",
     ("train", "--block-size"): "--context",
     ("train", "--model-name-or-path"): "--init-from",
+    ("train", "--config_file"): "--config, a TOML or a run's config.json",
+    ("train", "--dump-config"): "--print-config, ",
+    ("doctor", "--self-check"): "--check, ",
     ("sample", "--model"): "--run",
     ("sample", "--max-length"): "--max-new-tokens",
     ("sample", "--device"): "CUDA_VISIBLE_DEVICES in front",
@@ -163,8 +166,8 @@ def test_a_flag_of_another_trainer_is_told_ours(command, flag, capsys):
 
 
 def test_every_hint_names_a_flag_that_exists():
-    known = flags.names(TrainConfig) | {"--workers", "--tokenizer"}
-    for kind in (commands.KINDS["sample"], commands.KINDS["eval"]):
+    known = flags.names(configs.Asked) | {"--workers", "--tokenizer"}
+    for kind in (commands.KINDS["sample"], commands.KINDS["eval"], commands.KINDS["doctor"]):
         known |= flags.names(kind)
     for ours, theirs in flags.HINTS:
         assert ours.replace(",", " ").replace(";", " ").split()[0] in known, ours

@@ -44,7 +44,7 @@ FOLDERS = {
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
-    "config": {"fields", "presets", "parse", "file"},
+    "config": {"fields", "presets", "parse", "file", "toml"},
     "planning": {"memory"},
     "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
