@@ -1,10 +1,26 @@
-"""`gpt2 doctor`."""
+"""`gpt2 presets` and `gpt2 doctor`."""
 
 import functools
+import json
 from dataclasses import dataclass
 
 from engine import flags
 from engine.errors import BadInput, nearest
+
+
+@dataclass(frozen=True)
+class Presets:
+    """Lists the presets of gpt2 train: size, tokens, learning rate, memory, and the machine each is for."""
+
+    json: bool = False  # print JSON
+
+
+def presets(args: list[str], prog: str) -> None:
+    """Prints a row for each preset."""
+    asked = flags.checked(Presets, args, prog)
+    from engine.config import presets as known
+
+    print(json.dumps(known.rows(), indent=1) if asked.json else known.table())
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.metadata
+import json
+import math
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from engine.checks import doctor
 from engine.config import PRESETS, OptimConfig, TrainConfig, batch_shape
 from engine.errors import BadInput
 from engine.tuning import tune
-from model.presets import GPT2Config
+from model.presets import GPT2Config, parameter_shapes
 
 INTEGERS = (0, -1, -5, 2**31, 2**63, 2**64, 10**30)
 FLOATS = (1e-320, 1e308, -0.0)
@@ -179,13 +181,33 @@ def test_every_hint_names_a_flag_that_exists():
 # ---- Presets and versions -----------------------------------------------------------------------------------------
 
 
-def test_help_of_train_lists_each_preset_with_its_size_and_machine(capsys):
+def test_help_of_train_and_presets_list_each_preset_with_its_sizes_and_machine_in_80_columns(capsys):
     assert runs.run("train", "--help") == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    told = capsys.readouterr().out
+    assert runs.run("presets") == 0
+    table = capsys.readouterr().out
+    assert table in told
+    assert max(map(len, table.splitlines())) <= 80
+    lines = {line.split()[0]: " ".join(line.split()) for line in table.splitlines()[1 : 1 + len(PRESETS)]}
     assert set(lines) == set(PRESETS)
-    assert "124,439,808 parameters  GPUs: " in lines["gpt2"]
+    assert lines["gpt2"] == "gpt2 124,439,808 12 12 768 1024 524,288 10.0B 6.0e-4 1.9 GiB"
+    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 4.0e-3 13 MiB"
     assert set(configs.MACHINES) < set(PRESETS)
-    assert all(words in lines[name] for name, words in configs.MACHINES.items())
+    assert all(f"{name}: {words}\n" in table for name, words in configs.MACHINES.items())
+
+
+def test_presets_as_json_say_what_the_configs_say(capsys):
+    assert runs.run("presets", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    for row in rows:
+        preset, shapes = PRESETS[row["preset"]], parameter_shapes(PRESETS[row["preset"]].model)
+        count = sum(map(math.prod, shapes.values()))
+        padding = (preset.model.padded_vocab_size - preset.model.vocab_size) * preset.model.n_embd
+        assert row["parameters"] == count - padding
+        assert row["memory_bytes"] == 16 * row["parameters"]
+        assert row["tokens"] == preset.num_steps * row["tokens_per_step"]
+        assert (row["peak_muon_lr"] is None) == (preset.optim.name == "adamw")
 
 
 @pytest.mark.parametrize("word", ["--version", "version"])
