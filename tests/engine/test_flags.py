@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -97,7 +98,7 @@ def test_every_number_of_the_other_commands_ends_in_success_or_a_sentence(traine
         ended("sample", "--run", str(trained), "--prompt", "d", "--max-new-tokens", "2", flag, value)
     for flag, value in edges(commands.KINDS["eval"]):
         ended("eval", "--run", str(trained), flag, value)
-    monkeypatch.setattr(doctor, "report", lambda *_: "")
+    monkeypatch.setattr(doctor, "report", lambda *_, **__: SimpleNamespace(text=lambda _: "", failed=None))
     for flag, value in edges(commands.KINDS["doctor"]):
         ended("doctor", "--precision", "fp32", flag, value)
     monkeypatch.setattr(tune, "tune", lambda *_: None)
