@@ -28,7 +28,8 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 def refuse(*args, **options):
-    print("a connection was tried", file=sys.stderr)
+    if args[0] != socket.gethostname():  # the host's own name, which gpt2 doctor looks up as Gloo does
+        print("a connection was tried", file=sys.stderr)
     raise OSError("Network is unreachable")
 
 if "triton" in sys.argv[1]:
@@ -106,7 +107,7 @@ def test_doctor_on_a_machine_without_anything_has_a_row_for_each(tmp_path):
     assert lines(done, "Gloo") == [
         "Gloo                  lo, since this host's name leads to no address here; other hosts need GLOO_SOCKET_IFNAME"
     ]
-    assert lines(done, "GPU") == ["GPU                   no CUDA device"]
+    assert lines(done, "GPU  ") == ["GPU                   no CUDA device"]
     assert len([line for line in lines(done, "") if line.endswith("torch: Triton is not installed")]) == 6
     assert "a connection was tried" not in done.stderr
 
