@@ -280,7 +280,7 @@ def compile_obstacle(device: torch.device) -> str | None:
         return _build_obstacle(os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang"))
     # PyTorch takes the compiler that CXX names and tries no other if that one is missing.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return _build_obstacle(compiler) if shutil.which(compiler) else "there is no C compiler here"
+    return _build_obstacle(compiler) if shutil.which(compiler) else "there is no C++ compiler here"
 
 
 def _build_obstacle(compiler: str) -> str | None:

@@ -67,6 +67,13 @@ HINTS = (
     ("--temperature", "temp t"),
     ("--prompt", "start text input"),
     ("--tokenizer", "encoding tokenizer-name"),
+    (
+        "--config, a TOML or a run's config.json",
+        "config-file config-path config-name cfg cfg-path yaml toml args-file settings hparams from-run",
+    ),
+    ("--print-config, which prints all settings as TOML", "dump-config show-config save-config print-settings"),
+    ("--check, which makes the self-check now", "self-check selfcheck check-kernels test-kernels"),
+    ("--json, which prints JSON", "format output-format as-json json-output"),
 )
 DEVICES = "device devices gpu gpus cuda cpu no-cuda use-cpu num-gpus accelerator"
 DEVICE = "CUDA_VISIBLE_DEVICES in front of the command, where 0 is the first GPU, or GPT2_DEVICE=cpu for the CPU"

@@ -29,6 +29,14 @@ def come_first() -> None:
         sys.meta_path.insert(0, OwnFirst)
 
 
+def strangers() -> list[Path]:
+    """Other packages or modules named `kernels` or `model` on sys.path. Imports none of them."""
+    places = [path for path in dict.fromkeys(sys.path) if Path(path or ".").resolve() != ROOT]
+    specs = [PathFinder.find_spec(name, [place]) for name in NAMES for place in places]
+    found = [Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None]
+    return [path.parent if path.name == "__init__.py" else path for path in found]
+
+
 def shadowed() -> str | None:
     """Error message if `kernels` or `model` cannot be ours, else None."""
     for name in NAMES:

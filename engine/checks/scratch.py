@@ -29,7 +29,7 @@ def prepare(out: str | Path, ranks: Ranks) -> None:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         tempfile.tempdir = _replace("TMPDIR", room, error, ranks)
-    folders = {"TORCHINDUCTOR_CACHE_DIR": _inductor_folder()}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": inductor_folder()}
     if ranks.device.type in HAS_STREAMS:
         folders["TRITON_CACHE_DIR"] = os.path.expanduser("~/.triton/cache")
     for variable, default in folders.items():
@@ -51,7 +51,7 @@ def _replace(variable: str, room: Path, error: OSError, ranks: Ranks) -> str:
     return str(folder)
 
 
-def _inductor_folder() -> str:
+def inductor_folder() -> str:
     """Where PyTorch keeps compiled code by default."""
     try:
         user = getpass.getuser()

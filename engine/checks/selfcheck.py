@@ -69,7 +69,7 @@ def failures(asked: dict, say: Callable[[str], None]) -> dict[str, str]:
         return known
     began = time.monotonic()
     try:
-        failed = check(asked)
+        failed = renew(asked)
     except Unavailable as error:
         say(f"self-check: not made, {error}; the Triton ops are used unchecked")
         return {}
@@ -78,6 +78,12 @@ def failures(asked: dict, say: Callable[[str], None]) -> dict[str, str]:
         f"self-check: {passed} of {len(asked['ops'])} Triton ops agree with their definitions in "
         f"{asked['precision']} ({time.monotonic() - began:.0f} s, once per GPU and version)"
     )
+    return failed
+
+
+def renew(asked: dict) -> dict[str, str]:
+    """Makes the check now, and remembers what the next one would find too. Raises Unavailable."""
+    failed = check(asked)
     if not any(word in why for why in failed.values() for word in CHANGEABLE):
         remember(asked, failed)
     return failed
@@ -147,6 +153,11 @@ def recall(asked: dict) -> dict[str, str] | None:
 def recall_for(config: TrainConfig, precision: str, ops: Ops, tuned: dict | None = None) -> dict[str, str] | None:
     """What is remembered for a run of this config on this machine's first GPU."""
     return recall(request(config, precision, ops, current(), tuned))
+
+
+def renew_for(config: TrainConfig, precision: str, ops: Ops, tuned: dict | None = None) -> dict[str, str]:
+    """Makes the check of a run of this config on this machine's first GPU. Raises Unavailable."""
+    return renew(request(config, precision, ops, current(), tuned))
 
 
 def remember(asked: dict, failed: dict[str, str]) -> None:

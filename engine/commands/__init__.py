@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from engine.commands.data import prepare, verify
 from engine.commands.evaluating import Evaluate, evaluate
-from engine.commands.machine import Doctor, doctor
+from engine.commands.machine import Doctor, Presets, doctor, presets
 from engine.commands.plotting import Plot, plot
 from engine.commands.sampling import Sample, sample
 from engine.commands.training import train, tune
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
     "export": export,
     "plot": plot,
     "verify": verify,
+    "presets": presets,
     "doctor": doctor,
 }
 
@@ -38,8 +39,9 @@ SUMMARIES = {
     "export": "turn a run into a directory that transformers opens",
     "plot": "redraw a run's loss curve and learning rate",
     "verify": "check that every shard and checkpoint is whole",
+    "presets": "list the presets with size, tokens, learning rate and memory",
     "doctor": "show this machine's hardware and software, and what each op runs on and why",
 }
 
 # Flags of the commands whose flags are a dataclass at the door.
-KINDS = {"sample": Sample, "eval": Evaluate, "export": Export, "plot": Plot, "doctor": Doctor}
+KINDS = {"sample": Sample, "eval": Evaluate, "export": Export, "plot": Plot, "presets": Presets, "doctor": Doctor}

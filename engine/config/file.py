@@ -1,16 +1,27 @@
-"""config.json: the config as JSON, and back."""
+"""config.json of a run: the config as JSON, and back. And the file of --config, which may be one, or a TOML."""
 
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from engine import output
+from engine.config import toml
 from engine.config.fields import TrainConfig
 from engine.errors import BadInput
 from engine.tokens import foreign
-from model.files import check_fields, make, read_json
+from model.files import BadFile, check_fields, make, parse_json, read, read_json
 
 CONFIG_FILE = "config.json"
+THIS_RUN_ONLY = ("resume", "resume_changed")  # of how a run went on, which is nothing for the next run
+
+
+class Given(NamedTuple):
+    """What the file of --config holds."""
+
+    is_run: bool  # whether it is the config.json of a run, which holds every setting
+    preset: str | None
+    values: dict[str, Any]  # by dotted names
 
 
 def to_dict(config: TrainConfig) -> dict:
@@ -44,3 +55,32 @@ def load(run: str | Path) -> TrainConfig:
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: must be the config of a run, got {error}") from error
     return config
+
+
+def given(file: str, prog: str) -> Given:
+    """What a file of settings holds: a TOML, a run's config.json, or a directory with one.
+
+    Raises BadInput if it is none of them, or a name or type in it is wrong.
+    """
+    path = Path(file) / CONFIG_FILE if os.path.isdir(file) else Path(file)
+    must = f"{prog}: --config must be a TOML file, or a run's {CONFIG_FILE}, got {path}"
+    try:
+        content = read(path)
+        if path.suffix == ".json" or content.lstrip()[:1] == b"{":
+            return Given(True, None, _of_run(content))
+        return Given(False, *toml.parse(content))
+    except FileNotFoundError as error:
+        raise BadInput(f"{must}, which does not exist") from error
+    except BadFile as error:
+        raise BadInput(f"{must}: {error}") from error
+    except ValueError as error:
+        raise BadInput(f"{prog}: {path}: {error}") from error
+
+
+def _of_run(content: bytes) -> dict[str, Any]:
+    """Every setting of a run that the next one takes over. Raises ValueError if it is no run's config."""
+    found = parse_json(content)
+    if isinstance(found, dict) and "model_type" in found:
+        raise BadFile("the config of weights, which --init-from takes")
+    config = from_dict(found)
+    return {name: toml.value_of(config, name) for name in toml.FIELDS if name not in THIS_RUN_ONLY}

@@ -1,38 +1,101 @@
-"""From the words of a command line to a config."""
+"""From the words of a command line, and a file of settings, to a config."""
 
 import dataclasses
+import os
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NoReturn
 
 from engine import flags, output, sizes
+from engine.config import toml
 from engine.config.fields import TrainConfig, flag_of
+from engine.config.file import given
 from engine.config.presets import PRESETS, presets_help
-from engine.errors import BadInput, nearest
+from engine.errors import BAD_INPUT, DONE, BadInput, nearest
+from model.files import few
+
+
+@dataclass(frozen=True)
+class Asked(TrainConfig):
+    """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
+
+    config: str | None = None  # file of settings that flags change: TOML, or a run's config.json; the preset may go
+    print_config: bool = False  # print all settings as TOML, for --config, and stop
+
+
+FIELDS = [each.name for each in dataclasses.fields(TrainConfig)]
 
 
 def parse(args: list[str], prog: str) -> TrainConfig:
-    """Parses `PRESET --flags`.
+    """Parses `PRESET --flags`. A flag wins over the file of --config, the file over the preset.
 
-    With --init-from the model has the sizes of those weights. Raises BadInput for a bad preset or
-    value; for an unknown flag tyro exits with 2.
+    With --init-from the model has the sizes of those weights. With --print-config it prints the config
+    and exits with 0. Raises BadInput for a bad preset, file or value; for an unknown flag tyro exits with 2.
     """
     if args and args[0] in ("-h", "--help"):
         print(presets_help(prog.replace("gpt2", output.program(), 1)))
         raise SystemExit(0)
-    if not args or args[0].startswith("-"):
-        got = args[0] if args else "nothing"
-        raise BadInput(f"{prog}: a preset must come first, got {got}; choose from {', '.join(PRESETS)}")
-    preset, *args = args
-    if preset not in PRESETS:
-        raise BadInput(f"{prog}: the preset must be one that exists, got {preset!r}{nearest(preset, PRESETS)}")
+    preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
     args = [part for arg in args for part in switches.get(arg, [arg])]
+    file = file_of(args)
+    base, named = _base(preset, file, args, prog)
+    called = f"{prog} {preset}" if preset is not None else prog
     try:
-        config = flags.parse(TrainConfig, args, f"{prog} {preset}", PRESETS[preset])
-        config = with_sizes_of_weights(config, args)
+        asked = flags.parse(TrainConfig, args, called, Asked(**{name: getattr(base, name) for name in FIELDS}))
+        config = TrainConfig(**{name: getattr(asked, name) for name in FIELDS})
+        config = with_sizes_of_weights(config, [*args, *named])
     except ValueError as error:
         raise BadInput(f"{prog}: {error}") from error
     if wrong := config.problems():
-        raise BadInput(f"{prog}: " + "\n  ".join(wrong))
+        raise BadInput(f"{prog}: " + "\n  ".join([*wrong, *([f"with the settings of {file}"] if file else [])]))
+    if asked.print_config:
+        _print(config, prog)
     return config
+
+
+def file_of(args: list[str]) -> str | None:
+    """The last value of --config, or None."""
+    found = None
+    for word, following in zip_longest(args, args[1:]):
+        if word.startswith("--config="):
+            found = word.partition("=")[2]
+        elif word == "--config":
+            found = following
+    return found
+
+
+def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> tuple[TrainConfig, list[str]]:
+    """(what flags change, the flags of settings that a TOML names)."""
+    held = None if file is None else given(file, prog)
+    if preset is None and held is None:
+        got = args[0] if args else "nothing"
+        raise BadInput(f"{prog}: a preset must come first, got {got}; choose from {', '.join(PRESETS)}")
+    name = preset if preset is not None or held is None else held.preset
+    if name is not None and name not in PRESETS:
+        raise BadInput(f"{prog}: the preset must be one that exists, got {name!r}{nearest(name, PRESETS)}")
+    if held is None:
+        return PRESETS[name], []
+    if held.is_run and not any(word.partition("=")[0] == "--out" for word in args):
+        raise BadInput(f"{prog}: --out must be given with the config of the run {file}, which has its own; choose one")
+    if name is None and not held.is_run and (missing := [each for each in toml.FIELDS if each not in held.values]):
+        raise BadInput(
+            f"{prog}: without a preset --config must be a file with every setting, got {file} without "
+            f'{few(missing)}; put the preset first, or preset = "gpt2" into the file'
+        )
+    try:
+        base = toml.applied(held.values, PRESETS[name] if name is not None else TrainConfig())
+    except ValueError as error:
+        raise BadInput(f"{prog}: {file}: {error}") from error
+    return base, [] if held.is_run else [flag_of(each) for each in held.values]
+
+
+def _print(config: TrainConfig, prog: str) -> NoReturn:
+    """Prints the config on the first of torchrun's processes and exits."""
+    output.protect(f"{prog} --print-config")
+    if os.environ.get("RANK", "0") == "0":
+        print(toml.dump(config, prog))
+    raise SystemExit(DONE if output.is_whole() else BAD_INPUT)
 
 
 def with_sizes_of_weights(config: TrainConfig, args: list[str]) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Presets: the config of each model, and the machine that it is for."""
 
 import dataclasses
+from typing import Any
 
 from engine.config.fields import OptimConfig, TrainConfig
 from model.presets import PRESETS as MODEL_PRESETS
@@ -84,14 +85,63 @@ PRESETS: dict[str, TrainConfig] = {
 } | {name: _gpt(name) for name in _GPT3_RECIPE}
 
 
-def presets_help(prog: str) -> str:
-    """A line for each preset: its parameters, and the machine that it is for."""
-    lines = []
-    for name, preset in PRESETS.items():
-        count = num_parameters(preset.model, padded=False)
-        state = f"GPUs: weights, gradients and moments take {16 * count / 2**30:,.1f} GiB"
-        lines.append(f"  {name:<12} {count:>15,} parameters  {MACHINES.get(name, state)}")
+def rows() -> list[dict[str, Any]]:
+    """A row of JSON types for each preset. memory_bytes: weights, gradients and two moments, float32."""
+    return [
+        {
+            "preset": name,
+            "parameters": (count := num_parameters(preset.model, padded=False)),
+            "n_layer": preset.model.n_layer,
+            "n_head": preset.model.n_head,
+            "n_embd": preset.model.n_embd,
+            "context": preset.sequence_length,
+            "tokens_per_step": preset.tokens_per_step,
+            "num_steps": preset.num_steps,
+            "tokens": preset.tokens_per_step * preset.num_steps,
+            "optimizer": preset.optim.name,
+            "peak_lr": preset.optim.lr,
+            "peak_muon_lr": preset.optim.muon_lr if preset.optim.name == "muon" else None,
+            "memory_bytes": 16 * count,
+            "machine": MACHINES.get(name, "GPUs"),
+        }
+        for name, preset in PRESETS.items()
+    ]
+
+
+COLUMNS = ("preset", "parameters", "L", "H", "C", "T", "a step", "in all", "lr", "memory")
+
+
+def table() -> str:
+    """The presets in 80 columns, and what the columns mean."""
+    cells = [COLUMNS, *map(_cells, rows())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        " ".join(f"{cell:>{width}}" if number else f"{cell:<{width}}" for number, (cell, width) in enumerate(zipped))
+        for zipped in (zip(row, widths, strict=True) for row in cells)
+    ]
+    lines += ["", "L layers, H heads, width C, context T; tokens of a step and of the whole run;"]
+    lines += ["peak learning rate of AdamW; memory of weights, gradients and moments.", ""]
+    lines += [f"{name}: {machine}" for name, machine in MACHINES.items()]
+    return "\n".join([*lines, "The others need GPUs."])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    tokens, memory = row["tokens"], row["memory_bytes"]
     return (
-        f"usage: {prog} PRESET [--flag VALUE ...]\n\nTrains a GPT-2 on token shards; the same command goes on. "
-        "PRESET is one of\n\n" + "\n".join(lines) + f"\n\n{prog} PRESET --help lists all flags with the preset's values"
+        row["preset"],
+        f"{row['parameters']:,}",
+        *(f"{row[name]}" for name in ("n_layer", "n_head", "n_embd", "context")),
+        f"{row['tokens_per_step']:,}",
+        f"{tokens / 1e9:.1f}B" if tokens >= 1e9 else f"{tokens / 1e6:.1f}M",
+        f"{row['peak_lr']:.1e}".replace("e-0", "e-"),
+        f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:,.0f} MiB",
+    )
+
+
+def presets_help(prog: str) -> str:
+    """What follows `gpt2 train --help`: the presets, and how to choose one."""
+    return (
+        f"usage: {prog} PRESET [--flag VALUE ...]\n       {prog} --config FILE [--flag VALUE ...]\n\n"
+        f"Trains a GPT-2 on token shards; the same command goes on. PRESET is one of\n\n{table()}\n\n"
+        f"{prog} PRESET --help lists all flags with the preset's values"
     )

@@ -2,9 +2,12 @@
 
 import dataclasses
 import importlib.metadata
+import json
+import math
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -16,7 +19,7 @@ from engine.checks import doctor
 from engine.config import PRESETS, OptimConfig, TrainConfig, batch_shape
 from engine.errors import BadInput
 from engine.tuning import tune
-from model.presets import GPT2Config
+from model.presets import GPT2Config, parameter_shapes
 
 INTEGERS = (0, -1, -5, 2**31, 2**63, 2**64, 10**30)
 FLOATS = (1e-320, 1e308, -0.0)
@@ -95,7 +98,7 @@ def test_every_number_of_the_other_commands_ends_in_success_or_a_sentence(traine
         ended("sample", "--run", str(trained), "--prompt", "d", "--max-new-tokens", "2", flag, value)
     for flag, value in edges(commands.KINDS["eval"]):
         ended("eval", "--run", str(trained), flag, value)
-    monkeypatch.setattr(doctor, "report", lambda *_: "")
+    monkeypatch.setattr(doctor, "report", lambda *_, **__: SimpleNamespace(text=lambda _: "", failed=None))
     for flag, value in edges(commands.KINDS["doctor"]):
         ended("doctor", "--precision", "fp32", flag, value)
     monkeypatch.setattr(tune, "tune", lambda *_: None)
@@ -144,6 +147,9 @@ OTHERS = {
     ("train", "--output-dir"): "--out",
     ("train", "--block-size"): "--context",
     ("train", "--model-name-or-path"): "--init-from",
+    ("train", "--config_file"): "--config, a TOML or a run's config.json",
+    ("train", "--dump-config"): "--print-config, ",
+    ("doctor", "--self-check"): "--check, ",
     ("sample", "--model"): "--run",
     ("sample", "--max-length"): "--max-new-tokens",
     ("sample", "--device"): "CUDA_VISIBLE_DEVICES in front",
@@ -163,8 +169,8 @@ def test_a_flag_of_another_trainer_is_told_ours(command, flag, capsys):
 
 
 def test_every_hint_names_a_flag_that_exists():
-    known = flags.names(TrainConfig) | {"--workers", "--tokenizer"}
-    for kind in (commands.KINDS["sample"], commands.KINDS["eval"]):
+    known = flags.names(configs.Asked) | {"--workers", "--tokenizer"}
+    for kind in (commands.KINDS["sample"], commands.KINDS["eval"], commands.KINDS["doctor"]):
         known |= flags.names(kind)
     for ours, theirs in flags.HINTS:
         assert ours.replace(",", " ").replace(";", " ").split()[0] in known, ours
@@ -176,13 +182,33 @@ def test_every_hint_names_a_flag_that_exists():
 # ---- Presets and versions -----------------------------------------------------------------------------------------
 
 
-def test_help_of_train_lists_each_preset_with_its_size_and_machine(capsys):
+def test_help_of_train_and_presets_list_each_preset_with_its_sizes_and_machine_in_80_columns(capsys):
     assert runs.run("train", "--help") == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    told = capsys.readouterr().out
+    assert runs.run("presets") == 0
+    table = capsys.readouterr().out
+    assert table in told
+    assert max(map(len, table.splitlines())) <= 80
+    lines = {line.split()[0]: " ".join(line.split()) for line in table.splitlines()[1 : 1 + len(PRESETS)]}
     assert set(lines) == set(PRESETS)
-    assert "124,439,808 parameters  GPUs: " in lines["gpt2"]
+    assert lines["gpt2"] == "gpt2 124,439,808 12 12 768 1024 524,288 10.0B 6.0e-4 1.9 GiB"
+    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 4.0e-3 13 MiB"
     assert set(configs.MACHINES) < set(PRESETS)
-    assert all(words in lines[name] for name, words in configs.MACHINES.items())
+    assert all(f"{name}: {words}\n" in table for name, words in configs.MACHINES.items())
+
+
+def test_presets_as_json_say_what_the_configs_say(capsys):
+    assert runs.run("presets", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["preset"] for row in rows] == list(PRESETS)
+    for row in rows:
+        preset, shapes = PRESETS[row["preset"]], parameter_shapes(PRESETS[row["preset"]].model)
+        count = sum(map(math.prod, shapes.values()))
+        padding = (preset.model.padded_vocab_size - preset.model.vocab_size) * preset.model.n_embd
+        assert row["parameters"] == count - padding
+        assert row["memory_bytes"] == 16 * row["parameters"]
+        assert row["tokens"] == preset.num_steps * row["tokens_per_step"]
+        assert (row["peak_muon_lr"] is None) == (preset.optim.name == "adamw")
 
 
 @pytest.mark.parametrize("word", ["--version", "version"])

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from conftest import ROOT
 from engine import cli, config
 from engine import commands as subcommands
 from engine import flags as flag_parser
+from engine.config import file as config_file
+from engine.config import toml
 from engine.errors import BadInput
 from engine.tokens.prepare import PrepareConfig
 from model.presets import PRESETS, GPT2Config
@@ -133,12 +136,20 @@ def parse_gpt2(args: list[str], monkeypatch) -> None:
     if not flags:  # `gpt2 prepare`, the command's name
         return
     if command == "train":
-        config.parse(flags, "gpt2 train")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["engine.config.parse"], "given", a_whole_file)
+            config.parse([flag for flag in flags if flag != "--print-config"], "gpt2 train")
         return
     with monkeypatch.context() as patch:
         patch.setattr(flag_parser, "checked", stopping(flag_parser.checked))
         asked = parsed_by(cli.COMMANDS[command], flags, f"gpt2 {command}")
     assert getattr(asked, "preset", "gpt2") in PRESETS
+
+
+def a_whole_file(file: str, prog: str) -> config_file.Given:
+    """What a file of --config holds that a document names and nobody wrote: every setting."""
+    values = {name: toml.value_of(config.PRESETS["gpt2"], name) for name in toml.FIELDS}
+    return config_file.Given(not file.endswith(".toml"), None, values)
 
 
 def parse_python(args: list[str], monkeypatch) -> None:
@@ -278,7 +289,12 @@ def test_every_flag_in_the_text_exists(document):
     for kind in (PrepareConfig, *subcommands.KINDS.values()):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
-    known |= {"--help", "--shutdown-timeout"}  # the second is torchrun's, from torch 2.12 on
+    known |= {
+        "--config",
+        "--print-config",
+        "--help",
+        "--shutdown-timeout",
+    }  # the last is torchrun's, from torch 2.12 on
     for path in (*(ROOT / "bench").glob("*.py"), ROOT / "kernels" / "aot.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text()))
     for code in inline_code(document):

@@ -43,8 +43,8 @@ FOLDERS = {
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
-    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
-    "config": {"fields", "presets", "parse", "file"},
+    "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor", "network"},
+    "config": {"fields", "presets", "parse", "file", "toml"},
     "planning": {"memory"},
     "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},

@@ -232,10 +232,37 @@ def test_doctor_says_what_is_remembered(gpu, play, monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, "_gpus", lambda: [])
     assert cli.main(["doctor"]) == 0
-    assert "self-check            not made yet, gpt2 train makes it" in capsys.readouterr().out
+    assert "self-check            not made yet, gpt2 train makes it; --check makes it now" in capsys.readouterr().out
     play(attention=WRONG)
     choices.ops(config.PRESETS["gpt2"], "bf16", gpu, None)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "self-check            failed: attention" in out
     assert f"attention             torch: {WRONG}" in out
+
+
+def test_doctor_makes_the_check_when_asked_and_train_remembers_it(gpu, play, monkeypatch, capsys):
+    from engine import cli
+    from engine.checks import doctor
+
+    monkeypatch.setattr(doctor, "_gpus", lambda: [])
+    play()
+    assert cli.main(["doctor", "--check"]) == 0
+    assert "self-check            passed, made now in " in capsys.readouterr().out
+    assert cli.main(["doctor"]) == 0
+    assert "self-check            passed\n" in capsys.readouterr().out
+    play(attention=WRONG)
+    assert cli.main(["doctor", "--check"]) == 1  # made again, although one is remembered
+    out = capsys.readouterr().out
+    assert "self-check            failed: attention" in out
+    assert f"attention             torch: {WRONG}" in out
+    monkeypatch.setattr(selfcheck, "check", lambda asked: pytest.fail("checked"))
+    assert choices.ops(config.PRESETS["gpt2"], "bf16", gpu, None).choices[0].reason == WRONG
+
+
+def test_a_check_that_doctor_cannot_make_is_a_sentence(gpu, monkeypatch, capsys):
+    from engine import cli
+
+    monkeypatch.setattr(selfcheck, "CHILD", ("-c", "raise SystemExit('CUDA-capable device(s) is/are busy')"))
+    assert cli.main(["doctor", "--check"]) == 2
+    assert "--check needs a GPU that a new process can use, got: its process ended" in capsys.readouterr().err
