@@ -18,7 +18,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors", "output", "packages", "sizes"},
+    {"errors", "output", "packages", "sizes", "chips"},
     {"system", "flags"},
     {"lock"},
     {"tokens"},
@@ -36,7 +36,7 @@ LAYERS = (
     {"cli"},
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts"}
+FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},
@@ -45,7 +45,7 @@ FOLDERS = {
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
     "config": {"fields", "presets", "parse", "file"},
-    "planning": {"memory"},
+    "planning": {"memory", "roofline_ops", "communication"},
     "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
