@@ -1,152 +1,129 @@
 """A step of a run on many GPUs, rehearsed on this CPU: what one of its ranks holds, sends and reads, against the plan.
 
-Model, wrapping, optimizer, batches and update are the engine's own. Its floating-point tensors are fake: they have shapes
-and storages of so many bytes, but no memory. Its process group is fake too: a collective returns at once. Nothing is
-compiled, and the ops are PyTorch's for a CPU. If something differs from engine.planning, the exit code is 1.
+See engine.rehearsal. If anything differs from engine.planning, the exit code is 1.
 """
 
 import argparse
 import sys
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from unittest.mock import patch
-
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401  (collectives of fake tensors)
-from torch import Tensor
-from torch._C._distributed_c10d import ProcessGroup
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from collections.abc import Iterator
+from dataclasses import replace
 
 from bench.tables import amount
-from engine import distributed, optim, start
-from engine import step as steps
-from engine.config import PRESETS, TrainConfig, batch_shape
+from engine.config import TrainConfig, batch_shape, parse
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DONE, BadInput
-from engine.parts import Past
-from engine.planning.communication import communication, padded_elements
-from engine.tokens.batches import Batches
-from kernels import cross_entropy
-from model.presets import parameter_shapes
+from engine.planning import memory
+from engine.planning.communication import communication
+from engine.rehearsal import UPDATES, Call, one_of, partition, rehearse
 
 FAILED = 1
-UPDATES = 3  # of which the last is counted: AdamW has its moments then, and DDP the order of its gradients
-DIGITS = 7 * np.arange(4)  # bits of a window's number, in its first tokens
-KINDS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
-KINDS |= {"all_reduce": "all_reduce", "broadcast": "broadcast"}
-NAMES = {  # of collectives: phase, kind and, after the backward pass, bytes
-    ("forward", "all_gather"): "weights, forward",
-    ("backward", "all_gather"): "weights, backward",
-    ("backward", "reduce_scatter"): "gradients",
-    ("backward", "all_reduce"): "gradients of replicas",
-    ("optimizer", "all_reduce", 4): "overflow",
-    ("optimizer", "all_reduce", 8): "norm of the gradient",
-    ("optimizer", "broadcast", 8): "norm of the gradient of replicas",
-    ("optimizer", "all_reduce", 20): "loss and signals",
-}
 
 
-@dataclass(frozen=True)
-class Call:
-    """A collective: its purpose, kind, bytes of the whole tensor, and ranks."""
-
-    name: str
-    kind: str
-    payload_bytes: int
-    group_size: int
-
-    def __str__(self) -> str:
-        return f"{self.kind:<14} {amount(self.payload_bytes, 'B'):>8} {self.group_size:>6,} ranks  {self.name}"
-
-
-class OneOfMany(Ranks):
-    """A rank whose peers say what it says. It writes and prints nothing."""
-
-    is_first = False
-
-    def gather(self, value):
-        return [value] * self.world_size
-
-    def broadcast_object(self, value):
-        return value
+def folded(calls: list[Call]) -> Iterator[tuple[int, list[Call]]]:
+    """The calls in order, as (times, pattern): up to 8 calls that repeat are one pattern."""
+    while calls:
+        found = []
+        for period in range(1, 9):
+            times = 1
+            while calls[times * period : (times + 1) * period] == calls[:period]:
+                times += 1
+            found.append((times * period if times > 1 else 0, -period, times))
+        _, period, times = max(found)
+        yield times, calls[:-period]
+        calls = calls[-period * times :]
 
 
-class Windows:
-    """A corpus of so many windows, each of which begins with its own number."""
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def num_windows(self, context: int) -> int:
-        return self.count
-
-    def windows(self, indices: np.ndarray, context: int) -> Tensor:
-        found = torch.zeros(len(indices), context + 1, dtype=torch.int64)
-        found[:, : len(DIGITS)] = torch.from_numpy(indices[:, None] >> DIGITS & 127)
-        return found
-
-    @staticmethod
-    def numbers(tokens: Tensor) -> list[int]:
-        return (tokens[:, : len(DIGITS)].numpy() << DIGITS).sum(1).tolist()
+def planned(
+    config: TrainConfig, world_size: int, precision: str
+) -> tuple[dict[str, int], dict[tuple, tuple[int, int]]]:
+    """engine.planning's bytes of a rank, and (calls, bytes) of a step by purpose, kind and ranks."""
+    (size, micro_batches), model = batch_shape(config, world_size), config.model
+    of_rank = config, size, precision, memory.Place(world_size, device_type="cpu", is_compiled=False)
+    held = {part: memory.moments(*of_rank)["optimizer"][part] for part in ("weights", "gradients", "moments")}
+    options = {"micro_batches": micro_batches, "reshard": config.reshard, "shard_size": config.shard_size}
+    calls = communication(model, world_size, config.parallel, precision, **options)
+    sent = {(each.name, each.kind, each.group_size): (each.calls, each.payload_bytes) for each in calls}
+    return held | {"peak": memory.step_bytes(*of_rank)}, sent
 
 
-class Counter(TorchDispatchMode):
-    """Makes new floating-point tensors fake, and counts collectives and the bytes of storages that are alive."""
+def totals(calls: list[Call]) -> dict[tuple, tuple[int, int]]:
+    """(calls, bytes) by purpose, kind and ranks."""
+    found: dict[tuple, tuple[int, int]] = {}
+    for *key, size in calls:
+        count, before = found.get((*key,), (0, 0))
+        found[(*key,)] = count + 1, before + size
+    return found
 
-    def __init__(self):
-        super().__init__()
-        self.calls: list[Call] = []
-        self.phase, self.live, self.peak, self.gradients = "", 0, 0, 0
-        self.storages: dict[int, tuple[weakref.ref, int]] = {}
 
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if DTensor in types:  # whose own dispatch comes back here with local tensors
-            return NotImplemented
-        if op.namespace in ("prim", "profiler"):
-            return op(*args, **kwargs)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if op.namespace in ("c10d", "_c10d_functional"):
-            self.sees_collective(op.name(), args, inputs)
-        is_new = not inputs and (kwargs.get("dtype") or torch.float32).is_floating_point
-        is_fake = is_new or any(isinstance(each, FakeTensor) for each in inputs)
-        with nullcontext() if is_fake else unset_fake_temporarily():
-            outputs = op(*args, **kwargs)
-        if op is torch.ops.gpt2.linear_cross_entropy_torch.default:  # fake ones run no code: here is its chunk of logits
-            with self:
-                cross_entropy._fill_torch(outputs, *args)
-        for each in tree_leaves(outputs):
-            if isinstance(each, Tensor):
-                self.sees(each.untyped_storage())
-        return outputs
+def verdict(claim: str, planned: dict, found: dict, near: float = 0.0) -> bool:
+    """Prints whether all is as planned, to within a share, or what is not."""
+    wrong = [
+        f"{key}: {found.get(key)}, planned {planned.get(key)}"
+        for key in planned | found
+        if found.get(key) != planned.get(key) and not (near and abs(found[key] / planned[key] - 1) <= near)
+    ]
+    print(f"{claim}: {'differs: ' if wrong else 'yes'}{'; '.join(wrong)}")
+    return not wrong
 
-    def sees(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key not in self.storages or self.storages[key][0]() is not storage:
-            self.storages[key] = weakref.ref(storage, lambda _: self.frees(key)), 0
-        ref, before = self.storages[key]
-        self.storages[key] = ref, storage.nbytes()
-        self.live += storage.nbytes() - before
-        self.peak = max(self.peak, self.live)
 
-    def frees(self, key: int) -> None:
-        self.live -= self.storages.pop(key)[1]
+def report(config: TrainConfig, ranks: Ranks, precision: str) -> bool:
+    """Prints what the rank does, and whether that is the plan."""
+    (held, calls), (will_hold, will_send) = (
+        rehearse(config, ranks, precision),
+        planned(config, ranks.world_size, precision),
+    )
+    windows, is_partition = partition(config, ranks)
+    size, accumulation = batch_shape(config, ranks.world_size)
+    mode, sizes = f"{config.parallel}, {precision}, recompute {config.recompute}", f"{size} x {config.sequence_length}"
+    print(f"rank {ranks.rank} of {ranks.world_size:,}, {mode}: an update of {config.tokens_per_step:,} tokens,")
+    print(f"micro-batches of {sizes}, {accumulation} on each rank")
+    print(f"\n{'holds':<11}{'rehearsed':>12}{'planned':>12}")
+    for part in will_hold:
+        print(f"  {part:<9}{amount(held[part], 'B'):>12}{amount(will_hold[part], 'B'):>12}")
+    print("\nsends, in order")
+    for times, pattern in folded(calls):
+        for index, (purpose, kind, count, each) in enumerate(pattern):
+            print(
+                f"{f'{times:,} x' if not index else '':>8} {kind:<14}{amount(each, 'B'):>9}{count:>7,} ranks  {purpose}"
+            )
+    print(f"\nreads, of {sum(map(len, windows[0])) * ranks.world_size:,} windows")
+    for rank in sorted({0, ranks.rank, ranks.world_size - 1}):
+        print(f"  rank {rank}: {' '.join(map(str, windows[rank][0][:6]))}{' ...' if size * accumulation > 6 else ''}")
+    peaks = [{"peak": each.pop("peak")} for each in (will_hold, held)]
+    return all(
+        [
+            verdict("\nweights, gradients and moments equal to the plan", will_hold, held),
+            verdict("peak within 10% of the plan", *peaks, near=0.1),
+            verdict("collectives equal to the plan", will_send, totals(calls)),
+            verdict("batches of all ranks are the step's windows, each once", {"": True}, {"": is_partition}),
+        ]
+    )
 
-    def sees_collective(self, op: str, args: tuple, inputs: list[Tensor]) -> None:
-        kind = next((kind for word, kind in KINDS.items() if word in op), None)
-        if kind is not None:
-            groups = [ProcessGroup.unbox(each) for each in args if isinstance(each, torch.ScriptObject)]
-            self.adds(kind, max(each.nbytes for each in inputs), groups[0].size() if groups else 0)
 
-    def adds(self, kind: str, size: int, ranks: int) -> None:
-        key = (self.phase, kind) if self.phase != "optimizer" else (self.phase, kind, size)
-        self.calls.append(Call(NAMES.get(key, f"of {self.phase or 'no phase'}"), kind, size, ranks))
+def main(arguments: list[str] | None = None) -> int:
+    """0 if all is as planned, 1 if not, 2 for bad input."""
+    epilog = "PRESET and all other flags are those of gpt2 train, such as --parallel fsdp --recompute block"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rehearse PRESET", description=__doc__, epilog=epilog, allow_abbrev=False
+    )
+    parser.add_argument("--world", type=int, default=8, help="ranks")
+    parser.add_argument("--rank", type=int, default=0, help="the one that is rehearsed")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks that share a replica of hsdp")
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        config = replace(parse(rest, "bench.rehearse"), kernels="torch", compile=False)
+        if not 0 <= args.rank < args.world or args.gpus_per_node < 1:
+            raise BadInput(f"bench.rehearse: --rank must be 0 to --world - 1, got {args.rank} and {args.world}")
+        if config.parallel == "hsdp" and config.shard_size is None:
+            config = replace(config, shard_size=min(args.gpus_per_node, args.world))
+        batch_shape(config, args.world)
+        with one_of(args.world, args.rank, args.gpus_per_node) as ranks:
+            precision = "bf16" if config.precision == "auto" else config.precision
+            return DONE if report(config, ranks, precision) else FAILED
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

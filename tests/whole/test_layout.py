@@ -32,7 +32,7 @@ LAYERS = (
     {"run"},
     {"tuning", "parts"},
     {"start"},
-    {"train", "commands"},
+    {"train", "commands", "rehearsal"},
     {"cli"},
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
