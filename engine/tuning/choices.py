@@ -5,12 +5,13 @@ from contextlib import suppress
 
 import torch
 
-from engine import device, distributed
+from engine import device
 from engine.checks import compiler, selfcheck
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput, warn
 from engine.planning import memory
+from engine.planning.memory import Place
 from engine.run import resume
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
@@ -54,9 +55,9 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     """
     if ranks.device.type != "cuda" or not compiler.wanted(config.compile, False, ranks)[0]:
         return 16
-    shards = distributed.shards(config.parallel, config.shard_size, ranks)
+    place = Place(ranks.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     free_bytes, _ = torch.cuda.mem_get_info(ranks.device)
-    fits = min(ranks.gather(memory.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
+    fits = min(ranks.gather(memory.largest_micro_batch(config, precision, free_bytes, place)))
     earlier = resume.resolved_before(config) or {}
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
 
