@@ -85,7 +85,8 @@ def time(plan: dict) -> list[str]:
     """A step and the run."""
     step, run, efficiency = plan["step"], plan["run"], plan["efficiency"]
     lines = [
-        f"step         {step['micro_batches']} x {step['micro_batch_size']} sequences per GPU, micro-batches x size (chosen)",
+        f"step         {step['micro_batches']} x {step['micro_batch_size']} sequences per GPU: micro-batches of the "
+        "size (chosen)",
         f"  at least   {duration(step['bound_s'])} (roofline bound from the data sheet, without communication)",
         f"  expected   {duration(step['seconds'])}, {run['tokens_per_s']:,.0f} tokens/s (estimate)",
         wrapped(f"  by         {efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"),
@@ -156,6 +157,6 @@ def budget(plan: dict) -> list[str]:
         return [*lines, "             no preset's compute-optimal run fits into it (estimate)"]
     return [
         *lines,
-        f"             compute-optimal for it: {best['preset']}, {short(best['tokens'])} tokens in "
-        f"{best['hours']:,.1f} h (estimate)",
+        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in "
+        f"{best['hours']:,.1f} h, compute-optimal (estimate)",
     ]

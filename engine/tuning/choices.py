@@ -62,6 +62,14 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
 
 
+def is_tried(config: TrainConfig, is_new: bool, ranks: Ranks) -> bool:
+    """Whether the micro-batch is a choice of largest_micro_batch that may be halved before the first update.
+
+    A run that goes on keeps its size, and the passes of a sharded model need all ranks.
+    """
+    return ranks.device.type == "cuda" and config.micro_batch_size is None and is_new and config.parallel == "ddp"
+
+
 def use(tuning: Tuning | None, on: torch.device) -> None:
     """Sets what a tuning has for the whole process: tiles, and malloc and threads of a CPU."""
     tiles.use(tuning.setup.tiles if tuning is not None else {})
