@@ -44,11 +44,18 @@ class Chip:
     flops_per_s: dict[str, float]  # of matrix products, by precision
     bytes_per_s: float  # of its memory, reads and writes together
     links: dict[str, float] = field(default_factory=dict)  # bytes/s in one direction, to all other devices together
+    memory_bytes: float = 0.0
+    watts: float = 0.0  # thermal design power
 
 
-def _sheet(name: str, source: str, tf32: float, fp32: float, gigabytes_per_s: float, **links: float) -> Chip:
-    """A data sheet's figures: TFLOP/s, GB/s, and links in GB/s of both directions together, as it has them."""
-    half = PEAK_TFLOPS[name]
+def _sheet(
+    name: str, source: str, tf32: float, fp32: float, memory: tuple[float, float, float], **links: float
+) -> Chip:
+    """A data sheet's figures: TFLOP/s, memory, and links in GB/s of both directions together, as it has them.
+
+    memory: GB/s, GB, and the watts of the whole card.
+    """
+    half, (gigabytes_per_s, gigabytes, watts) = PEAK_TFLOPS[name], memory
     teraflops = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}
     return Chip(
         name,
@@ -56,13 +63,21 @@ def _sheet(name: str, source: str, tf32: float, fp32: float, gigabytes_per_s: fl
         {precision: 1e12 * value for precision, value in teraflops.items()},
         1e9 * gigabytes_per_s,
         {link: 1e9 * both / 2 for link, both in links.items()},
+        1e9 * gigabytes,
+        watts,
     )
 
 
 # tf32 is half of the sheets' figure where that counts sparsity; fp32 is that of the CUDA cores.
 CHIPS: dict[str, Chip] = {
-    "H200": _sheet("H200", "NVIDIA H200 Tensor Core GPU data sheet, SXM", 494, 67, 4800, NVLink=900, PCIe=128),
-    "H100": _sheet("H100", "NVIDIA H100 Tensor Core GPU data sheet, SXM", 494, 67, 3350, NVLink=900, PCIe=128),
-    "A100": _sheet("A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, 2039, NVLink=600, PCIe=64),
-    "RTX A6000": _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, 768, NVLink=112.5, PCIe=64),
+    chip.name: chip
+    for chip in (
+        _sheet("H200", "NVIDIA H200 Tensor Core GPU data sheet, SXM", 494, 67, (4800, 141, 700), NVLink=900, PCIe=128),
+        _sheet("H100", "NVIDIA H100 Tensor Core GPU data sheet, SXM", 494, 67, (3350, 80, 700), NVLink=900, PCIe=128),
+        _sheet(
+            "A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, (2039, 80, 400), NVLink=600, PCIe=64
+        ),
+        _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, (768, 48, 300), NVLink=112.5, PCIe=64),
+        _sheet("RTX 4090", "NVIDIA Ada GPU architecture white paper", 82.6, 82.6, (1008, 24, 450), PCIe=64),
+    )
 }

@@ -9,6 +9,7 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import dataclasses
 from contextlib import ExitStack
 
 import torch
@@ -190,6 +191,8 @@ def build_model(
     if past.checkpoint is not None:
         heartbeat.at(past.step, "checkpoint")
         run.load(past.checkpoint)
+    if choices.is_tried(config, past.checkpoint is None, ranks):
+        data = run.data = fitted(config, data, past, step)
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         resolved["tuned"] = tuning.key if tuning is not None else None
@@ -199,6 +202,28 @@ def build_model(
     runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint else export.initial_note(config)
     header.show(config, ranks, data.sizes(config), (past.step, past.tokens), compute_dtype, runs_on)
     return run
+
+
+def fitted(config: TrainConfig, data: Data, past: Past, step: Step) -> Data:
+    """The data in micro-batches that fit: of half the size, once, if those chosen do not fit on some rank.
+
+    All ranks call it. The steps' tokens stay the same.
+    """
+    ranks, B = step.ranks, data.micro_batch_size
+    does_fit = step.fits(B, config.sequence_length, data.accumulation)
+    if not does_fit and ranks.device.type == "cuda":  # out here the error is gone, and with it what its frames held
+        torch.cuda.empty_cache()
+    if B == 1 or all(ranks.gather(does_fit)):
+        return data
+    shape = batch_shape(config, ranks.world_size, B // 2)
+    data.batches.close()
+    batches = dataclasses.replace(data.batches, micro_batch_size=shape[0], accumulation=shape[1])
+    past.identity["micro_batch_size"] = shape[0]
+    ranks.print0(
+        f"memory: micro-batches of {B} sequences do not fit; this run takes {shape[1]} of {shape[0]} in place of "
+        f"{data.accumulation}, and the tokens of a step stay the same"
+    )
+    return dataclasses.replace(data, micro_batch_size=shape[0], accumulation=shape[1], batches=batches)
 
 
 def open_record(run: Run, began: float) -> None:

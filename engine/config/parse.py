@@ -25,6 +25,10 @@ def parse(args: list[str], prog: str) -> TrainConfig:
         raise BadInput(f"{prog}: the preset must be one that exists, got {preset!r}{nearest(preset, PRESETS)}")
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
     args = [part for arg in args for part in switches.get(arg, [arg])]
+    for index, word in enumerate(args):  # --micro-batch-size auto is the None of config.json
+        flag, has_value, value = word.replace("_", "-").partition("=")
+        if flag == "--micro-batch-size" and (value if has_value else "".join(args[index + 1 : index + 2])) == "auto":
+            args[index : index + 2 - bool(has_value)] = [flag, "None"]
     try:
         config = flags.parse(TrainConfig, args, f"{prog} {preset}", PRESETS[preset])
         config = with_sizes_of_weights(config, args)

@@ -45,8 +45,8 @@ FOLDERS = {
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
     "config": {"fields", "presets", "parse", "file"},
-    "planning": {"memory", "roofline_ops", "communication"},
-    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
+    "planning": {"memory", "roofline_ops", "communication", "efficiencies", "plan", "summary"},
+    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine", "planning"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }
@@ -165,7 +165,16 @@ def test_our_packages_are_not_shadowed_by_a_stranger_s():
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.cli", "engine.config", "engine.tokens.prepare", "engine.tokens.batches", "model", "kernels"]
+    "module",
+    [
+        "engine.cli",
+        "engine.config",
+        "engine.planning.summary",
+        "engine.tokens.prepare",
+        "engine.tokens.batches",
+        "model",
+        "kernels",
+    ],
 )
 def test_torch_is_imported_late(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
