@@ -37,6 +37,7 @@ LAYERS = (
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
+FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},
