@@ -1,8 +1,4 @@
-"""The one op list: definition, implementations, check, and the work that no version avoids.
-
-FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each input of the
-definition read once and each output written once.
-"""
+"""The one op list: definition, implementations and check. The work of each is kernels/work.py's."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,6 +12,7 @@ from bench.measure import Prepare
 from kernels.alternatives import attention_sdpa, linear_cross_entropy_unchunked
 from kernels.cases import TENSORS, Sizes, gradients, inputs_of, outputs_of, relative_error, values, with_gradients
 from kernels.dispatch import MODULES
+from kernels.work import work
 
 TRAINING = ("forward", "backward", "both")
 # ||out - exact|| / ||exact|| up to which an implementation may be timed; twice that where "exact" is in its own dtype.
@@ -25,29 +22,6 @@ SDPA_BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-Work = tuple[int, int]  # FLOPs, bytes
-
-
-def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:
-    """Forward and backward work of an op. e: bytes of an element; p: of an element of weight and bias, e by default."""
-    p, B, T, C, Vp = p or e, sizes.B, sizes.T, sizes.C, sizes.Vp
-    x, f = sizes.N * C, sizes.N * 4 * C  # elements of a stream, and inside the MLP
-    product, factors = 2 * sizes.N * C * Vp, e * (x + Vp * C)
-    forward, backward = {
-        # Two products of T x T x D for each of H heads, halved; backward five. qkv -> out; dout, qkv, out -> dqkv.
-        "attention": ((2 * B * T * T * C, e * 4 * x), (5 * B * T * T * C, e * 8 * x)),
-        # x, weight, bias -> y; dy, x, weight -> dx, dweight, dbias.
-        "layer_norm": ((0, e * 2 * x + p * 2 * C), (0, e * 3 * x + p * 3 * C)),
-        # x, residual, weight, bias -> y, summed; dy, dsummed, summed, weight -> dx (dresidual is it), dweight, dbias.
-        "add_layer_norm": ((0, e * 4 * x + p * 2 * C), (0, e * 4 * x + p * 3 * C)),
-        # x -> y; dy, x -> dx.
-        "gelu": ((0, e * 2 * f), (0, e * 3 * f)),
-        # x, bias -> y; dy, x, bias -> dx, dbias.
-        "bias_gelu": ((0, e * 2 * f + p * 4 * C), (0, e * 3 * f + p * 8 * C)),
-        # One product for the logits, two for the gradients of its factors.
-        "linear_cross_entropy": ((product, factors + 8 * sizes.N), (2 * product, 2 * factors)),
-    }[op]
-    return {"forward": forward, "backward": backward, "both": tuple(map(sum, zip(forward, backward, strict=True)))}
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results, tables
-from bench.communication import ITEMSIZE, communication
 from bench.results import Row, exact, find, scaled
-from bench.roofline_ops import ACCUMULATION, CHIPS, HEAD, RECOMPUTE, Chip, StepShape, step_ops
+from engine.chips import CHIPS, Chip
 from engine.config import TrainConfig, batch_shape
 from engine.errors import BAD_INPUT, BadInput, nearest
+from engine.planning.communication import ITEMSIZE, communication
+from engine.planning.roofline_ops import ACCUMULATION, HEAD, RECOMPUTE, StepShape, step_ops
 from model.presets import PRESETS, flops_per_token
 
 MICRO_BATCH_SIZE = {"tiny": 4, "mini": 4}  # sequences; 64 for all others

@@ -1,8 +1,9 @@
 """What synchronization costs a training step on this machine's CPU: counted, computed and timed.
 
-The collectives that engine.step's update calls, as PyTorch's profiler sees them, must be bench.communication's in calls
-and bytes, by kind, on every rank; if not, the exit code is 1. Each process has one thread and its own batch. A time is
-that of all ranks together; without synchronization as many processes make the same step alone.
+The collectives that engine.step's update calls, as PyTorch's profiler sees them, must be those of
+engine.planning.communication in calls and bytes, by kind, on every rank; if not, the exit code is 1. Each process has
+one thread and its own batch. A time is that of all ranks together; without synchronization as many processes make the
+same step alone.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from torch.multiprocessing.spawn import ProcessException
 from torch.profiler import ProfilerActivity, profile
 
 from bench import machine, results, tables
-from bench.communication import communication
 from bench.counts import silenced
 from bench.measure import in_turns
 from bench.processes import end_with_parent
@@ -37,6 +37,7 @@ from engine.config import OptimConfig
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED
 from engine.health.timing import Clock
+from engine.planning.communication import communication
 from engine.step import Guard, Step
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
@@ -164,7 +165,7 @@ def launch(world_size: int, request: Request) -> dict:
 
 
 def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> dict[str, list[int]]:
-    """bench.communication's calls and bytes of a step by kind, as `count` has them."""
+    """engine.planning.communication's calls and bytes of a step by kind, as `count` has them."""
     found: dict[str, list[int]] = {}
     for each in communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way]):
         calls = found.setdefault(each.kind, [0, 0])

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.chips import PEAK_TFLOPS
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from kernels.dispatch import has_c_compiler
@@ -41,37 +42,6 @@ COMPUTE_DTYPES = {
 BUILD_LIMIT = 60.0  # seconds for the build of an empty library
 WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
 
-# Dense bf16 tensor-core peaks in TFLOP/s with float32 accumulation, which a GeForce has at half rate,
-# and without sparsity: half of a figure that counts it. From NVIDIA's data sheets, and from its
-# architecture white papers for GeForce (GA102, Ada, Blackwell) and RTX PRO. The first name that
-# occurs as whole words counts, so narrower names come first. A name that has no certain figure is
-# not here, and a run on it reports no MFU.
-PEAK_TFLOPS = {
-    "GB200": 2500,  # as in GB200 NVL72
-    "B200": 2250,  # as in HGX B200
-    "GH200": 989,
-    "H200 NVL": 836,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "A10": 125,
-    "A10G": 70,
-    "L4": 121,
-    "L40": 181,
-    "L40S": 362,
-    "RTX A6000": 155,
-    "RTX 6000 Ada": 364,
-    "RTX PRO 6000 Blackwell Workstation": 504,  # Server and Max-Q editions have lower clocks
-    "RTX 3080": 59.5,  # of 10 GB; the card of 12 GB has the same name and 61
-    "RTX 3090": 71,
-    "RTX 3090 Ti": 80,
-    "RTX 4080": 97.5,
-    "RTX 4090": 165,
-    "RTX 5080": 112.6,
-    "RTX 5090": 209.5,
-}
 OTHER_CARD = r"(?! (?:Ti|SUPER|D)\b)"  # after a name: another card than the one named
 NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last: a share that a hypervisor gives
 

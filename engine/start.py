@@ -9,6 +9,7 @@
 Bad input ends the run here. What needs no model is checked before the GPU is used.
 """
 
+import dataclasses
 from contextlib import ExitStack
 
 import torch
@@ -33,7 +34,7 @@ from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
 from engine.tuning import choices, record
-from engine.tuning.record import Tuning
+from engine.tuning.record import Setup, Tuning
 from model.gpt2 import GPT2
 
 
@@ -142,6 +143,37 @@ def first_weights(config: TrainConfig, past: Past, ranks: Ranks, initial: tuple[
     return raw_model, max(config.sequence_length, ranks.broadcast_object(positions))
 
 
+def build_step(
+    config: TrainConfig,
+    raw_model: GPT2,
+    ranks: Ranks,
+    precision: str,
+    is_compiled: bool,
+    tuned: Setup | None = None,
+) -> Step:
+    """Wraps the model, gives it its ops and dtype, and makes the optimizer and the guard of its updates.
+
+    precision: "auto" resolved. Raises BadInput if the ops or the parallel mode cannot be used.
+    """
+    compute_dtype = device.COMPUTE_DTYPES[precision]
+    model = distributed.wrap(
+        raw_model,
+        ranks,
+        parallel=config.parallel,
+        shard_size=config.shard_size,
+        reshard=config.reshard,
+        is_compiled=is_compiled,
+        compute_dtype=compute_dtype,
+    )
+    raw_model.configure(choices.ops(config, precision, ranks, tuned), compute_dtype, config.recompute)
+    optimizer = optim.build(raw_model, config.optim)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16")
+    guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
+    if ranks.world_size > 1 and config.parallel == "ddp":
+        clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
+    return Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
+
+
 def build_model(
     config: TrainConfig,
     data: Data,
@@ -162,37 +194,45 @@ def build_model(
     is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:
         device.use_cuda_graphs(ranks.device, is_compiled)
-    model = distributed.wrap(
-        raw_model,
-        ranks,
-        parallel=config.parallel,
-        shard_size=config.shard_size,
-        reshard=config.reshard,
-        is_compiled=is_compiled,
-        compute_dtype=compute_dtype,
-    )
-    tuned = tuning.setup if tuning is not None else None
-    ops = raw_model.configure(choices.ops(config, precision[0], ranks, tuned), compute_dtype, config.recompute)
-    optimizer = optim.build(raw_model, config.optim)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision[0] == "fp16")
-    guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
-    if ranks.world_size > 1 and config.parallel == "ddp":
-        clock.watch(raw_model.wte.weight, raw_model.wpe.weight, *raw_model.h[0].parameters())
-    step = Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
-    group = replicas.group(model, ranks)
+    step = build_step(config, raw_model, ranks, precision[0], is_compiled, tuning.setup if tuning is not None else None)
+    group = replicas.group(step.model, ranks)
     run = Run(config, ranks, data, past, precision[0], is_compiled, raw_model, step, heartbeat, group, positions)
     if past.checkpoint is not None:
         heartbeat.at(past.step, "checkpoint")
         run.load(past.checkpoint)
+    if choices.is_tried(config, past.checkpoint is None, ranks):
+        data = run.data = fitted(config, data, past, step)
     if ranks.is_first:
         resolved = {"precision": run.precision, "micro_batch_size": data.micro_batch_size, "device": ranks.device.type}
         resolved["tuned"] = tuning.key if tuning is not None else None
         history = settings.history(config, past.identity, past.checkpoint)
         directory.write_config(config, data.tokenizer.name, resolved, history)
-    runs_on = f"precision: {', '.join(precision)}\nkernels: {ops.summary()}\ncompile: {compile_why}"
+    runs_on = f"precision: {', '.join(precision)}\nkernels: {raw_model.ops.summary()}\ncompile: {compile_why}"
     runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint else export.initial_note(config)
     header.show(config, ranks, data.sizes(config), (past.step, past.tokens), compute_dtype, runs_on)
     return run
+
+
+def fitted(config: TrainConfig, data: Data, past: Past, step: Step) -> Data:
+    """The data in micro-batches that fit: of half the size, once, if those chosen do not fit on some rank.
+
+    All ranks call it. The steps' tokens stay the same.
+    """
+    ranks, B = step.ranks, data.micro_batch_size
+    does_fit = step.fits(B, config.sequence_length, data.accumulation)
+    if not does_fit:  # out here the error is gone, and with it what its frames held
+        device.forget_memory(ranks.device)
+    if B == 1 or all(ranks.gather(does_fit)):
+        return data
+    shape = batch_shape(config, ranks.world_size, B // 2)
+    data.batches.close()
+    batches = dataclasses.replace(data.batches, micro_batch_size=shape[0], accumulation=shape[1])
+    past.identity["micro_batch_size"] = shape[0]
+    ranks.print0(
+        f"memory: micro-batches of {B} sequences do not fit; this run takes {shape[1]} of {shape[0]} in place of "
+        f"{data.accumulation}, and the tokens of a step stay the same"
+    )
+    return dataclasses.replace(data, micro_batch_size=shape[0], accumulation=shape[1], batches=batches)
 
 
 def open_record(run: Run, began: float) -> None:

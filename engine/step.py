@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from engine import device, distributed, optim
 from engine.distributed import Ranks
 from engine.errors import Diverged
+from engine.health.failures import out_of_memory
 from engine.health.timing import Clock, phase
 from engine.tokens.batches import derived_seed
 from model.gpt2 import cast_once
@@ -247,15 +248,42 @@ class Step:
                 torch.manual_seed(derived_seed(self.seed, index, position * ranks.world_size + ranks.rank))
                 distributed.synchronize_gradients(self.model, is_last)
                 tokens, targets = device.send(ranks.device, tokens, targets)
-                if self.cuda_graphs:
-                    self._begin_replay()
-                with phase("forward"):
-                    loss = self.model(tokens, targets) / len(micro_batches)
-                with phase("backward"):
-                    self.scaler.scale(loss).backward()
+                loss = self._pass(tokens, targets, len(micro_batches))
                 total += loss.detach()
                 self.progress()
         return is_abandoned
+
+    def _pass(self, tokens: Tensor, targets: Tensor, share: int) -> Tensor:
+        """Adds one micro-batch's gradients, over `share`, to .grad. Returns its part of the loss."""
+        if self.cuda_graphs:
+            self._begin_replay()
+        with phase("forward"):
+            loss = self.model(tokens, targets) / share
+        with phase("backward"):
+            self.scaler.scale(loss).backward()
+        return loss
+
+    def fits(self, micro_batch_size: int, context: int, count: int) -> bool:
+        """Whether micro-batches of this size fit into memory: makes at most two of `count`, uncompiled.
+
+        Not for a sharded model, whose passes need all ranks. No rank waits for another, nothing is
+        updated, and no gradient stays.
+        """
+        tokens = torch.zeros(micro_batch_size, context, dtype=torch.int64, device=self.ranks.device)
+        distributed.synchronize_gradients(self.model, False)
+        try:
+            optim.allocate_state(self.optimizer)  # as the first update does
+            with torch.compiler.set_stance("force_eager"), cast_once(self.model):
+                for _ in range(min(2, count)):  # the second has gradients beside it
+                    self._pass(tokens, tokens, count)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        return True
 
     def _update_scale(self, is_abandoned: Tensor) -> None:
         """Updates the loss scale of float16, unless the update was abandoned, which must leave no trace."""

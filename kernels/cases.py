@@ -4,10 +4,11 @@ Self-check, tuning and benchmarks all use these, so that what is checked is what
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.work import Sizes
 
 # Names of each op's outputs, then of its gradients, in the order of `values`.
 TENSORS = {
@@ -18,34 +19,6 @@ TENSORS = {
     "bias_gelu": "y dx dbias",
     "linear_cross_entropy": "loss dhidden dweight",
 }
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """B sequences of T positions, H heads of width D, V words padded to Vp."""
-
-    B: int
-    T: int
-    H: int
-    D: int
-    V: int
-    Vp: int
-
-    @classmethod
-    def of(cls, config, B: int, T: int | None = None) -> "Sizes":
-        """A micro-batch of the model of a GPT2Config."""
-        T = config.n_positions if T is None else T
-        return cls(B, T, config.n_head, config.head_dim, config.vocab_size, config.padded_vocab_size)
-
-    @property
-    def N(self) -> int:  # noqa: N802
-        """Rows."""
-        return self.B * self.T
-
-    @property
-    def C(self) -> int:  # noqa: N802
-        """Width of the residual stream; an MLP is four times as wide inside."""
-        return self.H * self.D
 
 
 def inputs_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

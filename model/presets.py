@@ -121,7 +121,7 @@ def num_parameters(config: GPT2Config, *, padded: bool = True) -> int:
 # Activations that one block stores, in widths C per token. Without recomputation: the inputs of both
 # LayerNorms, their outputs, q, k and v, attention's output, and GELU's input and output of 4 C each.
 # "attention" leaves out four of them, "block" stores the block's two inputs only.
-_STORED_WIDTHS = {"none": 16, "attention": 12, "block": 2}
+STORED_WIDTHS = {"none": 16, "attention": 12, "block": 2}
 
 
 def activation_bytes(config: GPT2Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
@@ -132,8 +132,8 @@ def activation_bytes(config: GPT2Config, tokens: int, itemsize: int, recompute: 
     byte per element, which torch.compile saves.
     """
     C, L = config.n_embd, config.n_layer
-    stored = _STORED_WIDTHS[recompute]
-    widths = L * stored + _STORED_WIDTHS["none"] - stored + 2  # the last LayerNorm's input and output
+    stored = STORED_WIDTHS[recompute]
+    widths = L * stored + STORED_WIDTHS["none"] - stored + 2  # the last LayerNorm's input and output
     statistics = 4 * (L * (4 + config.n_head) + 2) if recompute != "block" else 0
     masks = C * (2 * L + 1) if config.dropout else 0
     return tokens * (widths * C * itemsize + statistics + masks)

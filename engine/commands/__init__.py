@@ -8,6 +8,7 @@ from collections.abc import Callable
 from engine.commands.data import prepare, verify
 from engine.commands.evaluating import Evaluate, evaluate
 from engine.commands.machine import Doctor, Presets, doctor, presets
+from engine.commands.planning import plan
 from engine.commands.plotting import Plot, plot
 from engine.commands.sampling import Sample, sample
 from engine.commands.training import train, tune
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
     "prepare": prepare,
     "train": train,
     "tune": tune,
+    "plan": plan,
     "sample": sample,
     "eval": evaluate,
     "import": import_,
@@ -33,6 +35,7 @@ SUMMARIES = {
     "prepare": "turn text into token shards",
     "train": "train a preset on token shards; resumes by itself",
     "tune": "find what trains a preset fastest on this machine; train reads it",
+    "plan": "estimate memory, time, disk, energy and cost of a run before it is paid for",
     "sample": "continue a prompt with a trained model",
     "eval": "print the validation loss of a trained model",
     "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",

@@ -62,7 +62,7 @@ class TrainConfig:
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # tokens per sequence; None: the model's n_positions
-    micro_batch_size: int | None = None  # sequences per forward pass of one process; None: 8 to 64 by free GPU memory
+    micro_batch_size: int | None = None  # sequences per forward pass of one process; auto or None: by GPU memory
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
     compile: bool | None = None  # --compile or --no-compile; None: on a GPU only

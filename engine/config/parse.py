@@ -38,6 +38,10 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     switches = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
     args = [part for arg in args for part in switches.get(arg, [arg])]
+    for index, word in enumerate(args):  # --micro-batch-size auto is the None of config.json
+        flag, has_value, value = word.replace("_", "-").partition("=")
+        if flag == "--micro-batch-size" and (value if has_value else "".join(args[index + 1 : index + 2])) == "auto":
+            args[index : index + 2 - bool(has_value)] = [flag, "None"]
     file = file_of(args)
     base, named = _base(preset, file, args, prog)
     called = f"{prog} {preset}" if preset is not None else prog

@@ -5,12 +5,13 @@ from contextlib import suppress
 
 import torch
 
-from engine import device, distributed
+from engine import device
 from engine.checks import compiler, selfcheck
 from engine.config import TrainConfig
 from engine.distributed import Ranks
 from engine.errors import BadInput, warn
 from engine.planning import memory
+from engine.planning.memory import Place
 from engine.run import resume
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
@@ -54,11 +55,19 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     """
     if ranks.device.type == "cpu" or not compiler.wanted(config.compile, False, ranks)[0]:
         return 16
-    shards = distributed.shards(config.parallel, config.shard_size, ranks)
+    place = Place(ranks.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     free_bytes = device.free_bytes(ranks.device)
-    fits = min(ranks.gather(memory.largest_micro_batch(config, device.COMPUTE_DTYPES[precision], free_bytes, shards)))
+    fits = min(ranks.gather(memory.largest_micro_batch(config, precision, free_bytes, place)))
     earlier = resume.resolved_before(config) or {}
     return min(fits, ranks.broadcast_object(earlier.get("micro_batch_size", fits)))  # rank 0 alone may see --out
+
+
+def is_tried(config: TrainConfig, is_new: bool, ranks: Ranks) -> bool:
+    """Whether the micro-batch is a choice of largest_micro_batch that may be halved before the first update.
+
+    A run that goes on keeps its size, and the passes of a sharded model need all ranks.
+    """
+    return ranks.device.type == "cuda" and config.micro_batch_size is None and is_new and config.parallel == "ddp"
 
 
 def use(tuning: Tuning | None, on: torch.device) -> None:

@@ -63,8 +63,7 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
     sequences = asked.tokens_per_step // asked.sequence_length
     most = 16  # as choices.largest_micro_batch has it
     if device.type != "cpu":
-        dtype, free_bytes = devices.COMPUTE_DTYPES[precision], devices.free_bytes(device)
-        most = memory.largest_micro_batch(asked, dtype, free_bytes)
+        most = memory.largest_micro_batch(asked, precision, devices.free_bytes(device))
     batch = batch_shape(asked, 1, most)[0]
     shipped = Setup(precision, batch, compile=devices.wants_compile(None, device)[0])
     shape, machine = shape_of(asked.model, asked.sequence_length), machine_of(device)

@@ -9,8 +9,8 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 
 from bench import results, roofline
 from bench.results import Row, exact
-from bench.roofline_ops import CHIPS
 from engine import device
+from engine.chips import CHIPS
 from model.presets import PRESETS, flops_per_token, num_parameters
 
 

@@ -1,4 +1,4 @@
-"""bench.scaling: a step sends the bytes that bench.communication computes, and leaves no process behind."""
+"""bench.scaling: a step sends the bytes that engine.planning.communication computes, and leaves no process behind."""
 
 import json
 import os

@@ -18,7 +18,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors", "output", "packages", "sizes"},
+    {"errors", "output", "packages", "sizes", "chips"},
     {"system", "flags"},
     {"lock"},
     {"tokens"},
@@ -32,11 +32,12 @@ LAYERS = (
     {"run"},
     {"tuning", "parts"},
     {"start"},
-    {"train", "commands"},
+    {"train", "commands", "rehearsal"},
     {"cli"},
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
-FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts"}
+FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
+FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"},
@@ -45,8 +46,8 @@ FOLDERS = {
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor", "network"},
     "config": {"fields", "presets", "parse", "file", "toml"},
-    "planning": {"memory"},
-    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
+    "planning": {"memory", "roofline_ops", "communication", "efficiencies", "plan", "summary"},
+    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine", "planning"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }
@@ -165,7 +166,16 @@ def test_our_packages_are_not_shadowed_by_a_stranger_s():
 
 
 @pytest.mark.parametrize(
-    "module", ["engine.cli", "engine.config", "engine.tokens.prepare", "engine.tokens.batches", "model", "kernels"]
+    "module",
+    [
+        "engine.cli",
+        "engine.config",
+        "engine.planning.summary",
+        "engine.tokens.prepare",
+        "engine.tokens.batches",
+        "model",
+        "kernels",
+    ],
 )
 def test_torch_is_imported_late(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -1,6 +1,5 @@
-"""The collectives that bench.communication names, against those that a step of the engine really calls."""
+"""The collectives that engine.planning.communication names, against those that a step of the engine really calls."""
 
-import sys
 from collections import Counter
 from typing import ClassVar
 
@@ -8,15 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-from conftest import ROOT
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
-
-from bench.communication import communication, num_buckets
 from engine import distributed
 from engine.distributed import Ranks
+from engine.planning.communication import communication, num_buckets
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
 

@@ -1,15 +1,15 @@
 """The ops of one training step as this engine runs them on a GPU: how often, how many FLOPs, how many bytes.
 
 Only matrix products count FLOPs, and the causal half of attention once. Bytes count each input of an op read once and
-each output written once (bench.cases). tests/bench/test_roofline_ops.py holds all of it against counted calls.
+each output written once (kernels.work). tests/engine/planning/test_roofline_ops.py holds it against counted calls.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bench.cases import Sizes, work
-from bench.communication import ITEMSIZE
-from engine.device import PEAK_TFLOPS
+from engine.chips import Chip
+from engine.planning.communication import ITEMSIZE
+from kernels.work import Sizes, work
 from model.presets import GPT2Config, num_parameters
 
 ACCUMULATION = "gradient accumulation"
@@ -17,39 +17,6 @@ HEAD = "head + loss, forward + backward"  # the group that is measured as one op
 RECOMPUTE = ("none", "attention", "block")
 Phase = Literal["forward", "backward", "optimizer"]
 GPU_HEAD_ROWS = 8192  # rows of logits that the head's Triton version holds at once
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Ceilings of one device."""
-
-    name: str
-    source: str
-    flops_per_s: dict[str, float]  # of matrix products, by precision
-    bytes_per_s: float  # of its memory, reads and writes together
-    links: dict[str, float] = field(default_factory=dict)  # bytes/s in one direction, to all other devices together
-
-
-def _sheet(name: str, source: str, tf32: float, fp32: float, gigabytes_per_s: float, **links: float) -> Chip:
-    """A data sheet's figures: TFLOP/s, GB/s, and links in GB/s of both directions together, as it has them."""
-    half = PEAK_TFLOPS[name]
-    teraflops = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}
-    return Chip(
-        name,
-        source,
-        {precision: 1e12 * value for precision, value in teraflops.items()},
-        1e9 * gigabytes_per_s,
-        {link: 1e9 * both / 2 for link, both in links.items()},
-    )
-
-
-# tf32 is half of the sheets' figure where that counts sparsity; fp32 is that of the CUDA cores.
-CHIPS: dict[str, Chip] = {
-    "H200": _sheet("H200", "NVIDIA H200 Tensor Core GPU data sheet, SXM", 494, 67, 4800, NVLink=900, PCIe=128),
-    "H100": _sheet("H100", "NVIDIA H100 Tensor Core GPU data sheet, SXM", 494, 67, 3350, NVLink=900, PCIe=128),
-    "A100": _sheet("A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, 2039, NVLink=600, PCIe=64),
-    "RTX A6000": _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, 768, NVLink=112.5, PCIe=64),
-}
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
-from bench.communication import ITEMSIZE
 from bench.reference import ReferenceGPT2
-from bench.roofline_ops import HEAD, Chip, Op, StepShape, step_ops
 from engine import distributed
+from engine.chips import Chip
+from engine.planning.communication import ITEMSIZE
+from engine.planning.roofline_ops import HEAD, Op, StepShape, step_ops
 from kernels import cross_entropy
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config, flops_per_token, num_parameters, parameter_shapes

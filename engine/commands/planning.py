@@ -1,0 +1,109 @@
+"""`gpt2 plan`."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from engine import flags
+from engine.errors import BadInput, nearest
+
+PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+MOST_GPUS, MOST_TOKENS = 1_000_000, 10**18
+NUMBER = r"\d[\d_,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+
+
+def plan(args: list[str], prog: str) -> None:
+    """Prints what a training run will take: memory, time, communication, disk, energy, cost."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Plan:
+        """Estimates what a training run will take, before it is paid for. Needs no GPU."""
+
+        preset: tyro.conf.Positional[str]  # whose model and step are planned
+        gpus: int = 1  # GPUs, one process each
+        gpu: str = "h100"  # kind of GPU: h100, h200, a100, "rtx a6000", "rtx 4090"
+        tokens: str = "10B"  # tokens to train on, as 10B, 2.5e9 or 524288
+        parallel: str = "ddp"  # ddp, fsdp or hsdp, as for gpt2 train
+        recompute: str = "none"  # none, attention or block, as for gpt2 train
+        precision: str = "bf16"  # bf16, fp16, tf32 or fp32, as for gpt2 train
+        gpus_per_node: int = 8  # GPUs of one host, which NVLink or PCIe connects
+        price_per_gpu_hour: float | None = None  # for the cost, in any currency
+        budget: str | None = None  # 24h: hours on all GPUs; 500: money, with --price-per-gpu-hour
+        json: bool = False  # print the plan as JSON
+
+    asked = flags.checked(Plan, args, prog)
+    import json
+
+    from engine.planning import plan as planning
+    from engine.planning import summary
+
+    made = planning.make(request(asked))
+    print(json.dumps(made, indent=2) if asked.json else summary.text(made))
+
+
+def request(asked):
+    """The flags as a planning.plan.Request. Raises BadInput."""
+    import dataclasses
+
+    from engine.chips import CHIPS
+    from engine.config import PRESETS
+    from engine.planning.communication import ITEMSIZE
+    from engine.planning.plan import WAYS, Request
+    from engine.planning.roofline_ops import RECOMPUTE
+
+    if asked.preset not in PRESETS:
+        got = f"{asked.preset!r}{nearest(asked.preset, PRESETS)}"
+        raise BadInput(f"plan: the preset must be one that exists, got {got}")
+    chips = {name.lower(): chip for name, chip in CHIPS.items()}
+    choices = {"gpu": chips, "parallel": WAYS, "recompute": RECOMPUTE, "precision": ITEMSIZE}
+    for name, known in choices.items():
+        value = getattr(asked, name)
+        if (value.lower() if name == "gpu" else value) not in known:
+            raise BadInput(f"plan: --{name} must be one that is known, got {value!r}{nearest(value.lower(), known)}")
+    for name in ("gpus", "gpus_per_node"):
+        if not 1 <= (value := getattr(asked, name)) <= MOST_GPUS:
+            raise BadInput(f"plan: --{name.replace('_', '-')} must be 1 to {MOST_GPUS:,}, got {value}")
+    if asked.gpus > asked.gpus_per_node and asked.gpus % asked.gpus_per_node:
+        raise BadInput(
+            f"plan: --gpus must be a multiple of the {asked.gpus_per_node} of --gpus-per-node, or fewer, got "
+            f"{asked.gpus}; the nearest is {asked.gpus // asked.gpus_per_node * asked.gpus_per_node}"
+        )
+    price = asked.price_per_gpu_hour
+    if price is not None and not 0 < price < math.inf:
+        raise BadInput(f"plan: --price-per-gpu-hour must be above 0 and finite, got {price}")
+    tokens = round(number("--tokens", asked.tokens, 1, MOST_TOKENS))
+    changes = {"parallel": asked.parallel, "recompute": asked.recompute, "precision": asked.precision}
+    config = dataclasses.replace(PRESETS[asked.preset], **changes)
+    if asked.parallel != "ddp" and config.optim.name == "muon":  # as gpt2 train asks for
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
+    inputs = (asked.preset, config, asked.gpus, chips[asked.gpu.lower()], asked.precision, tokens)
+    return Request(*inputs, asked.gpus_per_node, price, budget_hours(asked.budget, price, asked.gpus))
+
+
+def number(flag: str, text: str, least: float, most: float) -> float:
+    """A number such as 10B, 2.5e9 or 524,288. Raises BadInput if it is none, or out of bounds."""
+    match = re.fullmatch(rf"({NUMBER})\s*([kmbgt]?)", text.strip().lower())
+    try:
+        value = float(match[1].replace(",", "").replace("_", "")) * PREFIXES[match[2]] if match else math.nan
+    except (ValueError, OverflowError):
+        value = math.nan
+    if not least <= value <= most:
+        bounds = f"{least:g} to {most:g}"
+        raise BadInput(f"plan: {flag} must be a number of {bounds} such as 10B, 2.5e9 or 524288, got {text!r}")
+    return value
+
+
+def budget_hours(text: str | None, price: float | None, gpus: int) -> float | None:
+    """Hours on all GPUs that a budget buys. Raises BadInput if it is money without a price."""
+    if text is None:
+        return None
+    words = text.strip().lower()
+    if re.fullmatch(rf"{NUMBER}\s*h(ours?)?", words):
+        return number("--budget", words.rstrip("hours").strip(), 1e-6, 1e9)
+    money = number("--budget", words.replace("$", ""), 1e-6, 1e15)
+    if price is None:
+        raise BadInput(
+            f"plan: --budget in money must come with --price-per-gpu-hour, got {text!r} alone; for hours write {text}h"
+        )
+    return money / (price * gpus)

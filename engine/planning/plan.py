@@ -1,0 +1,215 @@
+"""What a training run will take before it is paid for: memory, FLOPs, time, communication, disk, energy, cost.
+
+`make` returns JSON types. Counts are exact; all else is an estimate, and every time rests on a share
+of the peak that engine.planning.efficiencies names with its source. Free of PyTorch.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from engine.chips import Chip
+from engine.config import PRESETS, TrainConfig
+from engine.planning import efficiencies, memory
+from engine.planning.communication import communication
+from engine.planning.efficiencies import Efficiency
+from engine.planning.memory import MICRO_BATCHES, Place
+from engine.planning.roofline_ops import RECOMPUTE, StepShape, step_ops
+from model.presets import flops_per_token, num_parameters
+
+WAYS = ("ddp", "fsdp", "hsdp")
+WORLDS = (1, 8, 64, 256, 1024)
+NETWORK = 400e9 / 8  # bytes/s of each GPU to other hosts, one direction: InfiniBand of 400 Gb/s
+BACKWARD = 2 / 3  # share of a micro-batch's time that is its backward pass: twice the products of the forward
+CHINCHILLA = 20  # tokens per parameter: Hoffmann et al. 2022, arXiv:2203.15556
+GPT3_TOKENS = 300_000_000_000  # of every size: Brown et al. 2020, arXiv:2005.14165, table 2.1
+TOKEN_BYTES = 2  # of the shards
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned."""
+
+    preset: str
+    config: TrainConfig
+    gpus: int
+    chip: Chip
+    precision: str
+    tokens: int
+    per_host: int = 8
+    price: float | None = None  # of a GPU for an hour
+    budget_hours: float | None = None
+
+    def place(self, world_size: int) -> Place:
+        """As many GPUs of such hosts."""
+        return Place(world_size, min(self.per_host, world_size))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on so many GPUs, in seconds of one of them."""
+
+    world_size: int
+    micro_batch_size: int
+    micro_batches: int
+    tokens: int  # of all GPUs
+    bound_s: float
+    compute_s: float
+    sent_bytes: float
+    communication_s: float
+    hidden_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The expected time."""
+        return self.compute_s + self.communication_s - self.hidden_s
+
+
+def make(asked: Request) -> dict:
+    """The plan, as JSON types."""
+    model, efficiency = asked.config.model, efficiencies.of(asked.chip.name, asked.config.model, asked.precision)
+    count, per_token = num_parameters(model, padded=False), flops_per_token(model, asked.config.sequence_length)
+    step = step_on(asked, asked.gpus, efficiency)
+    rate = step.tokens / step.seconds
+    plan = {
+        "preset": asked.preset,
+        "gpus": asked.gpus,
+        "gpu": dataclasses.asdict(asked.chip),
+        "precision": asked.precision,
+        "parallel": asked.config.parallel,
+        "recompute": asked.config.recompute,
+        "parameters": count,
+        "tokens": asked.tokens,
+        "memory": memory_table(asked),
+        "flops": {"per_token": per_token, "all": per_token * asked.tokens},
+        "efficiency": dataclasses.asdict(efficiency),
+        "step": dataclasses.asdict(step) | {"seconds": step.seconds},
+        "run": spent(asked, asked.tokens / rate)
+        | {"tokens_per_s": rate, "steps": math.ceil(asked.tokens / step.tokens)},
+        "bound_hours": asked.tokens / step.tokens * step.bound_s / 3600,
+        "communication": [dataclasses.asdict(s) | {"seconds": s.seconds} for s in worlds(asked, efficiency)],
+        "disk": disk(asked),
+        "compute_optimal_tokens": CHINCHILLA * count,
+        "gpt3_tokens": GPT3_TOKENS,
+    }
+    if asked.budget_hours is not None:
+        plan["budget"] = bought(asked, asked.budget_hours, rate)
+    return plan
+
+
+def spent(asked: Request, seconds: float) -> dict:
+    """Hours, energy and cost of a time on all GPUs."""
+    hours = seconds / 3600
+    cost = None if asked.price is None else asked.price * asked.gpus * hours
+    return {"hours": hours, "kwh": asked.chip.watts * asked.gpus * hours / 1000, "cost": cost}
+
+
+def memory_table(asked: Request) -> list[dict]:
+    """For each way and each recomputed part the largest micro-batch that fits, 0 if none, and its parts."""
+    found = []
+    for parallel in WAYS:
+        for recompute in RECOMPUTE:
+            config = dataclasses.replace(asked.config, parallel=parallel, recompute=recompute)
+            inputs = asked.precision, asked.place(asked.gpus)
+            size = memory.largest_micro_batch(config, inputs[0], asked.chip.memory_bytes, inputs[1])
+            parts = memory.parts(config, size, *inputs)
+            fits = sum(parts.values()) <= asked.chip.memory_bytes * (1 - memory.MARGIN)
+            found.append({"parallel": parallel, "recompute": recompute, "fits": fits, "micro_batch_size": size} | parts)
+    return found
+
+
+def step_on(asked: Request, world_size: int, efficiency: Efficiency) -> Step:
+    """A step on so many GPUs, each with the largest micro-batch that fits and divides its share.
+
+    A step grows to one sequence per GPU where the preset's has less.
+    """
+    config, T, place = asked.config, asked.config.sequence_length, asked.place(world_size)
+    share = max(1, round(config.tokens_per_step / (T * world_size)))  # sequences of each GPU
+    most = memory.largest_micro_batch(config, asked.precision, asked.chip.memory_bytes, place)
+    size = max(each for each in range(1, min(most, share, MICRO_BATCHES[0]) + 1) if share % each == 0)
+    shape = StepShape(config.model, size, T, asked.precision, config.recompute, share // size, world_size)
+    bound_s = bound(shape, asked.chip)
+    again = bound_s / bound(dataclasses.replace(shape, recompute="none"), asked.chip)
+    flops = flops_per_token(config.model, T) * share * T
+    compute_s = max(bound_s, again * flops / (efficiency.mfu * asked.chip.flops_per_s[asked.precision]))
+    sent_bytes, communication_s, hidden_s = sent(asked, world_size, share // size, compute_s)
+    tokens = share * T * world_size
+    numbers = (tokens, bound_s, compute_s, sent_bytes, communication_s, hidden_s)
+    return Step(world_size, size, share // size, *numbers)
+
+
+def bound(shape: StepShape, chip: Chip) -> float:
+    """Seconds that a step takes at least, by its ops' FLOPs and bytes."""
+    return sum(op.bound_ms(chip, shape.precision) for op in step_ops(shape)) / 1e3
+
+
+def sent(asked: Request, world_size: int, micro_batches: int, compute_s: float) -> tuple[float, float, float]:
+    """Bytes that one GPU sends per step, their seconds, and how many of these the computation hides.
+
+    A compiled model returns all gradients at once, so DDP sends after the backward pass; uncompiled,
+    during the last one, but for the embeddings, whose gradient is the last to be ready. FSDP sends
+    during the whole step, but for the first gather and the last reduction, of the embeddings too.
+    """
+    config, place = asked.config, asked.place(world_size)
+    shards, options = place.shards(config), {"micro_batches": micro_batches, "reshard": config.reshard}
+    calls = communication(config.model, world_size, config.parallel, asked.precision, shard_size=shards, **options)
+    seconds = {each: each.wire_bytes / link(asked, each.name, each.group_size, shards) for each in calls}
+    communication_s, wire_bytes = sum(seconds.values()), sum(each.wire_bytes for each in calls)
+    if not calls:
+        return 0.0, 0.0, 0.0
+    table = 4 * (config.model.padded_vocab_size + config.model.n_positions) * config.model.n_embd
+    rounds = 2 * (world_size - 1) / world_size  # a gather and a reduction send as much as an all-reduce
+    late_s = min(communication_s, rounds * table / min(each.wire_bytes / s for each, s in seconds.items()))
+    last_backward_s = 0.0 if config.compile is not False else BACKWARD * compute_s / micro_batches
+    window_s = last_backward_s if config.parallel == "ddp" else compute_s
+    return wire_bytes, communication_s, min(communication_s - late_s, window_s)
+
+
+def link(asked: Request, name: str, group_size: int, shards: int) -> float:
+    """Bytes/s of the slowest link of a group: inside a host its fastest, else the network's."""
+    spans = "replicas" in name and shards >= asked.per_host
+    inside = group_size <= asked.per_host and not (spans and group_size > 1)
+    return max(asked.chip.links.values()) if inside else NETWORK
+
+
+def worlds(asked: Request, efficiency: Efficiency) -> list[Step]:
+    """Steps on 1 to 1,024 GPUs, and on those that are asked for."""
+    even = [n for n in {*WORLDS, asked.gpus} if n <= asked.per_host or n % asked.per_host == 0]
+    return [step_on(asked, n, efficiency) for n in sorted(even)]
+
+
+def disk(asked: Request) -> dict:
+    """Bytes of the data and of a checkpoint, and of as many as a run keeps while it writes one more."""
+    on_one = memory.parts(dataclasses.replace(asked.config, parallel="ddp"), 1, asked.precision)
+    checkpoint = on_one["weights"] + on_one["moments"]
+    kept = asked.config.keep_last + 2  # the best one, and the one that is written
+    return {"data": TOKEN_BYTES * asked.tokens, "checkpoint": checkpoint, "checkpoints": kept * checkpoint}
+
+
+def bought(asked: Request, hours: float, rate: float) -> dict:
+    """What the hours buy: tokens of this preset, and the preset whose compute-optimal run comes nearest below."""
+    best = None
+    for name, each in PRESETS.items():
+        if name in ("tiny", "mini", "small"):
+            continue
+        tokens = CHINCHILLA * num_parameters(each.model, padded=False)
+        other = dataclasses.replace(asked, preset=name, config=like(asked.config, each))
+        if not fits(other):
+            continue
+        step = step_on(other, asked.gpus, efficiencies.of(asked.chip.name, each.model, asked.precision))
+        needed = tokens / step.tokens * step.seconds / 3600
+        if needed <= hours and (best is None or needed > best["hours"]):
+            best = {"preset": name, "tokens": tokens, "hours": needed}
+    return {"hours": hours, "tokens": round(rate * 3600 * hours), "compute_optimal": best}
+
+
+def fits(asked: Request) -> bool:
+    """Whether the smallest micro-batch fits into a GPU with a margin."""
+    room = asked.chip.memory_bytes * (1 - memory.MARGIN)
+    return memory.step_bytes(asked.config, 1, asked.precision, asked.place(asked.gpus)) <= room
+
+
+def like(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
+    """Another preset, trained in the same way."""
+    names = ("parallel", "recompute", "reshard", "shard_size")
+    return dataclasses.replace(preset, **{name: getattr(config, name) for name in names})

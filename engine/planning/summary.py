@@ -1,0 +1,162 @@
+"""A plan as text of at most 80 columns. Every line says whether it is counted, estimated, measured or assumed."""
+
+import textwrap
+
+from engine.planning.memory import MARGIN, PARTS
+from engine.planning.plan import NETWORK
+
+WIDTH = 80
+HEADS = ("weights", "grads", "moments", "activ.", "head", "buffers")
+
+
+def text(plan: dict) -> str:
+    """The whole plan."""
+    blocks = [sizes(plan), memory(plan), time(plan), communication(plan), disk(plan), tokens(plan)]
+    if "budget" in plan:
+        blocks.append(budget(plan))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def wrapped(line: str) -> str:
+    """A line broken at 80 columns."""
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def short(value: float) -> str:
+    """A number with a prefix: 124.4M, 10.0B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:,.1f}{letter}"
+    return f"{value:,.0f}"
+
+
+def gigabytes(value: float) -> str:
+    """Bytes in GB, without the unit."""
+    return f"{value / 1e9:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds, seconds, hours or days."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 600:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 3600:,.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def sizes(plan: dict) -> list[str]:
+    """What is planned."""
+    gpu, flops = plan["gpu"], plan["flops"]
+    return [
+        f"{plan['preset']} on {plan['gpus']:,} {gpu['name']}, {plan['precision']}, {plan['parallel']}, recompute "
+        f"{plan['recompute']}",
+        f"parameters   {plan['parameters']:,} (counted)",
+        f"tokens       {plan['tokens']:,} in {plan['run']['steps']:,} steps of {plan['step']['tokens']:,} (asked for)",
+        f"FLOPs        {flops['per_token']:.4g} per token, {flops['all']:.4g} in all (counted)",
+    ]
+
+
+def memory(plan: dict) -> list[str]:
+    """The table of parts."""
+    lines = [
+        wrapped(
+            f"memory per GPU in GB at a step's peak, with the largest micro-batch (B sequences) that fits into "
+            f"{gigabytes(plan['gpu']['memory_bytes'])} GB less {MARGIN:.0%} (estimate)"
+        ),
+        f"  {'':<4} {'recompute':<9} {'B':>3} " + " ".join(f"{head:>7}" for head in HEADS) + f" {'all':>7}",
+    ]
+    for row in plan["memory"]:
+        parts = [row[name] for name in PARTS]
+        size = str(row["micro_batch_size"]) if row["fits"] else "-"
+        is_chosen = (row["parallel"], row["recompute"]) == (plan["parallel"], plan["recompute"])
+        lines.append(
+            f"{'>' if is_chosen else ' '} {row['parallel']:<4} {row['recompute']:<9} {size:>3} "
+            + " ".join(f"{gigabytes(part):>7}" for part in parts)
+            + f" {gigabytes(sum(parts)):>7}"
+        )
+    if not all(row["fits"] for row in plan["memory"]):
+        lines.append("  -: not even one sequence fits; its parts are those of one")
+    if any(row["gradients"] == 0 for row in plan["memory"]):
+        lines.append("  grads 0.0: with one micro-batch per step there are none yet at the peak")
+    return lines
+
+
+def time(plan: dict) -> list[str]:
+    """A step and the run."""
+    step, run, efficiency = plan["step"], plan["run"], plan["efficiency"]
+    lines = [
+        f"step         {step['micro_batches']} x {step['micro_batch_size']} sequences per GPU: micro-batches of the "
+        "size (chosen)",
+        f"  at least   {duration(step['bound_s'])} (roofline bound from the data sheet, without communication)",
+        f"  expected   {duration(step['seconds'])}, {run['tokens_per_s']:,.0f} tokens/s (estimate)",
+        wrapped(f"  by         {efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"),
+        f"run          {duration(3600 * run['hours'])} (estimate), at least {duration(3600 * plan['bound_hours'])}"
+        " (bound)",
+        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power,"
+        " throughout)",
+    ]
+    if run["cost"] is not None:
+        lines.append(f"cost         {run['cost']:,.2f} (estimate: hours x GPUs x the price that was given)")
+    return lines
+
+
+def communication(plan: dict) -> list[str]:
+    """The table of world sizes."""
+    links = plan["gpu"]["links"]
+    name = max(links, key=links.get)
+    lines = [
+        wrapped(
+            f"communication per step and GPU (bytes counted, times estimated; assumption: {name} "
+            f"{links[name] / 1e9:.0f} GB/s in a host, InfiniBand {NETWORK / 1e9:.0f} GB/s per GPU between hosts)"
+        ),
+        f"  {'GPUs':>6} {'B x micro':>9} {'tokens':>9} {'GB sent':>8} {'sending':>9} {'hidden':>7} {'step':>9} "
+        f"{'tokens/s':>12}",
+    ]
+    for row in plan["communication"]:
+        hidden = f"{row['hidden_s'] / row['communication_s']:.0%}" if row["communication_s"] else "-"
+        lines.append(
+            f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>6,} "
+            f"{row['micro_batch_size']:>5} x{row['micro_batches']:>2} {short(row['tokens']):>9} "
+            f"{row['sent_bytes'] / 1e9:>8.2f} {duration(row['communication_s']):>9} {hidden:>7} "
+            f"{duration(row['seconds']):>9} {row['tokens'] / row['seconds']:>12,.0f}"
+        )
+    if len({row["tokens"] for row in plan["communication"]}) > 1:
+        lines.append("  a step grows where the preset's does not divide among the GPUs")
+    if plan["parallel"] == "ddp":
+        lines.append("  hidden 0%: a compiled backward pass returns all gradients at its end")
+    return lines
+
+
+def disk(plan: dict) -> list[str]:
+    """Data and checkpoints."""
+    sizes = plan["disk"]
+    return [
+        f"disk         {gigabytes(sizes['data'])} GB of data (counted: 2 bytes per token)",
+        f"             {gigabytes(sizes['checkpoint'])} GB per checkpoint, {gigabytes(sizes['checkpoints'])} GB for "
+        "those of a run (counted)",
+    ]
+
+
+def tokens(plan: dict) -> list[str]:
+    """How many tokens others would train on."""
+    optimal = plan["compute_optimal_tokens"]
+    return [
+        f"tokens       {short(plan['tokens'])} asked for; {short(optimal)} are compute-optimal, 20 per parameter",
+        "             (published: Hoffmann et al. 2022, arXiv:2203.15556);",
+        f"             {short(plan['gpt3_tokens'])} is GPT-3's (published: Brown et al. 2020, table 2.1)",
+    ]
+
+
+def budget(plan: dict) -> list[str]:
+    """What the budget buys."""
+    bought = plan["budget"]
+    lines = [
+        f"budget       {bought['hours']:,.1f} h buy {short(bought['tokens'])} tokens of {plan['preset']} (estimate)"
+    ]
+    if (best := bought["compute_optimal"]) is None:
+        return [*lines, "             no preset's compute-optimal run fits into it (estimate)"]
+    return [
+        *lines,
+        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in "
+        f"{best['hours']:,.1f} h, compute-optimal (estimate)",
+    ]

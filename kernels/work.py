@@ -1,0 +1,59 @@
+"""Sizes of the ops, and the work that no version of an op avoids: FLOPs and bytes. Free of PyTorch.
+
+FLOPs count a multiply and an add as two, and the causal half of attention once. Bytes count each
+input of the definition read once and each output written once.
+"""
+
+from dataclasses import dataclass
+
+Work = tuple[int, int]  # FLOPs, bytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B sequences of T positions, H heads of width D, V words padded to Vp."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    V: int
+    Vp: int
+
+    @classmethod
+    def of(cls, config, B: int, T: int | None = None) -> "Sizes":
+        """A micro-batch of the model of a GPT2Config."""
+        T = config.n_positions if T is None else T
+        return cls(B, T, config.n_head, config.head_dim, config.vocab_size, config.padded_vocab_size)
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        """Rows."""
+        return self.B * self.T
+
+    @property
+    def C(self) -> int:  # noqa: N802
+        """Width of the residual stream; an MLP is four times as wide inside."""
+        return self.H * self.D
+
+
+def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:
+    """Forward and backward work of an op. e: bytes of an element; p: of an element of weight and bias, e by default."""
+    p, B, T, C, Vp = p or e, sizes.B, sizes.T, sizes.C, sizes.Vp
+    x, f = sizes.N * C, sizes.N * 4 * C  # elements of a stream, and inside the MLP
+    product, factors = 2 * sizes.N * C * Vp, e * (x + Vp * C)
+    forward, backward = {
+        # Two products of T x T x D for each of H heads, halved; backward five. qkv -> out; dout, qkv, out -> dqkv.
+        "attention": ((2 * B * T * T * C, e * 4 * x), (5 * B * T * T * C, e * 8 * x)),
+        # x, weight, bias -> y; dy, x, weight -> dx, dweight, dbias.
+        "layer_norm": ((0, e * 2 * x + p * 2 * C), (0, e * 3 * x + p * 3 * C)),
+        # x, residual, weight, bias -> y, summed; dy, dsummed, summed, weight -> dx (dresidual is it), dweight, dbias.
+        "add_layer_norm": ((0, e * 4 * x + p * 2 * C), (0, e * 4 * x + p * 3 * C)),
+        # x -> y; dy, x -> dx.
+        "gelu": ((0, e * 2 * f), (0, e * 3 * f)),
+        # x, bias -> y; dy, x, bias -> dx, dbias.
+        "bias_gelu": ((0, e * 2 * f + p * 4 * C), (0, e * 3 * f + p * 8 * C)),
+        # One product for the logits, two for the gradients of its factors.
+        "linear_cross_entropy": ((product, factors + 8 * sizes.N), (2 * product, 2 * factors)),
+    }[op]
+    return {"forward": forward, "backward": backward, "both": tuple(map(sum, zip(forward, backward, strict=True)))}
