@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import build, some_tokens
 
-from model.generate import filter_logits
+from model.generate import COPIES_FROM, Options, draw, filter_logits, penalize, stream, window_start
 
 
 def test_generate_continues_the_prompt():
@@ -25,11 +25,16 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass():
         assert torch.equal(out[:, t], model(out[:, :t])[:, -1].argmax(-1))
 
 
-def test_a_context_over_the_positions_is_cropped_to_its_end():
+def test_a_full_window_drops_its_first_quarter():
+    assert [window_start(n, 16) for n in (1, 16, 17, 20, 21, 24, 25)] == [0, 0, 4, 4, 8, 8, 12]
+    for context in (1, 2, 3, 5, 7, 16, 1024):
+        read = [n - window_start(n, context) for n in range(1, 4 * context)]
+        assert max(read) == context
+        assert min(read[context:]) > context - max(1, context // 4) - 1
     model, tokens = build(), some_tokens(2, 30)
-    out = model.generate(tokens, 4, temperature=0.0)
-    for t in range(30, 34):
-        assert torch.equal(out[:, t], model(out[:, t - 16 : t])[:, -1].argmax(-1))
+    out = model.generate(tokens, 9, temperature=0.0)
+    for t in range(30, 39):
+        assert torch.equal(out[:, t], model(out[:, window_start(t, 16) : t])[:, -1].argmax(-1))
 
 
 def test_a_seed_reproduces_and_the_global_state_is_left_alone():
