@@ -107,6 +107,7 @@ class Weights:
     one row reads faster. There are no gradients inside. A sharded model has no copies.
     """
 
+    @torch.no_grad()
     def __init__(self, model):
         self.places: list[tuple[nn.Module, str, Callable]] = []
         weight, dtype = model.wte.weight.detach(), model.compute_dtype
@@ -114,7 +115,7 @@ class Weights:
             return
         for linear in model.modules():
             if isinstance(linear, nn.Linear):
-                copies = {name: _copy(weight, dtype) for name, weight in linear.named_parameters()}
+                copies = {name: _copy(p, dtype, linear.copies.get(name)) for name, p in linear.named_parameters()}
                 self.places.append((linear, "cast", lambda name, dtype, copies=copies: copies[name]))
         head = _copy(weight, dtype)
         self.places.append((model, "head", lambda h: F.linear(h, head)[..., : model.config.vocab_size]))
@@ -128,10 +129,12 @@ class Weights:
             del module.__dict__[name]
 
 
-def _copy(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _copy(parameter: Tensor, dtype: torch.dtype, copy: Tensor | None = None) -> Tensor:
+    """The parameter in this dtype. copy: of cast_once in training, written anew, for no more memory than that."""
     parameter = parameter.detach()
     if dtype != torch.float32:
-        return parameter.to(dtype)
+        is_fit = copy is not None and (copy.dtype, copy.device) == (dtype, parameter.device)
+        return copy.copy_(parameter) if is_fit else parameter.to(dtype)
     if parameter.ndim == 1 or parameter.shape[0] < parameter.shape[1]:
         return parameter
     return parameter.t().contiguous().t()

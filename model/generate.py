@@ -55,8 +55,8 @@ class Options:
             wrong.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             wrong.append(f"min_p must be 0 to 1, got {self.min_p}")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            wrong.append(f"repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            wrong.append(f"repetition_penalty must be 0.01 to 100, got {self.repetition_penalty}")
         return wrong
 
 

@@ -174,9 +174,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None" = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
         return self._run("block", self._forward, x, branch, cache)
 
     def _forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None") -> tuple[Tensor, Tensor]:

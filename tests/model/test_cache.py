@@ -66,7 +66,9 @@ def test_logits_are_within_1e_5_of_a_forward_pass(lengths, is_static):
             logits = decoder.step(new)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"seed": 3, "top_k": 40}, {"seed": 4, "context": 6}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"seed": 3, "top_k": 40}, {"seed": 4, "context": 6}], ids=str
+)
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 def test_a_row_among_prompts_of_other_lengths_is_as_alone(options, use_cache):
     model, rows = build(), prompts(PROMPTS)
