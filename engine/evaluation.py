@@ -7,7 +7,7 @@ adds the batches' sums in the same order. So the loss has the same bits on any n
 
 import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from model import generate
 from model.gpt2 import GPT2
 
 BATCH_TOKENS = 8192  # tokens per forward pass
+STOP_EVERY = 16  # tokens of several samples after which stop strings are looked for
 
 
 def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
@@ -109,11 +110,11 @@ def sample(
 
     context: most positions read. goes_on: called after each token, whether to draw another. The same
     seed makes the same random draws at every step. A sharded model needs the call on all ranks.
-    Raises NotFinite if a logit is not finite.
+    No CUDA graph, whose memory would stay beside that of training. Raises NotFinite if a logit is not finite.
     """
     tokens = torch.tensor([tokenizer.encode(prompt).tolist()], device=raw_model.wte.weight.device)
     with outside_training(raw_model):
-        options = {"temperature": 0.8, "top_k": 50, "seed": seed, "context": context}
+        options = {"temperature": 0.8, "top_k": 50, "seed": seed, "context": context, "use_graph": False}
         for token in generate.stream(raw_model, tokens, max_new_tokens, **options):
             tokens = torch.cat([tokens, token], dim=1)
             if not goes_on():
@@ -121,11 +122,40 @@ def sample(
     return tokenizer.decode(tokens[0])
 
 
-def pieces(drawn: Iterable[Tensor], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text of each drawn token, up to an end-of-text token. A character may span several tokens."""
+def pieces(drawn: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text of each drawn token, up to an end-of-text token. A character may span several tokens.
+
+    stop: strings before the first of which the text ends. What may begin one is held back.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held = ""
     for token in drawn:
-        if token.item() == tokenizer.end_of_text:
+        is_end = token.item() == tokenizer.end_of_text
+        held += decoder.decode(b"" if is_end else tokenizer.decode_bytes([token.item()]))
+        if found := [at for string in stop if (at := held.find(string)) >= 0]:
+            yield held[: min(found)]
+            return
+        if is_end:
             break
-        yield decoder.decode(tokenizer.decode_bytes([token.item()]))
-    yield decoder.decode(b"", final=True)
+        beginnings = (size for string in stop for size in range(1, len(string)) if held.endswith(string[:size]))
+        ready = len(held) - max(beginnings, default=0)
+        yield held[:ready]
+        held = held[ready:]
+    yield held + decoder.decode(b"", final=True)
+
+
+def continuations(drawn: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> list[str]:
+    """Text of each row of the drawn tokens, (B, 1) each, as of `pieces`. Draws until each row has ended."""
+    columns: list[Tensor] = []
+
+    def texts(strings: Sequence[str]) -> list[str]:
+        rows = torch.cat(columns, dim=1).cpu() if columns else []
+        return ["".join(pieces(row, tokenizer, strings)) for row in rows]
+
+    for column in drawn:
+        columns.append(column)
+        if stop and len(columns) % STOP_EVERY == 0:
+            ended = (column == tokenizer.end_of_text).flatten().tolist()
+            if all(end or a != b for end, a, b in zip(ended, texts(stop), texts(()), strict=True)):
+                break
+    return texts(stop)

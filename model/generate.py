@@ -1,28 +1,69 @@
 """Sampling: draws one token at a time from the model's distribution over the next token.
 
-temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely tokens.
-top_p keeps the smallest set of most likely tokens whose probabilities sum to at least p. Only the
-last `context` tokens are read, n_positions at most. The vocabulary's padding has no logits, so an id
-that the tokenizer lacks is never drawn. Logits that are not finite are an error: the most likely of
-them would be a token without a meaning.
-Source: Holtzman et al. 2020, arXiv:1904.09751 (top_p).
+repetition_penalty divides the positive logits of the tokens in the row so far, prompt included, and
+multiplies the negative ones. temperature divides the logits; 0 takes the most likely token. top_k
+keeps the k most likely tokens. top_p keeps the smallest set of most likely tokens whose
+probabilities sum to at least p. min_p keeps the tokens that are at least p times as likely as the
+most likely one. They apply in this order. The vocabulary's padding has no logits, so an id that the
+tokenizer lacks is never drawn. Logits that are not finite are an error: the most likely of them
+would be a token without a meaning.
+
+At most `context` tokens are read, n_positions at most. The learned positions are absolute, so a
+window that slides gives every token a new position, and what the cache holds is of no use. Hence a
+full window drops its first quarter at once: the rest is read anew and the next quarter fills from
+the cache. Which tokens are read depends on the length of the text alone (window_start).
+Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1 (repetition_penalty); Holtzman et al. 2020,
+arXiv:1904.09751 (top_p); Nguyen et al. 2024, arXiv:2407.01082 (min_p).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.cache import Decoder
+
 SMALLEST = torch.finfo(torch.float32).tiny  # temperature and top_p; float32 would round smaller ones to 0
+SLIDES = 4  # a full window drops 1 / SLIDES of its tokens
+COPIES_FROM = 32  # new tokens from which it pays to copy the weights for decoding
 
 
 class NotFinite(ValueError):
     """Logits of a model that has diverged."""
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Divides logits (B, V) by the temperature, and sets those outside top_k and top_p to -inf.
+@dataclass(frozen=True)
+class Options:
+    """How a token is drawn. Of stream's arguments those that need no model."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def wrong(self) -> list[str]:
+        """What is wrong with them, in sentences."""
+        wrong = []
+        if not 0.0 <= self.temperature < math.inf:
+            wrong.append(f"temperature must be at least 0 and finite, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            wrong.append(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            wrong.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            wrong.append(f"min_p must be 0 to 1, got {self.min_p}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            wrong.append(f"repetition_penalty must be 0.01 to 100, got {self.repetition_penalty}")
+        return wrong
+
+
+def filter_logits(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
+) -> Tensor:
+    """Divides logits (B, V) by the temperature, and sets those outside top_k, top_p and min_p to -inf.
 
     The largest is subtracted first, which changes no probability: no quotient overflows to infinity.
     """
@@ -37,85 +78,201 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         outside = probs_above >= max(top_p, SMALLEST)  # float32 would round a smaller one to 0
         removed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, outside)
         logits = logits.masked_fill(removed, float("-inf"))
+    if min_p is not None and min_p > 0.0:
+        logits = logits.masked_fill(logits < math.log(min_p), float("-inf"))  # the largest is 0
     return logits
 
 
-def _check(model, tokens: Tensor, max_new_tokens: int, temperature: float, top_k, top_p, context) -> None:
-    wrong = []
-    if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
-        wrong.append(f"tokens must be (B, T) int64 with T >= 1, got {tuple(tokens.shape)} {tokens.dtype}")
-    elif tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
-        wrong.append(
-            f"tokens must be 0 to {model.config.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
-        )
-    if max_new_tokens < 0:
-        wrong.append(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0.0 <= temperature < math.inf:
-        wrong.append(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        wrong.append(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        wrong.append(f"top_p must be above 0 and at most 1, got {top_p}")
-    if context is not None and not 1 <= context <= model.config.n_positions:
-        wrong.append(f"context must be 1 to the model's {model.config.n_positions} positions, got {context}")
-    if wrong:
-        raise ValueError("generate: " + "; ".join(wrong))
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes the tokens of `seen`, (B, V) bool, less likely if the penalty is above 1."""
+    return torch.where(seen, torch.where(logits > 0.0, logits / penalty, logits * penalty), logits)
+
+
+def draw(logits: Tensor, options: Options, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each row, (B, 1) int64, from logits (B, V). Row i reads generators[i] alone."""
+    if options.temperature == 0.0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probs = filter_logits(logits, options.temperature, options.top_k, options.top_p, options.min_p).softmax(dim=-1)
+    noise = torch.empty_like(probs)  # exponential; the largest quotient is at each token with its probability
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return probs.div_(noise).argmax(dim=-1, keepdim=True)
+
+
+def window_start(length: int, context: int) -> int:
+    """Index of the first token that is read of a text of this length.
+
+    At most `context` tokens are read, and more than 3/4 of it of a longer text.
+    """
+    step = max(1, context // SLIDES)
+    return max(0, -((context - length) // step) * step)
 
 
 def stream(
     model,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
     context: int | None = None,
+    end_of_text: int | None = None,
+    use_cache: bool = True,
+    use_graph: bool | None = None,
+    is_compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Yields each next token, (B, 1) int64, as it is drawn.
 
-    context: most positions read; None: the model's n_positions. With a seed the draws are
-    reproducible. PyTorch's global random state is neither read nor changed. Raises ValueError,
-    before drawing, if an argument is wrong, and NotFinite, while drawing, if a logit is not finite.
+    tokens: (B, T) int64, or a list of B prompts of any lengths, each (T,). Each row is continued as
+    if it were alone: row i's draws depend on seed + i. context: most positions read; None: the
+    model's n_positions. end_of_text: id after which a row has this id only; when all rows have it,
+    the stream ends. use_cache: keep keys and values of what was read, else read the whole window for
+    each token. use_graph: replay the decode step as a CUDA graph; None: on a GPU, unless the model
+    is sharded. is_compiled: by torch.compile, which takes a minute before the first token.
+
+    With a seed the draws are reproducible. PyTorch's global random state is neither read nor
+    changed. Raises ValueError, before drawing, if an argument is wrong, and NotFinite, while
+    drawing, if a logit is not finite.
     """
-    _check(model, tokens, max_new_tokens, temperature, top_k, top_p, context)
-    context = model.config.n_positions if context is None else context
-    return _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, context)
+    options = Options(temperature, top_k, top_p, min_p, repetition_penalty)
+    _check(model, tokens, max_new_tokens, options, context, end_of_text)
+    text = Text(tokens, max_new_tokens, model.config.n_positions if context is None else context)
+    decoder = None
+    if use_cache and max_new_tokens > 0:
+        if use_graph is None:
+            use_graph = text.tokens.device.type == "cuda" and not hasattr(model, "unshard")
+        decoder = Decoder(
+            model,
+            len(text.tokens),
+            text.widest(max_new_tokens),
+            uses_graph=use_graph,
+            is_compiled=is_compiled,
+            copies_weights=max_new_tokens >= COPIES_FROM,
+        )
+    generators = [torch.Generator(device=text.tokens.device) for _ in text.tokens]
+    for row, generator in enumerate(generators):
+        generator.manual_seed(seed + row) if seed is not None else generator.seed()
+    return _stream(model, text, max_new_tokens, options, generators, end_of_text, decoder)
 
 
-def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, context) -> Iterator[Tensor]:
-    generator = torch.Generator(device=tokens.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+class Text:
+    """Tokens of all rows so far, (B, T), of which shorter rows begin later: `lengths` are those of the rows."""
+
+    def __init__(self, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, context: int):
+        self.lengths, self.context = [prompt.shape[0] for prompt in prompts], context
+        self.width = max(self.lengths)
+        size, device = self.width + max_new_tokens, prompts[0].device
+        self.buffer = torch.zeros(len(prompts), size, dtype=torch.int64, device=device)
+        for row, prompt in zip(self.buffer, prompts, strict=True):
+            row[self.width - len(prompt) : self.width] = prompt
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.buffer[:, : self.width]
+
+    def append(self, tokens: Tensor) -> None:
+        """Adds one token to each row."""
+        self.buffer[:, self.width : self.width + 1] = tokens
+        self.width += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def starts(self) -> list[int]:
+        """The first token that is read, of each row."""
+        return [window_start(length, self.context) for length in self.lengths]
+
+    def widest(self, max_new_tokens: int) -> int:
+        """Most tokens of a row that are read at once."""
+        return min(self.context, max(self.lengths) + max_new_tokens - 1)
+
+    def seen(self, vocab_size: int) -> Tensor:
+        """Which tokens each row has, (B, V) bool."""
+        seen = torch.zeros(len(self.buffer), vocab_size, dtype=torch.bool, device=self.buffer.device)
+        for row, tokens, length in zip(seen, self.tokens, self.lengths, strict=True):
+            row[tokens[self.width - length :]] = True
+        return seen
+
+
+def _check(model, tokens, max_new_tokens: int, options: Options, context: int | None, end_of_text: int | None) -> None:
+    wrong, V = [], model.config.vocab_size
+    rows, shape = ([tokens], 2) if isinstance(tokens, Tensor) else (tokens, 1)
+    if len(tokens) == 0:
+        wrong.append("tokens must be at least one prompt, got none")
+    for row in rows:
+        if row.ndim != shape or row.dtype != torch.int64 or row.shape[-1] == 0:
+            names = "(B, T) int64 with T >= 1" if shape == 2 else "a list of (T,) int64 with T >= 1"
+            wrong.append(f"tokens must be {names}, got {tuple(row.shape)} {row.dtype}")
+        elif row.numel() and not 0 <= int(row.min()) <= int(row.max()) < V:
+            wrong.append(f"tokens must be 0 to {V - 1}, got {int(row.min())} to {int(row.max())}")
+    if max_new_tokens < 0:
+        wrong.append(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    wrong += options.wrong()
+    if context is not None and not 1 <= context <= model.config.n_positions:
+        wrong.append(f"context must be 1 to the model's {model.config.n_positions} positions, got {context}")
+    if end_of_text is not None and not 0 <= end_of_text < V:
+        wrong.append(f"end_of_text must be 0 to {V - 1}, got {end_of_text}")
+    if wrong:
+        raise ValueError("generate: " + "; ".join(wrong))
+
+
+def _stream(model, text: Text, max_new_tokens, options, generators, end_of_text, decoder) -> Iterator[Tensor]:
+    seen = text.seen(model.config.vocab_size) if options.repetition_penalty != 1.0 else None
+    ended = torch.zeros_like(text.tokens[:, :1], dtype=torch.bool)
+    starts = None
     was_training = model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            logits = next_logits(model, tokens, context)  # (B, V)
-            if odd := int((~logits.isfinite()).sum()):
+            before, starts = starts, text.starts()
+            if decoder is None:
+                logits = next_logits(model, text)
+            elif starts == before:
+                logits = decoder.step(text.tokens[:, -1:])
+            else:  # the prompt, or a window that has slid
+                lengths = [length - start for length, start in zip(text.lengths, starts, strict=True)]
+                logits = decoder.prefill(text.tokens, lengths)
+            if not logits.sum().isfinite() and (odd := int((~logits.isfinite()).sum())):
                 raise NotFinite(
                     f"generate: the model's logits must be finite, got {odd} of {logits.numel()} that are not"
                 )
-            if temperature == 0.0:
-                token = logits.argmax(dim=-1, keepdim=True)
-            else:
-                probs = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
-                token = torch.multinomial(probs, 1, generator=generator)
-            tokens = torch.cat([tokens, token], dim=1)
+            if seen is not None:
+                logits = penalize(logits, seen, options.repetition_penalty)
+            token = draw(logits, options, generators)
+            if seen is not None:
+                seen.scatter_(1, token, True)
+            if end_of_text is not None:
+                token = token.masked_fill(ended, end_of_text)
+                ended |= token == end_of_text
+            text.append(token)
             yield token
+            if end_of_text is not None and bool(ended.all()):
+                return
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
-def next_logits(model, tokens: Tensor, context: int) -> Tensor:
-    """Float32 logits (B, V) of the token that follows tokens (B, T), of which the last `context` are read."""
-    return model.last_logits(tokens[:, -context:]).float()
+def next_logits(model, text: Text) -> Tensor:
+    """Float32 logits (B, V) of the token after each row, without a cache. Rows of other lengths are read alone."""
+    starts = text.starts()
+    if len(set(text.lengths)) == 1:
+        return model.last_logits(text.tokens[:, starts[0] :]).float()
+    rows = zip(text.tokens, text.lengths, starts, strict=True)
+    alone = [row[None, text.width - length + start :] for row, length, start in rows]
+    return torch.cat([model.last_logits(row) for row in alone]).float()
 
 
-def generate(model, tokens: Tensor, max_new_tokens: int, **options) -> Tensor:
+def generate(model, tokens: Tensor | Sequence[Tensor], max_new_tokens: int, **options) -> Tensor | list[Tensor]:
     """Returns tokens (B, T) int64 followed by max_new_tokens drawn tokens: (B, T + max_new_tokens).
 
-    `options` are the keyword arguments of `stream`.
+    Fewer if all rows have ended before. Of a list of prompts, the list of these, each with its
+    continuation. `options` are the keyword arguments of `stream`.
     """
-    return torch.cat([tokens, *stream(model, tokens, max_new_tokens, **options)], dim=1)
+    drawn = list(stream(model, tokens, max_new_tokens, **options))
+    if isinstance(tokens, Tensor):
+        return torch.cat([tokens, *drawn], dim=1)
+    new = torch.cat(drawn, dim=1) if drawn else [prompt[:0] for prompt in tokens]
+    return [torch.cat([prompt, row]) for prompt, row in zip(tokens, new, strict=True)]

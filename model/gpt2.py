@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import Backend, Ops, select
 from model.presets import PRESETS, GPT2Config, num_parameters
+
+if TYPE_CHECKING:
+    from model.cache import Cache, LayerCache
 
 __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
 
@@ -125,10 +128,13 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = h.shape
         qkv = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head)
-        out = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        if cache is None:
+            out = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        else:  # while generating
+            out = cache.attention(qkv, self.ops.attention)
         return F.dropout(self.c_proj(out.view(B, T, C)), self.dropout, self.training)
 
 
@@ -168,15 +174,15 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._run("block", self._forward, x, branch)
+    def forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
+        return self._run("block", self._forward, x, branch, cache)
 
-    def _forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None") -> tuple[Tensor, Tensor]:
         h, x = self.ln_1(x, branch)
-        h, x = self.ln_2(x, self._run("attention", self.attn, h))
+        h, x = self.ln_2(x, self._run("attention", self.attn, h, cache))
         return x, self.mlp(h)
 
-    def _run(self, part: Recompute, function: Callable, *inputs: Tensor | None):
+    def _run(self, part: Recompute, function: Callable, *inputs):
         if self.recompute == part and self.training and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -263,26 +269,29 @@ class GPT2(nn.Module):
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Output of the last LayerNorm, (B, T, C) in the compute dtype."""
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
+        """Output of the last LayerNorm, (B, T, C) in the compute dtype.
+
+        cache: of the tokens before these, to which these are added. See model.cache.
+        """
         T = tokens.shape[1]
         if T > self.config.n_positions:
             raise ValueError(f"model: a sequence must have at most {self.config.n_positions} tokens, got {T}")
-        positions = torch.arange(T, device=tokens.device)
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
-        for block in self.h:
-            x, branch = block(x, branch)
+        for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
+            x, branch = block(x, branch, layer)
         return self.ln_f(x, branch)[0]
 
     def head(self, h: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), without the vocabulary's padding."""
         return F.linear(h, self.wte.weight.to(h.dtype))[..., : self.config.vocab_size]
 
-    def last_logits(self, tokens: Tensor) -> Tensor:
+    def last_logits(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Logits (B, V) of the token after tokens (B, T). The head runs at one position only."""
-        return self.head(self.hidden(tokens)[:, -1])
+        return self.head(self.hidden(tokens, cache)[:, -1])
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens)
@@ -294,21 +303,22 @@ class GPT2(nn.Module):
 
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Tensor | list[Tensor],
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
         context: int | None = None,
-    ) -> Tensor:
+        **options,
+    ) -> Tensor | list[Tensor]:
         """Returns tokens (B, T) followed by max_new_tokens drawn tokens: (B, T + max_new_tokens).
 
-        See model.generate.
+        See model.generate, also for the other options and for prompts of different lengths.
         """
         from model.generate import generate
 
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "context": context}
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "context": context}
         return generate(self, tokens, max_new_tokens, **options)
 
     @classmethod

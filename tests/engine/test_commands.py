@@ -35,6 +35,25 @@ def test_samples_are_repeatable_and_different_from_each_other(trained, capfd):
     assert first.strip() != second.strip()
 
 
+def test_samples_of_a_batch_are_those_of_their_seeds_alone_and_end_before_a_stop_string(trained, capfd):
+    flags = ["--prompt", "def ", "--repetition-penalty", "1.1", "--min-p", "0.01"]
+
+    def printed(*more: str) -> str:
+        assert sample(trained, *flags, *more) == 0
+        return capfd.readouterr().out
+
+    alone = [printed("--seed", str(seed)) for seed in range(3, 21)]
+    headings = [f"--- sample {number} of 18 ---\n" for number in range(1, 19)]
+    together = printed("--seed", "3", "--num-samples", "18")
+    assert together == "\n".join(heading + text for heading, text in zip(headings, alone, strict=True))
+    stop = alone[0][9:11]
+    cut = [text.removesuffix("\n").partition(stop)[0] for text in alone]
+    assert printed("--seed", "3", "--stop", stop) == f"{cut[0]}\n"
+    assert printed("--seed", "3", "--stop", "nowhere", stop, "--num-samples", "2") == (
+        f"--- sample 1 of 2 ---\n{cut[0]}\n\n--- sample 2 of 2 ---\n{cut[1]}\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -47,6 +66,11 @@ def test_samples_are_repeatable_and_different_from_each_other(trained, capfd):
         pytest.param(
             ["--prompt", "x", "--top-p", "2"], "top_p must be above 0 and at most 1", id="too much probability"
         ),
+        pytest.param(["--prompt", "x", "--min-p", "2"], "min_p must be 0 to 1, got 2.0", id="min_p"),
+        pytest.param(
+            ["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty must be 0.01 to 100", id="penalty"
+        ),
+        pytest.param(["--prompt", "x", "--stop", "a", ""], "--stop must be strings of at least", id="empty stop"),
         pytest.param(["--prompt", "x", "--num-samples", "0"], "--num-samples must be at least 1", id="no samples"),
     ],
 )

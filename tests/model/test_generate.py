@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_model import build, some_tokens
 
-from model.generate import filter_logits
+from model.generate import Options, draw, filter_logits, penalize, stream, window_start
 
 
 def test_generate_continues_the_prompt():
@@ -25,11 +25,16 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass():
         assert torch.equal(out[:, t], model(out[:, :t])[:, -1].argmax(-1))
 
 
-def test_a_context_over_the_positions_is_cropped_to_its_end():
+def test_a_full_window_drops_its_first_quarter():
+    assert [window_start(n, 16) for n in (1, 16, 17, 20, 21, 24, 25)] == [0, 0, 4, 4, 8, 8, 12]
+    for context in (1, 2, 3, 5, 7, 16, 1024):
+        read = [n - window_start(n, context) for n in range(1, 4 * context)]
+        assert max(read) == context
+        assert min(read[context:]) > context - max(1, context // 4) - 1
     model, tokens = build(), some_tokens(2, 30)
-    out = model.generate(tokens, 4, temperature=0.0)
-    for t in range(30, 34):
-        assert torch.equal(out[:, t], model(out[:, t - 16 : t])[:, -1].argmax(-1))
+    out = model.generate(tokens, 9, temperature=0.0)
+    for t in range(30, 39):
+        assert torch.equal(out[:, t], model(out[:, window_start(t, 16) : t])[:, -1].argmax(-1))
 
 
 def test_a_seed_reproduces_and_the_global_state_is_left_alone():
@@ -77,6 +82,67 @@ def test_filters_keep_exactly_the_tokens_they_say(temperature, top_k, top_p, kep
     torch.testing.assert_close(filtered.softmax(-1), (expected / expected.sum())[:, order])
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(0.29, 3), (0.31, 2), (1.0, 1), (0.0, 4)])
+def test_min_p_keeps_tokens_at_least_that_many_times_as_likely_as_the_likeliest(min_p, kept):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log() + 7.0
+    filtered = filter_logits(logits, 1.0, None, None, min_p)
+    assert filtered[0].isfinite().tolist() == [number < kept for number in range(4)]
+    sharper = filter_logits(logits, 0.5, None, None, min_p)  # of the probabilities that the temperature made
+    assert sharper[0].isfinite().tolist() == [p**2 >= min_p * 0.25 for p in (0.5, 0.3, 0.15, 0.05)]
+
+
+def test_the_penalty_divides_positive_logits_of_seen_tokens_and_multiplies_negative_ones():
+    logits, seen = torch.tensor([[2.0, -2.0, 3.0, 0.0]]), torch.tensor([[True, True, False, True]])
+    torch.testing.assert_close(penalize(logits, seen, 1.25), torch.tensor([[1.6, -2.5, 3.0, 0.0]]))
+    model, tokens = build(), some_tokens(2, 4)
+    out = model.generate(tokens, 30, temperature=0.0, repetition_penalty=1.5)
+    for t in range(4, 16):
+        for row in range(2):
+            logits = model(out[row : row + 1, :t])[0, -1]
+            for token in set(out[row, :t].tolist()):
+                logits[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+            assert out[row, t] == logits.argmax()
+    plain = model.generate(tokens, 30, temperature=0.0)
+    assert len(set(out[0].tolist())) > len(set(plain[0].tolist()))
+    assert torch.equal(model.generate(tokens, 30, temperature=0.0, repetition_penalty=1.0), plain)
+
+
+def test_a_row_s_draws_are_multinomial_s_with_the_seed_plus_its_number():
+    logits = torch.randn(3, 257, generator=torch.Generator().manual_seed(0))
+    options = Options(temperature=0.7, top_k=40)
+    drawn = draw(logits, options, [torch.Generator().manual_seed(5 + i) for i in range(3)])
+    probs = filter_logits(logits, 0.7, 40, None).softmax(-1)
+    for i in range(3):
+        assert drawn[i] == torch.multinomial(probs[i], 1, generator=torch.Generator().manual_seed(5 + i))
+    model, prompt = build(), some_tokens(1, 4)
+    together = model.generate(prompt.expand(3, 4), 12, seed=5)
+    for i in range(3):
+        assert torch.equal(together[i], model.generate(prompt, 12, seed=5 + i)[0])
+
+
+def test_a_row_ends_at_the_end_of_text_and_the_stream_when_all_have():
+    model, tokens = build(), some_tokens(3, 4)
+    free = model.generate(tokens, 60, seed=0)
+    end = int(free[0, 9])
+    first = [(row[4:] == end).nonzero().flatten().tolist() for row in free]
+    assert first[0][0] <= 5
+    out = model.generate(tokens, 60, seed=0, end_of_text=end)
+    for row, ours, at in zip(free, out, first, strict=True):
+        kept = 4 + (at[0] + 1 if at else 60)
+        assert torch.equal(ours[:kept], row[:kept])
+        assert (ours[kept:] == end).all()
+    alone = model.generate(tokens[:1], 60, seed=0, end_of_text=end)
+    assert alone.shape == (1, 4 + first[0][0] + 1)
+
+
+def test_a_list_of_prompts_returns_a_list_and_streams_columns():
+    model, rows = build(), [some_tokens(1, n)[0] for n in (2, 5)]
+    out = model.generate(rows, 3, seed=0)
+    assert [row.tolist()[:n] for row, n in zip(out, (2, 5), strict=True)] == [row.tolist() for row in rows]
+    assert torch.equal(torch.cat([*stream(model, rows, 3, seed=0)], 1), torch.stack([row[-3:] for row in out]))
+    assert [row.tolist() for row in model.generate(rows, 0)] == [row.tolist() for row in rows]
+
+
 def test_samples_follow_the_distribution():
     model, tokens = build(), some_tokens(1, 4)
     draws = model.generate(tokens.expand(4000, 4), 1, temperature=0.5, seed=0)[:, -1]
@@ -101,6 +167,16 @@ BAD_REQUESTS = [
     pytest.param(some_tokens(1, 4), {"top_k": 0}, "top_k must be at least 1, got 0", id="top_k"),
     pytest.param(some_tokens(1, 4), {"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0", id="top_p of 0"),
     pytest.param(some_tokens(1, 4), {"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5", id="top_p over 1"),
+    pytest.param(some_tokens(1, 4), {"min_p": 1.5}, "min_p must be 0 to 1, got 1.5", id="min_p"),
+    pytest.param(
+        some_tokens(1, 4),
+        {"repetition_penalty": 0.0},
+        "repetition_penalty must be 0.01 to 100, got 0.0",
+        id="repetition_penalty",
+    ),
+    pytest.param(some_tokens(1, 4), {"end_of_text": 257}, "end_of_text must be 0 to 256, got 257", id="end_of_text"),
+    pytest.param([], {}, "at least one prompt, got none", id="no prompt"),
+    pytest.param([torch.zeros(1, 4, dtype=torch.int64)], {}, "a list of .T,. int64 .*got .1, 4.", id="batches"),
     pytest.param(some_tokens(1, 4), {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1", id="negative"),
 ]
 

@@ -1,0 +1,206 @@
+"""KV cache: keys and values of the tokens read so far, so that a new token costs the work of one position.
+
+Memory is allocated once: for each layer keys and values, (B, H, S, D), of S columns. Prompts of
+different lengths share a batch: all rows end in the same column, and shorter ones begin with
+padding, whose keys no query sees. In a row with `pad` columns of padding, column c is position
+c - pad. `Decoder` is what model.generate uses.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MULTIPLE = 64  # columns of a cache in a CUDA graph, for aligned reads of its mask
+
+
+class Cache:
+    """Keys and values of a batch, a LayerCache for each block.
+
+    `prefill` and then `advance` say which tokens the next forward pass of the model reads. With
+    is_static every decode step has the same shapes and reads all columns; the column to write is
+    then a tensor, as a CUDA graph needs it.
+    """
+
+    def __init__(self, model, B: int, size: int, is_static: bool = False):
+        config, device = model.config, model.wte.weight.device
+        self.is_static, self.size = is_static, -(-size // MULTIPLE) * MULTIPLE if is_static else size
+        shape, kind = (B, config.n_head, self.size, config.head_dim), {"dtype": model.compute_dtype, "device": device}
+        self.layers = [
+            LayerCache(self, torch.empty(shape, **kind), torch.empty(shape, **kind)) for _ in range(config.n_layer)
+        ]
+        self.columns = torch.arange(self.size, device=device)
+        self.pad = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)  # that a static step writes
+        self.end, self.is_prefill, self.has_padding = 0, True, False
+        self.positions = self.columns  # (T,), (B, T) or (B, 1): of the tokens that the next forward reads
+        self.visible: Tensor | None = None  # (B, 1, T, keys) bool: keys that a query sees; None: see attention
+
+    def prefill(self, lengths: list[int]) -> None:
+        """Forgets all. The next forward reads rows of these lengths, padded on their left."""
+        self.end, self.is_prefill, self.has_padding = max(lengths), True, min(lengths) < max(lengths)
+        self.pad.copy_(torch.tensor([[self.end - length] for length in lengths]))
+        self.column.fill_(self.end - 1)
+        columns = self.columns[: self.end]
+        self.positions, self.visible = columns, None
+        if self.has_padding:
+            self.positions = (columns - self.pad).clamp(min=0)
+            queries, keys = columns[:, None], columns  # padding sees itself, for a softmax of nothing is NaN
+            seen = (keys <= queries) & (keys >= self.pad[:, :, None]) | (keys == queries)
+            self.visible = seen[:, None]
+
+    def advance(self) -> None:
+        """The next forward reads one more token of each row."""
+        self.end, self.is_prefill = self.end + 1, False
+        self.column += 1
+        if not self.is_static:
+            self.aim()
+            if self.visible is not None:
+                self.visible = self.visible[..., : self.end]
+
+    def aim(self) -> None:
+        """Positions and mask of the token in self.column. Of a static cache, part of the CUDA graph."""
+        self.positions = self.column - self.pad if self.is_static or self.has_padding else self.column
+        self.visible = None
+        if self.is_static or self.has_padding:
+            self.visible = ((self.columns >= self.pad) & (self.columns <= self.column))[:, None, None]
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, H, S, D)."""
+
+    def __init__(self, cache: Cache, keys: Tensor, values: Tensor):
+        self.cache, self.keys, self.values = cache, keys, values
+
+    def attention(self, qkv: Tensor, causal_attention: Callable) -> Tensor:
+        """Stores the new keys and values. Returns the attention of the new queries.
+
+        qkv: (B, T, 3, H, D); result (B, T, H, D). causal_attention: the model's op, for prompts
+        without padding.
+        """
+        cache = self.cache
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D)
+        if cache.is_prefill:
+            for stored, new in ((self.keys, k), (self.values, v)):
+                stored[:, :, : cache.end] = new
+                if cache.is_static:  # whose steps read these too, at a weight of 0, and 0 * NaN is NaN
+                    stored[:, :, cache.end :] = 0.0
+            if cache.visible is None:
+                return causal_attention(qkv, dropout_p=0.0)
+        elif cache.is_static:
+            k, v = self.keys.index_copy_(2, cache.column, k), self.values.index_copy_(2, cache.column, v)
+        else:
+            self.keys[:, :, cache.end - 1 : cache.end] = k
+            self.values[:, :, cache.end - 1 : cache.end] = v
+            k, v = self.keys[:, :, : cache.end], self.values[:, :, : cache.end]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.visible)
+        return out.transpose(1, 2).contiguous()
+
+
+class Weights:
+    """Copies of the model's matrices with which a decode step is faster; a context manager for a forward.
+
+    In a lower precision each matrix is cast once and not in each forward. On a CPU in float32 a
+    matrix with no more inputs than outputs is stored as (in, out), from which MKL's product with
+    one row reads faster. There are no gradients inside. A sharded model has no copies.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model):
+        self.places: list[tuple[nn.Module, str, Callable]] = []
+        weight, dtype = model.wte.weight.detach(), model.compute_dtype
+        if hasattr(model, "unshard") or (dtype == torch.float32 and weight.device.type != "cpu"):
+            return
+        for linear in model.modules():
+            if isinstance(linear, nn.Linear):
+                copies = {name: _copy(p, dtype, linear.copies.get(name)) for name, p in linear.named_parameters()}
+                self.places.append((linear, "cast", lambda name, dtype, copies=copies: copies[name]))
+        head = _copy(weight, dtype)
+        self.places.append((model, "head", lambda h: F.linear(h, head)[..., : model.config.vocab_size]))
+
+    def __enter__(self) -> None:
+        for module, name, function in self.places:
+            module.__dict__[name] = function
+
+    def __exit__(self, *_) -> None:
+        for module, name, _ in self.places:
+            del module.__dict__[name]
+
+
+def _copy(parameter: Tensor, dtype: torch.dtype, copy: Tensor | None = None) -> Tensor:
+    """The parameter in this dtype. copy: of cast_once in training, written anew, for no more memory than that."""
+    parameter = parameter.detach()
+    if dtype != torch.float32:
+        is_fit = copy is not None and (copy.dtype, copy.device) == (dtype, parameter.device)
+        return copy.copy_(parameter) if is_fit else parameter.to(dtype)
+    if parameter.ndim == 1 or parameter.shape[0] < parameter.shape[1]:
+        return parameter
+    return parameter.t().contiguous().t()
+
+
+class Decoder:
+    """Logits of the next token, from a cache: `prefill` once, then `step` for each further token.
+
+    size: most columns. uses_graph: capture the step in a CUDA graph; if that fails, a warning says
+    so and the steps run without. is_compiled: by torch.compile first. copies_weights: see Weights.
+    """
+
+    def __init__(
+        self,
+        model,
+        B: int,
+        size: int,
+        *,
+        uses_graph: bool = False,
+        is_compiled: bool = False,
+        copies_weights: bool = True,
+    ):
+        self.model, self.cache = model, Cache(model, B, size, is_static=uses_graph or is_compiled)
+        self.weights = Weights(model) if copies_weights else None
+        self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=model.wte.weight.device)
+        self.run = torch.compile(self._run, dynamic=False) if is_compiled else self._run
+        self.uses_graph, self.graph, self.logits = uses_graph, None, None
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """Float32 logits (B, V) after rows of these lengths, which end where tokens (B, T) do."""
+        self.cache.prefill(lengths)
+        with self.weights or torch.no_grad():
+            return self.model.last_logits(tokens[:, -self.cache.end :], self.cache).float()
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Float32 logits (B, V) after one more token of each row, (B, 1). Those of a graph are overwritten."""
+        self.cache.advance()
+        self.tokens.copy_(tokens)
+        with self.weights or torch.no_grad():
+            if self.uses_graph and self.graph is None:
+                self._capture()
+            if self.graph is None:
+                return self.run()
+            self.graph.replay()
+            return self.logits
+
+    def _run(self) -> Tensor:
+        if self.cache.is_static:
+            self.cache.aim()
+        return self.model.last_logits(self.tokens, self.cache).float()
+
+    def _capture(self) -> None:
+        """Captures the step that is due, whose writes may be repeated. Another thread may use the GPU meanwhile."""
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # the first calls compile kernels and allocate workspaces
+                    self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.run()
+            self.graph = graph
+        except Exception as error:  # the steps are the same without it
+            self.uses_graph, self.run = False, self._run
+            warnings.warn(f"generate: no CUDA graph, slower: {str(error).splitlines()[0]}", stacklevel=2)
