@@ -28,6 +28,8 @@ from engine.run.plots import Painter
 from engine.run.progress import launched
 from engine.run.saver import Saver
 from engine.step import Guard, Step
+from engine.tasks import hellaswag, lambada
+from engine.tasks.scoring import Task
 from engine.tokens import shards
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
@@ -80,7 +82,17 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
     batches = Batches(train, context, *shape, config.seed, ranks.rank, ranks.world_size, ranks.device.type == "cuda")
-    return Data(tokenizer, train, val, windows, *shape, batches)
+    return Data(tokenizer, train, val, windows, *shape, batches, read_tasks(config, tokenizer))
+
+
+def read_tasks(config: TrainConfig, tokenizer: Tokenizer) -> list[Task]:
+    """The question sets of --hellaswag and --lambada. Raises BadInput if a file is bad."""
+    tasks, context = [], config.sequence_length
+    if config.hellaswag is not None:
+        tasks.append(hellaswag.load(config.hellaswag, "llm.c", tokenizer, context, config.hellaswag_limit))
+    if config.lambada is not None:
+        tasks.append(lambada.load(config.lambada, tokenizer, context))
+    return tasks
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -190,7 +202,7 @@ def open_record(run: Run, began: float) -> None:
     """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: launched()."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
-    run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size)
+    run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size, data.task_sizes())
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.saver.last_step = past.step or None
