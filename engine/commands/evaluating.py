@@ -49,7 +49,10 @@ def evaluate(args: list[str], prog: str) -> int:
         if getattr(asked, name) is not None and getattr(asked, name) < 1:
             raise BadInput(f"eval: --{name.replace('_', '-')} must be at least 1, got {getattr(asked, name)}")
     if asked.stride is not None and (asked.data is None or not is_text(asked.data)):
-        raise BadInput(f"eval: --stride must go with --data FILE, a text file, got {asked.data}; leave it out")
+        got = asked.data or "no --data"
+        raise BadInput(f"eval: --stride must go with --data FILE, a text file, got {got}; leave it out")
+    if asked.limit is not None and asked.hellaswag is None and asked.lambada is None:
+        raise BadInput("eval: --limit must go with --hellaswag or --lambada, got neither; leave it out")
     from engine import distributed
 
     try:
@@ -76,7 +79,8 @@ def _figures(asked: Evaluate, ranks: "Ranks") -> dict[str, Any]:
     with ranks.fail_together():
         subject = Subject(*export.load_model(asked.run, is_best=asked.best), ranks)
         tasks = _tasks(asked, subject)
-        loss = _loss_of(asked, subject) if asked.data is not None or not tasks else None
+        wants_loss = asked.data is not None or asked.eval_tokens is not None or not tasks
+        loss = _loss_of(asked, subject) if wants_loss else None
     step = subject.checkpoint.step
     found: dict[str, Any] = {"run": asked.run, "step": step}
     try:
@@ -115,6 +119,7 @@ def _loss_of(asked: Evaluate, subject: Subject) -> Any:
     from engine import config, evaluation
     from engine.run import directory, export
     from engine.tasks import scoring, text
+    from engine.tokens import foreign
     from engine.tokens.shards import TokenStream
 
     model, tokenizer, ranks = subject.model, subject.tokenizer, subject.ranks
@@ -135,6 +140,12 @@ def _loss_of(asked: Evaluate, subject: Subject) -> Any:
         def loss() -> float:
             return -float(scoring.score(model, requests, ranks).log_p.sum()) / len(predicted)
     else:
+        if asked.data is not None and not os.path.lexists(asked.data):
+            way = f"name a text file, or make token shards with {output.program()} prepare"
+            raise BadInput(
+                f"eval: --data must be a directory of token shards or a text file, got {asked.data}"
+                f"{foreign.hint(asked.data, way)}"
+            )
         run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
         export.check_tokenizer(run.data, tokenizer.name)
         stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
@@ -187,9 +198,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     who, lines = f"{found['run']} at step {found['step']:,}", []
     if "loss" in found:
         lines.append(
-            f"{who}: loss {found['loss']:.4f} nats per {found['unit']}, perplexity {found['perplexity']:.2f}, "
-            f"{found['bits_per_byte']:.4f} bits per byte, on {found['tokens']:,} {found['of']}"
+            f"{who}: loss {found['loss']:.4f} nats per {found['unit']}, perplexity {found['perplexity']:.2f}, on "
+            f"{found['tokens']:,} {found['of']}"
         )
+        lines.append(f"  {found['bits_per_byte']:.4f} bits per byte, of {found['bytes']:,} bytes of text")
     for name, title in (("hellaswag", "HellaSwag"), ("lambada", "LAMBADA")):
         if (figures := found.get(name)) is None:
             continue

@@ -48,6 +48,19 @@ def lambada() -> list[dict]:
     return records
 
 
+def short() -> dict[str, list[dict]]:
+    """Sets of 12 examples that a model of bytes with 32 positions can be asked."""
+    drawn, found = random.Random(2), {"hellaswag": [], "lambada": []}
+    for index in range(12):
+        endings = [
+            drawn.choice(("if x:", "return None", "import os", "pass", "def f():")) * (1 + k % 2) for k in range(4)
+        ]
+        context = {"activity_label": "Code", "ctx_a": f"class A{index}:", "ctx_b": "self"}
+        found["hellaswag"].append(context | {"ctx": f"class A{index}: self", "endings": endings, "label": index % 4})
+        found["lambada"].append({"text": f"import x{index} from " + drawn.choice(("e", "os", "None"))})
+    return found
+
+
 def write(path: Path, records: list[dict]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
