@@ -43,7 +43,7 @@ class Subject:
 
 
 def evaluate(args: list[str], prog: str) -> int:
-    """Prints what a run's model comes to. torchrun shares the work: torchrun ... -m engine.cli eval ..."""
+    """Prints what a run's model comes to. Processes of torchrun (-m -- engine.cli eval ...) share the work."""
     asked = flags.checked(Evaluate, args, prog)
     for name in ("eval_tokens", "stride", "limit"):
         if getattr(asked, name) is not None and getattr(asked, name) < 1:

@@ -172,15 +172,10 @@ class TrainConfig:
     def _wrong_tasks(self) -> list[str]:
         """Error messages for flags of HellaSwag that do not go together."""
         wrong, every = [], self.hellaswag_every
-        for name in ("hellaswag_every", "hellaswag_limit"):
-            if getattr(self, name) is not None and self.hellaswag is None:
-                wrong.append(f"{flag_of(name)} must go with --hellaswag FILE, got none; add it")
-        if (
-            self.hellaswag is not None
-            and every is not None
-            and every > 0
-            and (not self.eval_every or every % self.eval_every)
-        ):
+        if self.hellaswag is None:
+            alone = [name for name in ("hellaswag_every", "hellaswag_limit") if getattr(self, name) is not None]
+            return [f"{flag_of(name)} must go with --hellaswag FILE, got none; add it" for name in alone]
+        if every is not None and every > 0 and (not self.eval_every or every % self.eval_every):
             wrong.append(
                 f"--hellaswag-every must be a multiple of --eval-every {self.eval_every}, got {every}; change one of "
                 "them, or leave it out to evaluate at each validation"

@@ -190,7 +190,7 @@ def test_two_processes_print_what_one_does(trained, files, tmp_path, capfd):
     flags = ["--run", str(trained), "--hellaswag", files["hellaswag"], "--lambada", files["lambada"], "--json"]
     flags += ["--data", str(ROOT / "pyproject.toml")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, "-m", "engine.cli", "eval", *flags]
+    command = [*torchrun, "-m", "--", "engine.cli", "eval", *flags]  # without -- torchrun takes --run for its own
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == found(capfd, trained, *flags[2:])
