@@ -268,7 +268,8 @@ def wrap(
     # and the embedding's, which bfloat16 would round before the ranks add theirs.
     # The backward pass begins with them. If they were freed, they would be gathered twice.
     fully_shard(raw_model, mesh=mesh, mp_policy=replace(policy, param_dtype=None), reshard_after_forward=False)
-    register_fsdp_forward_method(raw_model, "last_logits")
+    for name in ("last_logits", "log_probabilities"):
+        register_fsdp_forward_method(raw_model, name)
     return raw_model
 
 

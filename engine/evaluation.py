@@ -96,6 +96,13 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def num_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Bytes of the text that tokens stand for. An end-of-text token stands for none."""
+    counts = np.bincount(tokens.reshape(-1), minlength=tokenizer.vocab_size)
+    counts[tokenizer.end_of_text] = 0
+    return sum(int(counts[token]) * len(tokenizer.decode_bytes([token])) for token in np.flatnonzero(counts))
+
+
 def sample(
     raw_model: GPT2,
     tokenizer: Tokenizer,

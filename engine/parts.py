@@ -30,6 +30,7 @@ from engine.run.metrics import Metrics
 from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Mailbox, Step
+from engine.tasks.scoring import Task, batches
 from engine.tokens.batches import Batches
 from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
@@ -54,12 +55,19 @@ class Data:
     micro_batch_size: int  # B, sequences per forward pass of this rank
     accumulation: int  # micro-batches per step of this rank
     batches: Batches
+    tasks: list[Task] = field(default_factory=list)  # question sets of the evaluations
 
     def sizes(self, config: TrainConfig) -> Corpus:
         """Sizes as the header prints them."""
         evaluated, shape = len(self.val_windows) * config.sequence_length, (self.micro_batch_size, self.accumulation)
         stream = self.train_stream
         return Corpus(self.tokenizer.unit, len(stream), len(self.val_stream), evaluated, *shape, stream.origin)
+
+    def task_sizes(self) -> tuple[int, int]:
+        """(batches, tokens) of all tasks, over all ranks."""
+        requests = [task.requests for task in self.tasks]
+        num_tokens = sum(len(one.tokens) for task in requests for one in task)
+        return sum(len(batches(task)) for task in requests), num_tokens
 
 
 @dataclass
@@ -183,9 +191,10 @@ class Run:
         context, progress, text, problem = config.sequence_length, self.progress, "", None
         inputs = (model, data.val_stream, data.val_windows, context, self.ranks, progress)
         loss = evaluation.mean_loss(*inputs, self.update.is_interrupted)
-        if loss is None:
+        figures = self.figures(step) if loss is not None and math.isfinite(loss) else {}
+        if loss is None or figures is None:
             return None
-        record.log(step, val_loss=loss)
+        record.log(step, val_loss=loss, **figures)
         if not math.isfinite(loss):
             raise Diverged(f"train: the validation loss must be finite, got {loss} at step {step}; {LOWER}")
         is_sharded = distributed.is_sharded(model)  # which runs on all ranks or on none
@@ -206,6 +215,25 @@ class Run:
         if self.ranks.is_first:
             self.painter.draw(record.rows())
         return loss
+
+    def figures(self, step: int) -> dict[str, float] | None:
+        """Figures of the question sets that are due, such as hellaswag_acc. All ranks call it.
+
+        None if a request to stop came meanwhile. Raises Diverged if a score is not finite.
+        """
+        config, found = self.config, {}
+        is_rare = config.hellaswag_every is not None and step % config.hellaswag_every and step != config.num_steps
+        for task in self.data.tasks:
+            if task.name == "hellaswag" and is_rare:
+                continue
+            try:
+                figures = task.run(self.raw_model, self.ranks, self.progress, self.update.is_interrupted)
+            except NotFinite as error:
+                raise Diverged(f"train: at step {step}: {task.name}: {error}; {LOWER}") from error
+            if figures is None:
+                return None
+            found |= {f"{task.name}_{name}": value for name, value in figures.items()}
+        return found
 
     def check_replicas(self) -> str | None:
         """An error message, the same on every rank, if replicas' weights differ; else None."""

@@ -28,6 +28,8 @@ from engine.run.metrics import Metrics
 from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Guard, Step
+from engine.tasks import hellaswag, lambada
+from engine.tasks.scoring import Task
 from engine.tokens import shards
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
@@ -90,7 +92,17 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
         world_size=ranks.world_size,
         device=ranks.device,
     )
-    return Data(tokenizer, train, val, windows, *shape, batches)
+    return Data(tokenizer, train, val, windows, *shape, batches, read_tasks(config, tokenizer))
+
+
+def read_tasks(config: TrainConfig, tokenizer: Tokenizer) -> list[Task]:
+    """The question sets of --hellaswag and --lambada. Raises BadInput if a file is bad."""
+    tasks, context = [], config.sequence_length
+    if config.hellaswag is not None:
+        tasks.append(hellaswag.load(config.hellaswag, "llm.c", tokenizer, context, config.hellaswag_limit))
+    if config.lambada is not None:
+        tasks.append(lambada.load(config.lambada, tokenizer, context))
+    return tasks
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -226,7 +238,7 @@ def fitted(config: TrainConfig, data: Data, past: Past, step: Step) -> Data:
         return data
     shape = batch_shape(config, ranks.world_size, B // 2)
     data.batches.close()
-    batches = dataclasses.replace(data.batches, micro_batch_size=shape[0], accumulation=shape[1])
+    batches = dataclasses.replace(data.batches, micro_batch_size=shape[0])
     past.identity["micro_batch_size"] = shape[0]
     ranks.print0(
         f"memory: micro-batches of {B} sequences do not fit; this run takes {shape[1]} of {shape[0]} in place of "
@@ -239,7 +251,7 @@ def open_record(run: Run, began: float) -> None:
     """Opens the run's metrics, plots, saver and trace. The heartbeat begins. began: as in build."""
     config, ranks, past, data = run.config, run.ranks, run.past, run.data
     run.record = Metrics(config, past.step, ranks.is_first, data.tokenizer.unit, past.tokens)
-    run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size)
+    run.record.pace.sized(began, len(data.val_windows), data.accumulation, ranks.world_size, data.task_sizes())
     run.painter = Painter(config, data.tokenizer.unit, run.record.print0)
     run.saver = Saver(config, ranks, run.raw_model, run.update.optimizer, run.record.print0)
     run.saver.last_step = past.step or None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["GPT2", "MLP", "PRESETS", "Attention", "Block", "GPT2Config", "LayerNorm", "Linear"]
 
 Recompute = Literal["none", "attention", "block"]
+HEAD_ROWS = 1024  # positions whose logits are in memory at once where losses are read one by one: 0.2 GB in float32
 
 
 class _UseCopy(torch.autograd.Function):
@@ -292,6 +293,20 @@ class GPT2(nn.Module):
     def last_logits(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Logits (B, V) of the token after tokens (B, T). The head runs at one position only."""
         return self.head(self.hidden(tokens, cache)[:, -1])
+
+    def log_probabilities(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each target but -100, (N,) float32 in nats, and whether it is the most likely token.
+
+        targets: (B, T) int64. The head runs at their positions only, HEAD_ROWS at a time.
+        """
+        is_wanted = targets != -100
+        parts = zip(self.hidden(tokens)[is_wanted].split(HEAD_ROWS), targets[is_wanted].split(HEAD_ROWS), strict=True)
+        log_p, is_likely = [], []
+        for h, wanted in parts:
+            logits = self.head(h).float()
+            log_p.append(-F.cross_entropy(logits, wanted, reduction="none"))
+            is_likely.append(logits.argmax(-1) == wanted)
+        return torch.cat(log_p), torch.cat(is_likely)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(tokens)

@@ -80,6 +80,10 @@ class TrainConfig:
     init_from: str | None = None  # initial weights: a run, a Hugging Face directory, nanoGPT's ckpt.pt, or a GPT-2 name
     eval_every: int | None = 250  # steps between validations, samples and plots; None: only at the end
     eval_tokens: int = 1_048_576  # tokens per validation, the same each time
+    hellaswag: str | None = None  # HellaSwag's .jsonl file: accuracies in llm.c's convention; None: not evaluated
+    hellaswag_every: int | None = None  # steps between those, a multiple of --eval-every; None: at each validation
+    hellaswag_limit: int | None = None  # first examples of that file to evaluate; None: all
+    lambada: str | None = None  # LAMBADA's .jsonl file, evaluated at each validation; None: not evaluated
     save_every: int | None = 500  # steps between checkpoints; None: only at the end
     save_every_minutes: float | None = 30.0  # also save when so many minutes have passed since the last; None: never
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the lowest validation loss
@@ -123,9 +127,19 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("context", "micro_batch_size", "eval_every", "save_every", "shard_size", "check_replicas_every"):
+        for name in (
+            "context",
+            "micro_batch_size",
+            "eval_every",
+            "hellaswag_every",
+            "hellaswag_limit",
+            "save_every",
+            "shard_size",
+            "check_replicas_every",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
+        wrong += self._wrong_tasks()
         if self.skip_z_score is not None and not 0 < self.skip_z_score < math.inf:
             wrong.append(f"--skip-z-score must be above 0 and finite, got {self.skip_z_score}; None: no limit")
         for name in ("grace_seconds", "timeout_minutes", "max_minutes", "save_every_minutes"):
@@ -153,6 +167,19 @@ class TrainConfig:
                 wrong.append(str(error))
         if not self.prompt:
             wrong.append("--prompt must have at least one character, got none")
+        return wrong
+
+    def _wrong_tasks(self) -> list[str]:
+        """Error messages for flags of HellaSwag that do not go together."""
+        wrong, every = [], self.hellaswag_every
+        if self.hellaswag is None:
+            alone = [name for name in ("hellaswag_every", "hellaswag_limit") if getattr(self, name) is not None]
+            return [f"{flag_of(name)} must go with --hellaswag FILE, got none; add it" for name in alone]
+        if every is not None and every > 0 and (not self.eval_every or every % self.eval_every):
+            wrong.append(
+                f"--hellaswag-every must be a multiple of --eval-every {self.eval_every}, got {every}; change one of "
+                "them, or leave it out to evaluate at each validation"
+            )
         return wrong
 
 

@@ -26,8 +26,9 @@ RARELY = 300.0  # the same later
 SOON = 60.0  # seconds; of a run that takes less no line says how long it takes
 DUMB = ("dumb", "unknown")  # values of TERM, as rich has them
 
-SHOWN = ("loss", "val_loss", "lr", "tokens_per_s", "mfu", "peak_gib", "skipped")  # in this order
-WANTED = ("step", "loss", "left", "doing", "skipped", "tokens_per_s", "val_loss", "lr", "peak_gib", "mfu")
+TASKS = ("hellaswag_acc_norm", "lambada_acc")
+SHOWN = ("loss", "val_loss", *TASKS, "lr", "tokens_per_s", "mfu", "peak_gib", "skipped")  # in this order
+WANTED = ("step", "loss", "left", "doing", "skipped", "tokens_per_s", "val_loss", *TASKS, "lr", "peak_gib", "mfu")
 SHORTEST_BAR, LONGEST_BAR = 5, 20  # columns
 
 
@@ -36,6 +37,8 @@ def format_field(name: str, value: float, unit: str) -> str:
     forms: dict[str, Callable[[float], str]] = {
         "loss": lambda v: f"loss {v:.3f}",
         "val_loss": lambda v: f"val loss {v:.4f}",
+        "hellaswag_acc_norm": lambda v: f"HellaSwag {100 * v:.1f}%",
+        "lambada_acc": lambda v: f"LAMBADA {100 * v:.1f}%",
         "lr": lambda v: f"lr {v:.2e}",
         "tokens_per_s": lambda v: f"{v:,.0f} {unit}s/s",
         "mfu": lambda v: f"MFU {100 * v:.1f}%",

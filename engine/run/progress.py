@@ -111,10 +111,15 @@ class Pace:
         self._update: float | None = None  # of the first update, until its step has ended
         self._doing: Doing | None = None
 
-    def sized(self, began: float, windows: int, accumulation: int, processes: int) -> None:
-        """Takes what is known once the data is: launched(), windows of an evaluation."""
-        self.began, self._eval_tokens = began, windows * self.config.sequence_length
-        batches = num_batches(windows, self.config.sequence_length)
+    def sized(
+        self, began: float, windows: int, accumulation: int, processes: int, tasks: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Takes what is known once the data is: launched(), windows of an evaluation, batches and tokens of its tasks.
+
+        Evaluations that leave out --hellaswag are taken to be as long as the others.
+        """
+        self.began, self._eval_tokens = began, windows * self.config.sequence_length + tasks[1]
+        batches = num_batches(windows, self.config.sequence_length) + tasks[0]
         self._pieces = {"update": accumulation, "evaluation": -(-batches // processes)}
 
     @contextmanager

@@ -1,0 +1,47 @@
+"""Loss on a text file: every token is predicted once.
+
+As in token shards, each document is an end-of-text token and its text. The first of them is context
+alone; those between documents are predicted, as in a validation loss.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import BadInput
+from engine.tasks.scoring import Request
+from engine.tokens.documents import NotText, parse, raw_documents
+from engine.tokens.tokenizer import Tokenizer
+
+TEXT_FIELD = "text"  # field or column of .jsonl and .parquet files
+
+
+def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Tokens of a file, (n,) uint16: of all its lines or rows if it is .jsonl or .parquet, else of one document.
+
+    Raises BadInput if it cannot be read or is not text.
+    """
+    pieces = []
+    for kind, raw, _, place, _ in raw_documents([Path(path)], TEXT_FIELD):
+        try:
+            text, _ = parse(kind, raw, TEXT_FIELD)
+        except NotText as error:
+            where = f"{'line' if kind == 'json' else 'row'} {place:,}: " if place else ""
+            raise BadInput(f"{path}: must hold text in UTF-8, got {where}{error}") from error
+        pieces += [[tokenizer.end_of_text], tokenizer.encode(text)]
+    if not pieces:
+        raise BadInput(f"{path}: must hold text, got no document")
+    return np.concatenate(pieces).astype(np.uint16)
+
+
+def requests(tokens: np.ndarray, most: int, stride: int) -> list[Request]:
+    """Windows of `most` inputs that predict every token but the first once.
+
+    The first window predicts all of its tokens, each other one its last `stride`.
+    """
+    windows, begin = [], 1
+    while begin < len(tokens):
+        end = min(len(tokens), begin + (most if begin == 1 else stride))
+        windows.append(Request(tokens[max(0, end - most - 1) : end], end - begin))
+        begin = end
+    return windows

@@ -1,0 +1,201 @@
+"""gpt2 eval on a text file, on HellaSwag and on LAMBADA: what it prints, and what it refuses."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import question_sets
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import ENVIRONMENT, run
+
+from engine import evaluation
+from engine.run import export
+from engine.tasks import text
+from engine.tokens import tokenizer as tokenizers
+
+MOST = 32  # positions of the run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("questions")
+    sets = question_sets.short().items()
+    return {name: str(question_sets.write(folder / f"{name}.jsonl", records)) for name, records in sets}
+
+
+def found(capfd, trained, *flags: str) -> dict:
+    """The JSON that the command prints."""
+    capfd.readouterr()
+    assert run("eval", "--run", str(trained), "--json", *flags) == 0
+    return json.loads(capfd.readouterr().out)
+
+
+# ---- Text ---------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(count=st.integers(2, 300), most=st.integers(1, 40), data=st.data())
+def test_every_token_but_the_first_is_predicted_once_with_the_context_that_the_stride_leaves(count, most, data):
+    stride = data.draw(st.integers(1, most))
+    tokens = np.arange(count, dtype=np.uint16)
+    windows = text.requests(tokens, most, stride)
+    predicted = [each.tokens[-each.count :] for each in windows]
+    assert np.concatenate(predicted).tolist() == list(range(1, count))
+    assert all(len(each.tokens) <= most + 1 and (np.diff(each.tokens) == 1).all() for each in windows)
+    for each in windows[1:]:
+        assert len(each.tokens) == most + 1  # all the context that the model reads
+        assert each.count <= stride
+    assert windows[0].tokens[0] == 0
+
+
+@torch.no_grad()
+def test_the_loss_of_a_text_file_is_that_of_its_tokens_one_by_one(trained, tmp_path, capfd):
+    words = "def naïve(x):\n    return x  # “twice”\n" * 3
+    (tmp_path / "text.txt").write_text(words)
+    model, tokenizer, _ = export.load_model(trained)
+    tokens = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(words).tolist()])
+    for flags, stride in (([], MOST), (["--stride", "5"], 5)):
+        nats, begin = 0.0, 1
+        while begin < len(tokens):
+            end = min(len(tokens), begin + (MOST if begin == 1 else stride))
+            for place in range(begin, end):
+                logits = model(tokens[None, max(0, end - MOST - 1) : place])[0, -1].double()
+                nats -= float(logits.log_softmax(-1)[tokens[place]])
+            begin = end
+        figures = found(capfd, trained, "--data", str(tmp_path / "text.txt"), *flags)
+        assert figures["loss"] == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)
+        assert figures["tokens"] == figures["bytes"] == len(words.encode())
+        assert figures["bits_per_byte"] == pytest.approx(nats / len(words.encode()) / math.log(2), abs=1e-5)
+        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+
+
+def test_documents_are_divided_by_tokens_of_no_bytes_that_are_predicted(trained, tmp_path, capfd):
+    (tmp_path / "two.jsonl").write_text('{"text": "abc"}\n\n{"text": "défg"}\n')
+    figures = found(capfd, trained, "--data", str(tmp_path / "two.jsonl"))
+    assert (figures["tokens"], figures["bytes"]) == (3 + 1 + 5, 3 + 5)
+    assert found(capfd, trained, "--data", str(tmp_path / "two.jsonl"), "--eval-tokens", "4")["bytes"] == 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_bytes_of_tokens_are_those_of_their_text(name):
+    tokenizer = tokenizers.load(name)
+    words = "Ünïcode, 日本語 and 🙂🙂 " + "many words, " * 50
+    tokens, num_bytes = tokenizer.encode(words), len(words.encode("utf-8"))
+    assert evaluation.num_bytes(tokens, tokenizer) == num_bytes
+    with_ends = np.append(tokens, [tokenizer.end_of_text] * 2).astype(np.uint16)
+    assert evaluation.num_bytes(with_ends, tokenizer) == num_bytes
+
+
+def test_a_byte_of_the_validation_split_has_the_bits_of_its_loss(trained, capfd):
+    figures = found(capfd, trained)
+    assert figures["bits_per_byte"] == pytest.approx(
+        figures["loss"] * figures["tokens"] / figures["bytes"] / math.log(2)
+    )
+    assert figures["tokens"] - 3 <= figures["bytes"] <= figures["tokens"]  # without the ends of documents
+
+
+# ---- Questions ----------------------------------------------------------------------------------------------------
+
+
+def test_both_conventions_and_lambada_are_printed_with_counts_and_standard_errors(trained, files, capfd):
+    flags = ["--hellaswag", files["hellaswag"], "--lambada", files["lambada"]]
+    figures = found(capfd, trained, *flags)
+    assert figures.keys() == {"run", "step", "hellaswag", "lambada"}  # no loss, which nobody asked for
+    assert figures["hellaswag"].keys() == {"llm.c", "lm-eval"}
+    for each in (*figures["hellaswag"].values(), figures["lambada"]):
+        assert each["examples"] == 12
+        assert each["acc_correct"] == each["acc"] * 12
+        assert each["acc_stderr"] == pytest.approx(math.sqrt(each["acc"] * (1 - each["acc"]) / 11))
+    assert run("eval", "--run", str(trained), *flags) == 0
+    printed = capfd.readouterr().out
+    one = figures["hellaswag"]["llm.c"]
+    accuracies = [f"{name} {100 * one[name]:.2f}% +- {100 * one[f'{name}_stderr']:.2f}" for name in ("acc", "acc_norm")]
+    assert f"  llm.c    {accuracies[0]} ({one['acc_correct']} right)  {accuracies[1]} " in printed
+    assert f"perplexity of the last word {figures['lambada']['ppl']:.2f}\n" in printed
+    assert max(map(len, printed.replace(str(trained), "run").splitlines())) <= 80
+    few = found(capfd, trained, *flags, "--limit", "1", "--convention", "lm-eval", "--eval-tokens", "64")
+    assert few["hellaswag"].keys() == {"lm-eval"}
+    assert (few["lambada"]["examples"], few["lambada"]["acc_stderr"], few["tokens"]) == (1, None, 64)
+
+
+GOOD = question_sets.short()
+BAD = {
+    "no JSON": ("hellaswag", '{"ind": 3', "no JSON"),
+    "a list": ("hellaswag", "[1]", "a list instead of an object"),
+    "a missing field": ("hellaswag", {"ctx_b": ...}, "no field ctx_b"),
+    "three endings": ("hellaswag", {"endings": ["a", "b", "c"]}, "3 endings instead of 4"),
+    "a label of 4": ("hellaswag", {"label": 4}, "the label 4 instead of 0 to 3"),
+    "a label in words": ("hellaswag", {"label": "one"}, 'the label "one" instead of 0 to 3'),
+    "no label, as in the test split": ("hellaswag", {"label": ...}, "no field label"),
+    "an empty ending": ("hellaswag", {"endings": ["a", "b", "", "d"]}, "an empty ending"),
+    "an ending of artefacts": ("hellaswag", {"endings": ["a", "b", "[step]", "d"]}, "an empty ending"),
+    "a long ending": ("hellaswag", {"endings": ["a", "b", "c" * 40, "d"]}, "41 tokens to predict where .* 1 to 32"),
+    "bytes that are no UTF-8": ("lambada", b'{"text": "a \xff"}', "not UTF-8 at byte 12"),
+    "a text of one word": ("lambada", {"text": "Hello"}, "does not end in a space and a word"),
+    "a space at the end": ("lambada", {"text": "Hello you "}, "does not end in a space and a word"),
+    "a number": ("lambada", {"text": 3}, "an integer in field text, which must be text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_line_that_is_no_example_is_named(case, trained, tmp_path, capfd):
+    name, change, words = BAD[case]
+    if isinstance(change, dict):
+        change = json.dumps({key: value for key, value in (GOOD[name][1] | change).items() if value is not ...})
+    line = change if isinstance(change, bytes) else change.encode()
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(json.dumps(GOOD[name][0]).encode() + b"\n\n" + line + b"\n")
+    assert run("eval", "--run", str(trained), f"--{name}", str(path)) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"{path}: line 3 must be a ")
+    assert re.search(f"got .*{words}.*; mend the line or leave it out\n$", said), said
+    assert run("eval", "--run", str(trained), f"--{name}", str(path), "--limit", "1") == 0  # which is good
+
+
+def test_files_and_flags_that_cannot_be_used_are_sentences(trained, tmp_path, capfd):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "packed.jsonl").write_bytes(b"\x1f\x8b" + bytes(60))
+    (tmp_path / "one_bad_byte.txt").write_bytes(b"text \xff")
+    (tmp_path / "empty.txt").write_text("")
+    for flags, words in (
+        (["--hellaswag", "nowhere.jsonl"], "one JSON object a line, got No such file"),
+        (["--hellaswag", str(tmp_path)], "got a directory"),
+        (["--hellaswag", str(tmp_path / "empty.jsonl")], "must hold at least one HellaSwag example, got none"),
+        (["--lambada", str(tmp_path / "packed.jsonl")], "got gzip data; try: gunzip -c"),
+        (["--data", "nowhere.txt"], "--data must be a directory of token shards or a text file, got nowhere.txt"),
+        (["--data", str(tmp_path / "one_bad_byte.txt")], r"must hold text in UTF-8, got not UTF-8 at byte 5 of 6"),
+        (["--data", str(tmp_path / "empty.txt")], "must hold text in UTF-8, got empty"),
+        (["--data", str(tmp_path / "empty.jsonl")], "must hold text, got no document"),
+        (["--stride", "4"], "--stride must go with --data FILE, a text file, got no --data; leave it out"),
+        (["--data", __file__, "--stride", "33"], "at most the 32 tokens that the model reads, got 33"),
+        (["--limit", "4"], "--limit must go with --hellaswag or --lambada, got neither"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+    ):
+        assert run("eval", "--run", str(trained), *flags) == 2, flags
+        captured = capfd.readouterr()
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+
+
+@pytest.mark.slow
+def test_two_processes_print_what_one_does(trained, files, tmp_path, capfd):
+    flags = ["--run", str(trained), "--hellaswag", files["hellaswag"], "--lambada", files["lambada"], "--json"]
+    flags += ["--data", str(ROOT / "pyproject.toml")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, "-m", "--", "engine.cli", "eval", *flags]  # without -- torchrun takes --run for its own
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == found(capfd, trained, *flags[2:])
+    command[-1] = str(tmp_path / "nowhere")
+    failed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert failed.returncode != 0
+    assert 'Traceback (most recent call last):\n  File "engine' not in failed.stderr
+    assert "--data must be a directory of token shards or a text file" in failed.stderr
