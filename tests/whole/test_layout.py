@@ -31,7 +31,7 @@ LAYERS = (
     {"step"},
     {"run"},
     {"tuning", "parts"},
-    {"start"},
+    {"start", "comparison"},
     {"train", "commands"},
     {"cli"},
 )
@@ -46,7 +46,8 @@ FOLDERS = {
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor"},
     "config": {"fields", "presets", "parse", "file"},
     "planning": {"memory"},
-    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine"},
+    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "comparing", "machine"},
+    "comparison": {"records", "references", "overlay", "compare", "welch", "page"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }

@@ -34,7 +34,7 @@ def config(tmp_path):
 def drawn(config, rows, unit, monkeypatch) -> dict[str, "matplotlib.axes.Axes"]:
     """Draws without saving; returns the axes of each picture by file name."""
     figures = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
     plots.draw(config, rows, unit)
     return figures
 
@@ -109,15 +109,15 @@ def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     ],
 )
 def test_the_token_axis_keeps_its_numbers_short(most, label):
-    size, text = plots._token_axis(most, "token")
+    size, text = plots.token_axis(most, "token")
     assert text == label
     assert most / size <= 1000
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
-    assert plots._smooth([2.0] * 10, 0.9) == pytest.approx([2.0] * 10)
-    assert plots._smooth([3.0, 1.0], 0.5) == pytest.approx([3.0, 5 / 3])  # (0.25 * 3 + 0.5 * 1) / 0.75
-    assert plots._smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
+    assert plots.smooth([2.0] * 10, 0.9) == pytest.approx([2.0] * 10)
+    assert plots.smooth([3.0, 1.0], 0.5) == pytest.approx([3.0, 5 / 3])  # (0.25 * 3 + 0.5 * 1) / 0.75
+    assert plots.smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
 
 
 def test_drawing_leaves_pyplot_and_its_settings_alone(config, tmp_path, monkeypatch):
