@@ -1,4 +1,4 @@
-"""`gpt2 compare`."""
+"""`gpt2 compare` and `gpt2 report`."""
 
 from engine import flags
 from engine.errors import BadInput
@@ -31,4 +31,22 @@ def compare(args: list[str], prog: str) -> None:
 
 
 def report(args: list[str], prog: str) -> None:
-    """Writes the page."""
+    """Writes the report of runs and prints its path."""
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    import tyro
+
+    @dataclass(frozen=True)
+    class Report:
+        """Writes runs as one HTML file: curves, samples, settings, speed. It needs no network and no server."""
+
+        runs: tyro.conf.Positional[tuple[str, ...]]  # run directories
+        out: str = "report.html"  # file to write
+        reference: tuple[str, ...] = ()  # curves of others: gpt2-124m, llm.c, first-run
+
+    asked = flags.checked(Report, args, prog)
+    from engine.comparison import page, records, references
+
+    found = records.read_all(asked.runs, "report")
+    print(page.write(found, references.load_all(asked.reference, found, "tokens"), Path(asked.out)))

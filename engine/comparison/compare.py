@@ -153,7 +153,7 @@ def as_text(records: list[Record]) -> str:
             lines.append(f"     its settings changed at step {steps}; those of its end are compared")
         if run["damaged_rows"]:
             lines.append(f"     {run['damaged_rows']:,} damaged lines of metrics.jsonl are left out")
-    settings = {name: [_setting(value) for value in values] for name, values in found["differences"].items()}
+    settings = {name: [setting(value) for value in values] for name, values in found["differences"].items()}
     lines += _table("settings that differ", settings, len(records))
     if found["losses_not_comparable"] is not None:
         lines += ["", f"validation losses are not compared: {found['losses_not_comparable']}"]
@@ -186,9 +186,8 @@ def _noise(found: dict, unit: str) -> list[str]:
     lines = ["", "is it more than noise? runs with equal settings but the seed are a group"]
     for one in found["groups"]:
         runs = f"run{'s' if len(one['runs']) > 1 else ''} {', '.join(map(str, one['runs']))}"
-        lines.append(
-            f"  {one['name']}: {runs}; {few([f'{name} {_setting(value)}' for name, value in one['settings'].items()], 3)}"
-        )
+        alike = [f"{name} {setting(value)}" for name, value in one["settings"].items()]
+        lines.append(f"  {one['name']}: {runs}; {few(alike, 3)}")
     for test in found["tests"]:
         where = f"{test['tokens']:,.0f} {unit}s" if "tokens" in test else f"{words(3600 * test['hours'])} of training"
         (a, b), n = test["groups"], test["n"]
@@ -207,7 +206,7 @@ def _noise(found: dict, unit: str) -> list[str]:
 
 
 def _table(title: str, rows: dict[str, list[Any]], count: int) -> list[str]:
-    """A title, the numbers of the runs, and a line per row; a value per line where that is too wide. [] without rows."""
+    """A title, the numbers of the runs, a line per row; a value per line where that is too wide. [] without rows."""
     if not rows:
         return []
     cells = {name: [_cell(value) for value in values] for name, values in rows.items()}
@@ -226,7 +225,8 @@ def _table(title: str, rows: dict[str, list[Any]], count: int) -> list[str]:
     return lines
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """The value of a setting in words."""
     return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 

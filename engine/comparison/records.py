@@ -25,6 +25,7 @@ LARGEST = 1e30  # of a value in a picture: near the largest float, axes overflow
 AXES = ("tokens", "steps", "hours")
 TIMES = ("data_ms", "compute_ms", "communication_ms")  # parts of step_ms
 PAUSES = ("eval_ms", "checkpoint_ms")  # totals beside the steps
+PARTS = dict(zip((*TIMES, *PAUSES), ("data", "compute", "communication", "evaluation", "checkpoint"), strict=True))
 SCORES = ("hellaswag_acc_norm", "hellaswag_acc", "lambada_acc")  # fractions, where a run was scored
 NAMES = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_gib", *SCORES, "step_ms", *TIMES, *PAUSES)
 # Of config.json, what is the run's own or of one launch, and no choice that could explain a difference.
@@ -95,7 +96,7 @@ class Record:
         for name in (*TIMES, *PAUSES):
             spent = self.columns[name] * (updates if name in TIMES else 1)
             if (total := float(np.nansum(spent)) / 1e3) > 0:
-                found[name.removesuffix("_ms")] = total
+                found[PARTS[name]] = total
         return found
 
     def settings(self) -> dict[str, Any]:
