@@ -5,7 +5,7 @@ const one = selector => document.querySelector(selector), many = selector => [..
 const color = name => getComputedStyle(root).getPropertyValue(name).trim();
 const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 2});
 const short = v => v == null ? "" : Math.abs(v) >= 1e4 ? compact.format(v) :
-  v && Math.abs(v) < 1e-3 ? v.toExponential().replace(/(\.\d\d)\d+/, "$1") : String(+v.toPrecision(5));
+  v && Math.abs(v) < 1e-4 ? v.toExponential().replace(/(\.\d\d)\d+/, "$1") : String(+v.toPrecision(5));
 const make = (tag, parent, textContent = "", className = "") =>
   Object.assign(parent.appendChild(document.createElement(tag)), {textContent, className});
 const dot = (parent, number) => make("span", parent, "", "dot").style.background = `var(--run${number % 8})`;
@@ -137,5 +137,5 @@ build();
 let wide = innerWidth;  // a phone's bars that come and go change the height alone
 addEventListener("resize", () => innerWidth !== wide && (wide = innerWidth, build()));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => build());
-matchMedia("print").addEventListener("change", event => build(event.matches ? 640 : Infinity));
+matchMedia("print").addEventListener("change", event => build(event.matches ? 670 : Infinity));
 })();
