@@ -14,6 +14,7 @@ from pathlib import Path
 from engine import optim, output, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
+from engine.run.curves import SCORES
 from engine.run.rows import number
 
 LOSS_CURVE = "loss_curve.png"
@@ -21,7 +22,7 @@ LR_SCHEDULE = "lr_schedule.png"
 LONGEST_DRAWING = 60.0  # seconds that the end of a run waits for a drawing
 LARGEST = 1e30  # of a value in a picture: near the largest float, matplotlib's axes overflow
 LONGEST_REASON = 300  # characters
-TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
+TRAIN_COLOR, VAL_COLOR, SCORE_COLOR = "#4477aa", "#cc3311", "#228833"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
@@ -180,8 +181,25 @@ def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     lowest = min([loss for _, loss in train + val], default=0.0)
     highest = max([loss for _, loss in train + val], default=uniform)
     axes.set_ylim(max(0.0, lowest - 0.1), max(highest, uniform) * 1.05)
-    axes.legend(frameon=False)
+    scored = _scores(axes, rows, size)
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], *scored], frameon=False)
     return save(figure, Path(config.out) / LOSS_CURVE)
+
+
+def _scores(axes, rows: list[dict], size: float) -> list:
+    """Draws HellaSwag's accuracy on an axis of its own, at the right. Returns what the legend shows; [] without any."""
+    name = next((name for name in SCORES if _points(rows, name)), None)
+    if name is None:
+        return []
+    tokens, values = zip(*_points(rows, name), strict=True)
+    kind, right = "acc_norm" if name.endswith("norm") else "acc", axes.twinx()
+    right.set_ylabel(f"HellaSwag {kind}, percent (chance is 25)", color=SCORE_COLOR)
+    right.spines[["top", "left"]].set_visible(False)
+    at, percent = [t / size for t in tokens], [100 * value for value in values]
+    label = f"HellaSwag {kind}, last {percent[-1]:.1f}%"
+    line = right.plot(at, percent, color=SCORE_COLOR, marker="s", markersize=3.5, linewidth=1.2, label=label)
+    right.set_ylim(min(24.0, *percent) - 1, max(30.0, *percent) + 1)
+    return line
 
 
 def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:

@@ -87,6 +87,17 @@ def test_the_loss_curve_says_what_it_shows(config, monkeypatch):
     assert high > 5.55
 
 
+def test_hellaswag_has_an_axis_of_its_own_if_rows_have_it(config, monkeypatch):
+    rows = [*ROWS, {"tokens": 2048, "hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.26}, {"tokens": 4096}]
+    axes = drawn(config, [*rows, {"tokens": 8192, "hellaswag_acc_norm": 0.305}], "byte", monkeypatch)["loss_curve.png"]
+    assert legend(axes)[-1] == "HellaSwag acc_norm, last 30.5%"
+    (line,) = axes.figure.axes[1].get_lines()
+    assert list(line.get_ydata()) == pytest.approx([25.0, 30.5])
+    assert list(line.get_xdata()) == pytest.approx([0.002048, 0.008192])
+    plain = drawn(config, ROWS, "byte", monkeypatch)["loss_curve.png"]
+    assert len(plain.figure.axes) == 1
+
+
 def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     axes = drawn(config, ROWS, "token", monkeypatch)["lr_schedule.png"]
     assert axes.figure.get_suptitle() == "Learning rate"
