@@ -39,7 +39,7 @@ SUMMARIES = {
     "eval": "print the validation loss of a trained model",
     "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
     "export": "turn a run into a directory that transformers opens",
-    "plot": "redraw a run's loss curve and learning rate, or several runs on one axis",
+    "plot": "redraw a run's loss curve, or draw several runs on one axis",
     "compare": "say how runs differ, and whether it is more than noise",
     "report": "write runs as one HTML page with curves, samples and settings",
     "verify": "check that every shard and checkpoint is whole",
