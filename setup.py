@@ -9,7 +9,11 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["kernels", "model", "engine", "engine.*"]),
-    package_data={"engine.tokens": ["assets/*"], **{name: ["py.typed"] for name in ("kernels", "model", "engine")}},
+    package_data={
+        "engine.tokens": ["assets/*"],
+        "engine.comparison": ["assets/*"],
+        **{name: ["py.typed"] for name in ("kernels", "model", "engine")},
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -5,6 +5,7 @@ Each imports what it needs when it runs, so that --help is fast.
 
 from collections.abc import Callable
 
+from engine.commands.comparing import compare, report
 from engine.commands.data import prepare, verify
 from engine.commands.evaluating import Evaluate, evaluate
 from engine.commands.machine import Doctor, Presets, doctor, presets
@@ -26,6 +27,8 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
     "import": import_,
     "export": export,
     "plot": plot,
+    "compare": compare,
+    "report": report,
     "verify": verify,
     "presets": presets,
     "doctor": doctor,
@@ -40,7 +43,9 @@ SUMMARIES = {
     "eval": "print the validation loss of a trained model",
     "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
     "export": "turn a run into a directory that transformers opens",
-    "plot": "redraw a run's loss curve and learning rate",
+    "plot": "redraw a run's loss curve, or draw several runs on one axis",
+    "compare": "say how runs differ, and whether it is more than noise",
+    "report": "write runs as one HTML page with curves, samples and settings",
     "verify": "check that every shard and checkpoint is whole",
     "presets": "list the presets with size, tokens, learning rate and memory",
     "doctor": "show this machine's hardware and software, and what each op runs on and why",

@@ -7,7 +7,8 @@ from typing import Any
 from engine.errors import BadInput
 from engine.run import rows
 
-MOST_POINTS = {"loss": 4096, "lr": 4096, "val_loss": 2048}  # even numbers
+SCORES = ("hellaswag_acc_norm", "hellaswag_acc")  # fractions, in rows of runs that are scored while they train
+MOST_POINTS = {"loss": 4096, "lr": 4096, "val_loss": 2048} | dict.fromkeys(SCORES, 2048)  # even numbers
 
 
 class Curve:
@@ -46,7 +47,7 @@ class Curve:
 
 
 class Curves:
-    """Training loss, learning rate and validation loss over tokens."""
+    """Training loss, learning rate, validation loss and HellaSwag over tokens."""
 
     def __init__(self) -> None:
         self._curves = {name: Curve(most) for name, most in MOST_POINTS.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from engine import optim, output, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
+from engine.run.curves import SCORES
 from engine.run.rows import number
 
 LOSS_CURVE = "loss_curve.png"
@@ -21,7 +22,7 @@ LR_SCHEDULE = "lr_schedule.png"
 LONGEST_DRAWING = 60.0  # seconds that the end of a run waits for a drawing
 LARGEST = 1e30  # of a value in a picture: near the largest float, matplotlib's axes overflow
 LONGEST_REASON = 300  # characters
-TRAIN_COLOR, VAL_COLOR = "#4477aa", "#cc3311"
+TRAIN_COLOR, VAL_COLOR, SCORE_COLOR = "#4477aa", "#cc3311", "#228833"
 
 
 def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
@@ -30,7 +31,7 @@ def draw(config: TrainConfig, rows: list[dict], unit: str) -> list[Path]:
     Returns their paths. unit: token or byte. Raises BadInput if one cannot be written, after it has
     drawn the other.
     """
-    with _import_matplotlib().rc_context({"text.usetex": False}):  # a name is no TeX
+    with import_matplotlib().rc_context({"text.usetex": False}):  # a name is no TeX
         try:
             first = _loss_curve(config, rows, unit)
         finally:
@@ -88,7 +89,7 @@ class Painter:
         return f"{output.program()} plot --run {shlex.quote(self._config.out)}"
 
 
-def _import_matplotlib():
+def import_matplotlib():
     """The module, whatever MPLBACKEND says: a name that it does not know would fail its import.
 
     Silences what it says of fonts, glyphs and its cache. Raises BadInput if it finds no directory
@@ -109,7 +110,7 @@ def _import_matplotlib():
     return matplotlib
 
 
-def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
+def new_figure(title: str, subtitle: str, xlabel: str, ylabel: str):
     """(figure, axes) on the Agg backend, which needs no display.
 
     The rest of the process may use another backend. The subtitle may hold any file name: a dollar
@@ -130,7 +131,7 @@ def _figure(title: str, subtitle: str, xlabel: str, ylabel: str):
     return figure, axes
 
 
-def _token_axis(most: int, unit: str) -> tuple[float, str]:
+def token_axis(most: int, unit: str) -> tuple[float, str]:
     """(divisor, label) of an axis up to `most` tokens, such that its numbers are short."""
     for size, name in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
         if most >= size:
@@ -138,7 +139,7 @@ def _token_axis(most: int, unit: str) -> tuple[float, str]:
     return 1, f"training {unit}s"
 
 
-def _smooth(values: list[float], weight: float) -> list[float]:
+def smooth(values: list[float], weight: float) -> list[float]:
     """Exponential moving average, bias-corrected: divided by 1 - weight^count."""
     smoothed, mean = [], 0.0
     for count, value in enumerate(values, start=1):
@@ -156,12 +157,12 @@ def _points(rows: list[dict], name: str) -> list[tuple[float, float]]:
 def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     train, val = _points(rows, "loss"), _points(rows, "val_loss")
     uniform = math.log(config.model.vocab_size)
-    size, label = _token_axis(max([tokens for tokens, _ in train + val], default=1), unit)
+    size, label = token_axis(max([tokens for tokens, _ in train + val], default=1), unit)
     subtitle = (
         f"{config.name}: {config.model.n_layer} layers, width {config.model.n_embd}, context "
         f"{config.sequence_length}; {config.tokens_per_step:,} {unit}s per step"
     )
-    figure, axes = _figure("Loss while training", subtitle, label, f"cross-entropy loss, nats per {unit}")
+    figure, axes = new_figure("Loss while training", subtitle, label, f"cross-entropy loss, nats per {unit}")
     axes.axhline(
         uniform, color="#999999", linestyle=":", label=f"uniform guess, ln {config.model.vocab_size} = {uniform:.2f}"
     )
@@ -169,7 +170,7 @@ def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
         tokens, losses = zip(*train, strict=True)
         tokens = [t / size for t in tokens]
         axes.plot(tokens, losses, color=TRAIN_COLOR, alpha=0.25, linewidth=0.8)
-        smoothed = _smooth(list(losses), weight=1.0 - 1.0 / max(1.0, min(50.0, len(losses) / 20)))
+        smoothed = smooth(list(losses), weight=1.0 - 1.0 / max(1.0, min(50.0, len(losses) / 20)))
         axes.plot(
             tokens, smoothed, color=TRAIN_COLOR, linewidth=1.6, label=f"train (smoothed), last {smoothed[-1]:.3f}"
         )
@@ -180,19 +181,36 @@ def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     lowest = min([loss for _, loss in train + val], default=0.0)
     highest = max([loss for _, loss in train + val], default=uniform)
     axes.set_ylim(max(0.0, lowest - 0.1), max(highest, uniform) * 1.05)
-    axes.legend(frameon=False)
-    return _save(figure, Path(config.out) / LOSS_CURVE)
+    scored = _scores(axes, rows, size)
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0], *scored], frameon=False)
+    return save(figure, Path(config.out) / LOSS_CURVE)
+
+
+def _scores(axes, rows: list[dict], size: float) -> list:
+    """Draws HellaSwag's accuracy on an axis of its own, at the right. Returns what the legend shows; [] without any."""
+    name = next((name for name in SCORES if _points(rows, name)), None)
+    if name is None:
+        return []
+    tokens, values = zip(*_points(rows, name), strict=True)
+    kind, right = "acc_norm" if name.endswith("norm") else "acc", axes.twinx()
+    right.set_ylabel(f"HellaSwag {kind}, percent (chance is 25)", color=SCORE_COLOR)
+    right.spines[["top", "left"]].set_visible(False)
+    at, percent = [t / size for t in tokens], [100 * value for value in values]
+    label = f"HellaSwag {kind}, last {percent[-1]:.1f}%"
+    line = right.plot(at, percent, color=SCORE_COLOR, marker="s", markersize=3.5, linewidth=1.2, label=label)
+    right.set_ylim(min(24.0, *percent) - 1, max(30.0, *percent) + 1)
+    return line
 
 
 def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     peak = max(0, optim.warmup_steps(config) - 1)
     points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | {peak})
-    size, label = _token_axis(config.num_steps * config.tokens_per_step, unit)
+    size, label = token_axis(config.num_steps * config.tokens_per_step, unit)
     subtitle = (
         f"linear warm-up over {optim.warmup_steps(config):,} steps, cosine to "
         f"{100 * config.optim.min_lr_ratio:.0f}% at step {config.num_steps:,}"
     )
-    figure, axes = _figure("Learning rate", subtitle, label, "learning rate of AdamW")
+    figure, axes = new_figure("Learning rate", subtitle, label, "learning rate of AdamW")
     planned = [config.tokens_per_step * step / size for step in points]
     axes.plot(
         planned, [optim.learning_rate(step, config) for step in points], color="#bbbbbb", linewidth=3, label="planned"
@@ -203,10 +221,10 @@ def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     axes.set_ylim(0, config.optim.lr * 1.08)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes.legend(frameon=False)
-    return _save(figure, Path(config.out) / LR_SCHEDULE)
+    return save(figure, Path(config.out) / LR_SCHEDULE)
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     """Writes the PNG under a temporary name and renames it: no viewer opens half a file.
 
     Raises BadInput if that cannot be done.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device import widest
 from engine.distributed import Ranks, is_sharded, outside_training
 from engine.tokens.tokenizer import Tokenizer
 from model.files import BadFile
@@ -100,7 +101,8 @@ def score(
     on every rank, if a score is not finite. Restores the model's training mode.
     """
     groups, is_whole = batches(requests), not is_sharded(raw_model)
-    found = torch.zeros(len(requests) + 1, 2, dtype=torch.float64, device=ranks.device)  # the last: ranks interrupted
+    wide = widest(ranks.device)
+    found = torch.zeros(len(requests) + 1, 2, dtype=wide, device=ranks.device)  # the last: ranks interrupted
     end = len(groups)
     if not is_whole:  # each forward needs all ranks: spare ranks repeat the last batch and drop its scores
         end = -(-end // ranks.world_size) * ranks.world_size
@@ -119,7 +121,7 @@ def score(
                 progress()
     finally:
         raw_model.train(was_training)
-    found = ranks.sum(found).cpu().numpy()
+    found = ranks.sum(found).cpu().numpy().astype(np.float64)
     if found[-1].any():
         return None
     log_p, is_greedy = found[:-1].T
@@ -129,7 +131,7 @@ def score(
 
 
 def _score_batch(raw_model: GPT2, requests: list[Request], device: torch.device) -> Tensor:
-    """(B, 2) float64: sum of the log-probabilities of each continuation, and 1 if all of it is most likely."""
+    """(B, 2), wide: sum of the log-probabilities of each continuation, and 1 if all of it is most likely."""
     width = min(_padded(max(requests, key=_padded)), raw_model.config.n_positions)
     inputs, targets = np.zeros((len(requests), width), np.int64), np.full((len(requests), width), IGNORED, np.int64)
     for row, (tokens, count) in enumerate(requests):
@@ -138,8 +140,8 @@ def _score_batch(raw_model: GPT2, requests: list[Request], device: torch.device)
         targets[row, last - count : last] = tokens[-count:]
     inputs, targets = (torch.from_numpy(each).to(device) for each in (inputs, targets))
     log_p, is_likely = raw_model.log_probabilities(inputs, targets)
-    each = torch.zeros(targets.shape, dtype=torch.float64, device=device)
-    each[targets != IGNORED] = log_p.double()
+    each = torch.zeros(targets.shape, dtype=widest(device), device=device)
+    each[targets != IGNORED] = log_p.to(each.dtype)
     right = torch.ones(targets.shape, dtype=torch.bool, device=device)
     right[targets != IGNORED] = is_likely
-    return torch.stack([each.sum(1), right.all(1).double()], dim=1)
+    return torch.stack([each.sum(1), right.all(1).to(each.dtype)], dim=1)

@@ -309,6 +309,10 @@ def test_numbers_in_float32_are_those_in_float64(request):
 TRITON = "our Triton kernels run on CUDA and ROCm only"
 CUDA_IN = {
     "engine/device.py": "the module that knows kinds of devices",
+    "engine/checks/doctor.py": "NCCL and its version, where PyTorch has it",
+    "engine/planning/memory.py": "a model of what a CPU and what CUDA keep",
+    "engine/tokens/batches.py": "page-locked memory, below engine/device.py in the order of imports",
+    "engine/tuning/choices.py": "--micro-batch-size auto tries its size where the memory model was held against real peaks",
     "engine/tuning/tune.py": "gpt2 tune is for a CPU and for CUDA and ROCm: shares of its time",
     "kernels/dispatch.py": TRITON,
     "kernels/launch.py": TRITON,

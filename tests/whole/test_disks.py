@@ -177,7 +177,7 @@ def test_a_plot_and_a_tuning_fail_at_each_write_and_keep_the_old_file(tmp_path, 
     setup = Setup("fp32", 1)
     tuning = Tuning("tiny", {}, {"device": "x"}, "2026-01-01", setup, setup, 1.0, 1.0)
     for write, path in [
-        (lambda: plots._save(figure, tmp_path / "a.png"), tmp_path / "a.png"),
+        (lambda: plots.save(figure, tmp_path / "a.png"), tmp_path / "a.png"),
         (lambda: record.save(tuning, tmp_path / "a.json"), tmp_path / "a.json"),
         (lambda: record.check_writable(tmp_path / "a.json"), tmp_path / "a.json"),
     ]:

@@ -31,7 +31,7 @@ LAYERS = (
     {"step"},
     {"run"},
     {"tuning", "parts"},
-    {"start"},
+    {"start", "comparison"},
     {"train", "commands", "rehearsal"},
     {"cli"},
 )
@@ -48,7 +48,18 @@ FOLDERS = {
     "config": {"fields", "presets", "parse", "file", "toml"},
     "planning": {"memory", "roofline_ops", "communication", "efficiencies", "plan", "summary"},
     "tasks": {"scoring", "records", "hellaswag", "lambada", "text"},
-    "commands": {"data", "training", "sampling", "evaluating", "weights", "plotting", "machine", "planning"},
+    "commands": {
+        "data",
+        "training",
+        "sampling",
+        "evaluating",
+        "weights",
+        "plotting",
+        "comparing",
+        "machine",
+        "planning",
+    },
+    "comparison": {"records", "references", "overlay", "compare", "welch", "page"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }

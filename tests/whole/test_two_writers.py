@@ -106,9 +106,9 @@ def test_gpt2_plot_draws_beside_a_run_that_draws(tmp_path, monkeypatch):
 
     def plot():
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        plots._save(Figure("gpt2 plot's"), tmp_path / "loss_curve.png")
+        plots.save(Figure("gpt2 plot's"), tmp_path / "loss_curve.png")
 
-    plots._save(Figure("the run's", plot), tmp_path / "loss_curve.png")
+    plots.save(Figure("the run's", plot), tmp_path / "loss_curve.png")
     assert [path.name for path in tmp_path.iterdir()] == ["loss_curve.png"]
     assert (tmp_path / "loss_curve.png").read_text() == "the run's"
 

@@ -50,6 +50,8 @@ def test_the_wheel_holds_every_module_and_the_vocabulary(wheel):
     sources = run("git", "ls-files", "engine", "kernels", "model", cwd=ROOT).split()
     assert set(sources) <= packed
     assert "engine/tokens/assets/r50k_base.tiktoken" in packed
+    for name in ("report.js", "first_run.csv", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"):
+        assert f"engine/comparison/assets/{name}" in packed
 
 
 def test_it_prepares_trains_and_samples_in_another_directory(installed, tmp_path):

@@ -34,7 +34,7 @@ def config(tmp_path):
 def drawn(config, rows, unit, monkeypatch) -> dict[str, "matplotlib.axes.Axes"]:
     """Draws without saving; returns the axes of each picture by file name."""
     figures = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.setdefault(path.name, figure.axes[0]))
     plots.draw(config, rows, unit)
     return figures
 
@@ -87,6 +87,17 @@ def test_the_loss_curve_says_what_it_shows(config, monkeypatch):
     assert high > 5.55
 
 
+def test_hellaswag_has_an_axis_of_its_own_if_rows_have_it(config, monkeypatch):
+    rows = [*ROWS, {"tokens": 2048, "hellaswag_acc_norm": 0.25, "hellaswag_acc": 0.26}, {"tokens": 4096}]
+    axes = drawn(config, [*rows, {"tokens": 8192, "hellaswag_acc_norm": 0.305}], "byte", monkeypatch)["loss_curve.png"]
+    assert legend(axes)[-1] == "HellaSwag acc_norm, last 30.5%"
+    (line,) = axes.figure.axes[1].get_lines()
+    assert list(line.get_ydata()) == pytest.approx([25.0, 30.5])
+    assert list(line.get_xdata()) == pytest.approx([0.002048, 0.008192])
+    plain = drawn(config, ROWS, "byte", monkeypatch)["loss_curve.png"]
+    assert len(plain.figure.axes) == 1
+
+
 def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     axes = drawn(config, ROWS, "token", monkeypatch)["lr_schedule.png"]
     assert axes.figure.get_suptitle() == "Learning rate"
@@ -109,15 +120,15 @@ def test_the_schedule_shows_the_plan_and_what_was_done(config, monkeypatch):
     ],
 )
 def test_the_token_axis_keeps_its_numbers_short(most, label):
-    size, text = plots._token_axis(most, "token")
+    size, text = plots.token_axis(most, "token")
     assert text == label
     assert most / size <= 1000
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
-    assert plots._smooth([2.0] * 10, 0.9) == pytest.approx([2.0] * 10)
-    assert plots._smooth([3.0, 1.0], 0.5) == pytest.approx([3.0, 5 / 3])  # (0.25 * 3 + 0.5 * 1) / 0.75
-    assert plots._smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
+    assert plots.smooth([2.0] * 10, 0.9) == pytest.approx([2.0] * 10)
+    assert plots.smooth([3.0, 1.0], 0.5) == pytest.approx([3.0, 5 / 3])  # (0.25 * 3 + 0.5 * 1) / 0.75
+    assert plots.smooth([3.0, 1.0], 0.0) == [3.0, 1.0]
 
 
 def test_drawing_leaves_pyplot_and_its_settings_alone(config, tmp_path, monkeypatch):
