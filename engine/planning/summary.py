@@ -157,6 +157,6 @@ def budget(plan: dict) -> list[str]:
         return [*lines, "             no preset's compute-optimal run fits into it (estimate)"]
     return [
         *lines,
-        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in "
-        f"{best['hours']:,.1f} h, compute-optimal (estimate)",
+        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in {best['hours']:,.1f} h,",
+        "             the largest whose compute-optimal run fits (estimate)",
     ]
