@@ -92,9 +92,11 @@ def time(plan: dict) -> list[str]:
         wrapped(f"  by         {efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"),
         f"run          {duration(3600 * run['hours'])} (estimate), at least {duration(3600 * plan['bound_hours'])}"
         " (bound)",
-        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power,"
-        " throughout)",
+        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power)",
     ]
+    chosen = next(r for r in plan["memory"] if (r["parallel"], r["recompute"]) == (plan["parallel"], plan["recompute"]))
+    if not chosen["fits"]:
+        lines.insert(1, "  does not fit into memory, see above: what follows is as if it did (estimate)")
     if run["cost"] is not None:
         lines.append(f"cost         {run['cost']:,.2f} (estimate: hours x GPUs x the price that was given)")
     return lines
@@ -117,7 +119,7 @@ def communication(plan: dict) -> list[str]:
         lines.append(
             f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>6,} "
             f"{row['micro_batch_size']:>5} x{row['micro_batches']:>2} {short(row['tokens']):>9} "
-            f"{row['sent_bytes'] / 1e9:>8.2f} {duration(row['communication_s']):>9} {hidden:>7} "
+            f"{row['sent_bytes'] / 1e9:>8,.{2 if row['sent_bytes'] < 1e12 else 0}f} {duration(row['communication_s']):>9} {hidden:>7} "
             f"{duration(row['seconds']):>9} {row['tokens'] / row['seconds']:>12,.0f}"
         )
     if len({row["tokens"] for row in plan["communication"]}) > 1:
