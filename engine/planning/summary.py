@@ -115,11 +115,12 @@ def communication(plan: dict) -> list[str]:
         f"{'tokens/s':>12}",
     ]
     for row in plan["communication"]:
+        digits = 2 if row["sent_bytes"] < 1e12 else 0
         hidden = f"{row['hidden_s'] / row['communication_s']:.0%}" if row["communication_s"] else "-"
         lines.append(
             f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>6,} "
             f"{row['micro_batch_size']:>5} x{row['micro_batches']:>2} {short(row['tokens']):>9} "
-            f"{row['sent_bytes'] / 1e9:>8,.{2 if row['sent_bytes'] < 1e12 else 0}f} {duration(row['communication_s']):>9} {hidden:>7} "
+            f"{row['sent_bytes'] / 1e9:>8,.{digits}f} {duration(row['communication_s']):>9} {hidden:>7} "
             f"{duration(row['seconds']):>9} {row['tokens'] / row['seconds']:>12,.0f}"
         )
     if len({row["tokens"] for row in plan["communication"]}) > 1:
