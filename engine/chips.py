@@ -78,6 +78,5 @@ CHIPS: dict[str, Chip] = {
             "A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, (2039, 80, 400), NVLink=600, PCIe=64
         ),
         _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, (768, 48, 300), NVLink=112.5, PCIe=64),
-        _sheet("RTX 4090", "NVIDIA Ada GPU architecture white paper", 82.6, 82.6, (1008, 24, 450), PCIe=64),
     )
 }

@@ -22,7 +22,7 @@ def plan(args: list[str], prog: str) -> None:
 
         preset: tyro.conf.Positional[str]  # whose model and step are planned
         gpus: int = 1  # GPUs, one process each
-        gpu: str = "h100"  # kind of GPU: h100, h200, a100, "rtx a6000", "rtx 4090"
+        gpu: str = "h100"  # kind of GPU: h100, h200, a100 or "rtx a6000"
         tokens: str = "10B"  # tokens to train on, as 10B, 2.5e9 or 524288
         parallel: str = "ddp"  # ddp, fsdp or hsdp, as for gpt2 train
         recompute: str = "none"  # none, attention or block, as for gpt2 train

@@ -92,9 +92,11 @@ def time(plan: dict) -> list[str]:
         wrapped(f"  by         {efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"),
         f"run          {duration(3600 * run['hours'])} (estimate), at least {duration(3600 * plan['bound_hours'])}"
         " (bound)",
-        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power,"
-        " throughout)",
+        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power)",
     ]
+    chosen = next(r for r in plan["memory"] if (r["parallel"], r["recompute"]) == (plan["parallel"], plan["recompute"]))
+    if not chosen["fits"]:
+        lines.insert(1, "  does not fit into memory, see above: what follows is as if it did (estimate)")
     if run["cost"] is not None:
         lines.append(f"cost         {run['cost']:,.2f} (estimate: hours x GPUs x the price that was given)")
     return lines
@@ -113,11 +115,12 @@ def communication(plan: dict) -> list[str]:
         f"{'tokens/s':>12}",
     ]
     for row in plan["communication"]:
+        digits = 2 if row["sent_bytes"] < 1e12 else 0
         hidden = f"{row['hidden_s'] / row['communication_s']:.0%}" if row["communication_s"] else "-"
         lines.append(
             f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>6,} "
             f"{row['micro_batch_size']:>5} x{row['micro_batches']:>2} {short(row['tokens']):>9} "
-            f"{row['sent_bytes'] / 1e9:>8.2f} {duration(row['communication_s']):>9} {hidden:>7} "
+            f"{row['sent_bytes'] / 1e9:>8,.{digits}f} {duration(row['communication_s']):>9} {hidden:>7} "
             f"{duration(row['seconds']):>9} {row['tokens'] / row['seconds']:>12,.0f}"
         )
     if len({row["tokens"] for row in plan["communication"]}) > 1:
@@ -157,6 +160,6 @@ def budget(plan: dict) -> list[str]:
         return [*lines, "             no preset's compute-optimal run fits into it (estimate)"]
     return [
         *lines,
-        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in "
-        f"{best['hours']:,.1f} h, compute-optimal (estimate)",
+        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in {best['hours']:,.1f} h,",
+        "             the largest whose compute-optimal run fits (estimate)",
     ]

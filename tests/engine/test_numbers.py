@@ -207,6 +207,7 @@ REQUIRED = {
     "prepare": ["stdlib", "--out", "out"],
     "train": ["tiny", "--out", "out"],
     "tune": ["tiny", "--out", "out"],
+    "plan": ["gpt2"],
     "sample": ["--prompt", "x"],
 }
 
