@@ -111,6 +111,7 @@ def test_a_fact_that_cannot_be_found_out_says_so_and_no_other_is_lost(capsys, mo
     monkeypatch.setattr(report, "cpu_memory_bytes", broken)
     monkeypatch.setattr(report.shutil, "disk_usage", broken)
     monkeypatch.setattr(report.packages, "strangers", broken)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # a test before may have compiled
     monkeypatch.setattr(report.scratch, "inductor_folder", broken)
     code, out, _ = doctor(capsys, "--precision", "fp32")
     assert code == 0
