@@ -178,6 +178,9 @@ def parse_torchrun(args: list[str], monkeypatch) -> None:
     from torch.distributed.run import get_args_parser
 
     asked = get_args_parser().parse_args(args)
+    if asked.module and asked.training_script == "engine.cli":
+        parse_gpt2(asked.training_script_args, monkeypatch)
+        return
     assert asked.training_script == "engine/train.py"
     config.parse(asked.training_script_args, "torchrun")
 
