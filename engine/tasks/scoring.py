@@ -121,7 +121,7 @@ def score(
                 progress()
     finally:
         raw_model.train(was_training)
-    found = ranks.sum(found).cpu().numpy().astype(np.float64)
+    found = ranks.sum(found).cpu().numpy().astype(float)
     if found[-1].any():
         return None
     log_p, is_greedy = found[:-1].T

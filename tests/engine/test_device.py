@@ -314,6 +314,8 @@ CUDA_IN = {
     "engine/tokens/batches.py": "page-locked memory, below engine/device.py in the order of imports",
     "engine/tuning/choices.py": "--micro-batch-size auto tries its size where the memory model was held against real peaks",
     "engine/tuning/tune.py": "gpt2 tune is for a CPU and for CUDA and ROCm: shares of its time",
+    "model/cache.py": "a decode step is recorded as a CUDA graph",
+    "model/generate.py": "a decode step is recorded as a CUDA graph",
     "kernels/dispatch.py": TRITON,
     "kernels/launch.py": TRITON,
     "kernels/tiles.py": TRITON,
