@@ -146,9 +146,9 @@ def bound(shape: StepShape, chip: Chip) -> float:
 def sent(asked: Request, world_size: int, micro_batches: int, compute_s: float) -> tuple[float, float, float]:
     """Bytes that one GPU sends per step, their seconds, and how many of these the computation hides.
 
-    A compiled model returns all gradients at once, so DDP sends after the backward pass; uncompiled,
-    during the last one, but for the embeddings, whose gradient is the last to be ready. FSDP sends
-    during the whole step, but for the first gather and the last reduction, of the embeddings too.
+    DDP sends during the last backward pass, bucket by bucket, at which a compiled graph is cut too. The
+    embeddings' gradient is the last to be ready and is sent after it. FSDP sends during the whole step,
+    but for the first gather and the last reduction, of the embeddings too.
     """
     config, place = asked.config, asked.place(world_size)
     shards, options = place.shards(config), {"micro_batches": micro_batches, "reshard": config.reshard}
@@ -160,8 +160,7 @@ def sent(asked: Request, world_size: int, micro_batches: int, compute_s: float) 
     table = 4 * (config.model.padded_vocab_size + config.model.n_positions) * config.model.n_embd
     rounds = 2 * (world_size - 1) / world_size  # a gather and a reduction send as much as an all-reduce
     late_s = min(communication_s, rounds * table / min(each.wire_bytes / s for each, s in seconds.items()))
-    last_backward_s = 0.0 if config.compile is not False else BACKWARD * compute_s / micro_batches
-    window_s = last_backward_s if config.parallel == "ddp" else compute_s
+    window_s = BACKWARD * compute_s / micro_batches if config.parallel == "ddp" else compute_s
     return wire_bytes, communication_s, min(communication_s - late_s, window_s)
 
 

@@ -125,8 +125,7 @@ def communication(plan: dict) -> list[str]:
         )
     if len({row["tokens"] for row in plan["communication"]}) > 1:
         lines.append("  a step grows where the preset's does not divide among the GPUs")
-    if plan["parallel"] == "ddp":
-        lines.append("  hidden 0%: a compiled backward pass returns all gradients at its end")
+    lines.append("  hidden: behind computation; all but the embeddings' share can be (assumption)")
     return lines
 
 
