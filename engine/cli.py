@@ -8,7 +8,7 @@ from engine import output, packages, system
 from engine.commands import COMMANDS, SUMMARIES
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, nearest
 
-PRINTED = ("sample", "eval", "plan", "presets", "doctor")  # what is printed is all that these commands make
+PRINTED = ("sample", "eval", "plan", "compare", "presets", "doctor")  # what is printed is all that these commands make
 
 USAGE = "usage: {gpt2} COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
     f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()

@@ -172,16 +172,23 @@ def rehearse(config: TrainConfig, ranks: Ranks, precision: str) -> tuple[dict[st
     return held | {"peak": seen.peak}, seen.calls
 
 
-def batches(config: TrainConfig, ranks: Ranks, shape: tuple[int, int] | None = None) -> Batches:
+def batches(config: TrainConfig, ranks: Ranks, size: int | None = None) -> Batches:
     """Batches of a rank, whose corpus is just enough, and in which each token is the number of its window.
 
-    shape: of batch_shape, which is the default.
+    size: of a micro-batch; None: of batch_shape.
     """
     count = UPDATES * config.tokens_per_step // config.sequence_length
     stream = SimpleNamespace(num_windows=lambda T: count)
     stream.windows = lambda numbers, T: torch.from_numpy(numbers)[:, None].expand(-1, T + 1)
-    shape = shape or batch_shape(config, ranks.world_size)
-    return Batches(stream, config.sequence_length, *shape, config.seed, ranks.rank, ranks.world_size)
+    return Batches(
+        stream,
+        context=config.sequence_length,
+        tokens_per_step=config.tokens_per_step,
+        micro_batch_size=size or batch_shape(config, ranks.world_size)[0],
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
 
 
 def partition(config: TrainConfig, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
@@ -192,6 +199,6 @@ def partition(config: TrainConfig, ranks: Ranks) -> tuple[list[list[list[int]]],
             return [tokens[:, 0].tolist() for tokens, _ in data.at(UPDATES - 1)]
 
     found = [read(of={"rank": rank}) for rank in range(ranks.world_size)]
-    (whole,) = read(of={"rank": 0, "world_size": 1}, shape=(config.tokens_per_step // config.sequence_length, 1))
+    (whole,) = read(of={"rank": 0, "world_size": 1}, size=config.tokens_per_step // config.sequence_length)
     in_order = [number for position in zip(*found, strict=True) for windows in position for number in windows]
     return found, in_order == whole and len({*whole}) == len(whole)

@@ -56,7 +56,9 @@ def test_every_flag_is_explained_where_help_looks_for_it(name):
     # Help shows the comment on the same line as a field. A formatter that wraps the line would hide it.
     source = (ROOT / name).read_text()
     classes = [
-        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name not in ("Encoded", "Subject")
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef) and node.name not in ("Encoded", "Subject")
     ]
     fields = [field for kind in classes for field in kind.body if isinstance(field, ast.AnnAssign)]
     assert fields

@@ -165,7 +165,9 @@ def step_of(model, ranks) -> Step:
 def data_of(config, world_size: int) -> Data:
     shape = batch_shape(config, world_size, 8)
     stream = types.SimpleNamespace(num_windows=lambda context: 1000)
-    batches = Batches(stream, 32, *shape, seed=1, world_size=world_size)
+    batches = Batches(
+        stream, context=32, tokens_per_step=config.tokens_per_step, micro_batch_size=shape[0], world_size=world_size
+    )
     return Data(None, stream, stream, None, *shape, batches)
 
 

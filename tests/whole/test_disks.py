@@ -173,7 +173,7 @@ def test_export_fails_at_each_write_and_then_succeeds(trained, tmp_path, fault):
 
 
 def test_a_plot_and_a_tuning_fail_at_each_write_and_keep_the_old_file(tmp_path, fault):
-    figure, _ = plots._figure("a", "b", "c", "d")
+    figure, _ = plots.new_figure("a", "b", "c", "d")
     setup = Setup("fp32", 1)
     tuning = Tuning("tiny", {}, {"device": "x"}, "2026-01-01", setup, setup, 1.0, 1.0)
     for write, path in [

@@ -364,7 +364,7 @@ def test_curves_are_bounded_and_keep_their_first_lowest_and_last_values():
     values = [5 - 3 * step / count for step in range(count)]
     values[3_456] = 0.25
     for step, value in enumerate(values):
-        whole.add({"tokens": 8 * step, "loss": value, "lr": value, "val_loss": value})
+        whole.add({"tokens": 8 * step} | dict.fromkeys(curves.MOST_POINTS, value))
     for name, most in curves.MOST_POINTS.items():
         points = [(row["tokens"], row[name]) for row in whole.rows() if name in row]
         assert most / 2 <= len(points) <= most + 3
