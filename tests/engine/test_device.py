@@ -312,7 +312,7 @@ CUDA_IN = {
     "engine/checks/doctor.py": "NCCL and its version, where PyTorch has it",
     "engine/planning/memory.py": "a model of what a CPU and what CUDA keep",
     "engine/tokens/batches.py": "page-locked memory, below engine/device.py in the order of imports",
-    "engine/tuning/choices.py": "--micro-batch-size auto tries its size where the memory model was held against real peaks",
+    "engine/tuning/choices.py": "--micro-batch-size auto tries its size where the memory model was measured",
     "engine/tuning/tune.py": "gpt2 tune is for a CPU and for CUDA and ROCm: shares of its time",
     "model/cache.py": "a decode step is recorded as a CUDA graph",
     "model/generate.py": "a decode step is recorded as a CUDA graph",
