@@ -19,7 +19,11 @@ from model.presets import GPT2Config
 
 MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=33, vocab_size=257)
 FLAGS = "tiny --model.n-layer 2 --model.n-embd 130 --model.n-head 2 --optim.name adamw"  # shards are padded
-WAYS = [["--parallel", "ddp"], ["--parallel", "fsdp", "--recompute", "block"], ["--parallel", "hsdp"]]
+WAYS = [
+    ["--parallel", "ddp"],
+    ["--parallel", "fsdp", "--recompute", "block"],
+    pytest.param(["--parallel", "hsdp"], marks=pytest.mark.slow),
+]
 
 
 def run(*flags: str) -> int:
@@ -28,7 +32,7 @@ def run(*flags: str) -> int:
     )
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way[1])
+@pytest.mark.parametrize("way", WAYS, ids=["ddp", "fsdp", "hsdp"])
 def test_a_rank_of_eight_does_what_is_planned(capsys, way):
     assert run("--gpus-per-node", "4", *way) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
@@ -46,6 +50,7 @@ def test_a_plan_that_is_wrong_by_one_byte_is_seen(monkeypatch, capsys):
     assert "plan: differs: ('loss and signals', 'all_reduce', 8): (1, 20), planned (1, 21)\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_rehearsed_peak_is_that_of_a_real_update():
     config = TrainConfig(model=MODEL, tokens_per_step=33 * 16, micro_batch_size=8, compile=False, kernels="torch")
     with rehearsal.one_of(1, 0, 1) as ranks:
