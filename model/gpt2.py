@@ -48,6 +48,21 @@ class _UseCopy(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
+@torch.library.custom_op("gpt2::keep", mutates_args=())
+def keep(x: Tensor) -> Tensor:
+    """A copy of x that a compiled graph saves for the backward pass, whatever made x.
+
+    torch.compile never saves a view, nor one of the several outputs of an operator that it
+    recomputes: it would recompute both, and so all blocks from the first on before any of them is
+    needed. It removes a plain clone first.
+    """
+    return x.clone()
+
+
+keep.register_fake(torch.empty_like)
+keep.register_autograd(lambda _, gradient: gradient)
+
+
 class Linear(nn.Linear):
     """Linear layer, x weight^T + bias.
 
@@ -281,8 +296,10 @@ class GPT2(nn.Module):
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        branch = None
+        branch, is_compiled = None, torch.compiler.is_compiling() and self.training  # as one graph
         for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
+            if branch is not None and is_compiled and block.recompute == "block":
+                x, branch = keep(x), keep(branch)
             x, branch = block(x, branch, layer)
         return self.ln_f(x, branch)[0]
 
