@@ -40,7 +40,7 @@ SUMMARIES = {
     "tune": "find what trains a preset fastest on this machine; train reads it",
     "plan": "estimate memory, time, disk, energy and cost of a run before it is paid for",
     "sample": "continue a prompt with a trained model",
-    "eval": "print the validation loss of a trained model",
+    "eval": "print the loss of a trained model, on other text too; HellaSwag and LAMBADA",
     "import": "turn GPT-2 weights in the Hugging Face layout into a run directory",
     "export": "turn a run into a directory that transformers opens",
     "plot": "redraw a run's loss curve, or draw several runs on one axis",
