@@ -167,7 +167,7 @@ class Decoder:
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Float32 logits (B, V) after rows of these lengths, which end where tokens (B, T) do."""
         self.cache.prefill(lengths)
-        with self.weights or torch.no_grad():
+        with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
             return self.model.last_logits(tokens[:, -self.cache.end :], self.cache).float()
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class Decoder:
         """Float32 logits (B, V) after one more token of each row, (B, 1). Those of a graph are overwritten."""
         self.cache.advance()
         self.tokens.copy_(tokens)
-        with self.weights or torch.no_grad():
+        with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
             if self.uses_graph and self.graph is None:
                 self._capture()
             if self.graph is None:
@@ -190,17 +190,23 @@ class Decoder:
 
     def _capture(self) -> None:
         """Captures the step that is due, whose writes may be repeated. Another thread may use the GPU meanwhile."""
+        before = torch.cuda.current_stream()
         try:
             stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(3):  # the first calls compile kernels and allocate workspaces
                     self.run()
-            torch.cuda.current_stream().wait_stream(stream)
+            before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self.run()
             self.graph = graph
-        except Exception as error:  # the steps are the same without it
+        except RuntimeError as error:  # the steps are the same without it
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize()
             self.uses_graph, self.run = False, self._run
             warnings.warn(f"generate: no CUDA graph, slower: {str(error).splitlines()[0]}", stacklevel=2)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current

@@ -1,5 +1,8 @@
 """KV cache: what it draws equals what reading the whole window for each token draws."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_model import build, some_tokens
@@ -115,10 +118,75 @@ def test_the_weights_copies_are_gone_after_a_step_and_are_of_the_current_weights
     assert torch.equal(after, generate(model, tokens, LONG, temperature=0.0, use_cache=False))
 
 
-def test_a_graph_that_cannot_be_captured_is_a_sentence_and_changes_no_token():
-    if torch.cuda.is_available():
-        pytest.skip("a graph can be captured here")
-    model, tokens = build(), some_tokens(2, 4)
-    with pytest.warns(UserWarning, match="^generate: no CUDA graph, slower: "):
-        out = generate(model, tokens, LONG, temperature=0.0, use_graph=True)
-    assert torch.equal(out, generate(model, tokens, LONG, temperature=0.0))
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's streams and graphs, without a GPU: a capture that fails leaves its stream current, as PyTorch's does."""
+    main, other = (SimpleNamespace(wait_stream=lambda stream: None) for _ in range(2))
+    state = SimpleNamespace(stream=main, main=main, is_models=False, error=None, replays=0)
+
+    @contextmanager
+    def device_of(tensor):
+        state.is_models = True
+        yield
+        state.is_models = False
+
+    @contextmanager
+    def graph(graph, capture_error_mode):
+        assert state.is_models
+        state.stream = other
+        yield
+        if state.error:
+            raise state.error
+        state.stream = main
+
+    def replay():
+        assert state.is_models
+        state.replays += 1
+
+    def new_stream():
+        assert state.is_models
+        return other
+
+    fakes = {
+        "device_of": device_of,
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+        "Stream": new_stream,
+        "stream": nullcontext,
+        "current_stream": lambda: state.stream,
+        "set_stream": lambda stream: setattr(state, "stream", stream),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return state
+
+
+def test_a_graph_that_cannot_be_captured_is_a_sentence_and_changes_no_token(cuda):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    plain, decoder = Decoder(model, 2, 16), Decoder(model, 2, 16, uses_graph=True)
+    assert torch.equal(plain.prefill(tokens, [5, 5]), decoder.prefill(tokens, [5, 5]))
+    cuda.error = RuntimeError("invalidated\nmore")
+    with pytest.warns(UserWarning, match="^generate: no CUDA graph, slower: invalidated$"):
+        logits = decoder.step(tokens[:, :1])
+    assert (logits - plain.step(tokens[:, :1])).abs().max() < 1e-5
+    assert cuda.stream is cuda.main
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyError("a fault of ours")], ids=["memory", "bug"])
+def test_another_error_in_a_capture_is_not_hidden(cuda, error):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    decoder, cuda.error = Decoder(model, 2, 16, uses_graph=True), error
+    decoder.prefill(tokens, [5, 5])
+    with pytest.raises(type(error)):
+        decoder.step(tokens[:, :1])
+    assert cuda.stream is cuda.main
+
+
+def test_a_graph_is_captured_and_replayed_on_the_model_s_device(cuda):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    decoder = Decoder(model, 2, 16, uses_graph=True)
+    decoder.prefill(tokens, [5, 5])
+    for _ in range(2):
+        decoder.step(tokens[:, :1])
+    assert cuda.replays == 2
