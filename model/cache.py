@@ -141,13 +141,14 @@ def _cast(parameter: Tensor, dtype: torch.dtype, copy: Tensor | None) -> Tensor:
 def _product(weight: Tensor, B: int, is_compiled: bool) -> Callable:
     """(x, bias) -> x weight^T + bias, of a copy of this matrix in the layout that is fastest for x of B rows.
 
-    For one row that is (in, out), if there are no more inputs than outputs. For more it is
-    oneDNN's own, where PyTorch has it, for else each product would first bring the matrix into such a layout.
+    For one row that is (in, out) if there are more outputs than inputs, else the matrix's own. For
+    several rows it is the one of oneDNN, where PyTorch has it: without it each product would first
+    bring the matrix into such a layout.
     """
     if weight.dtype == torch.float32:
         if B > 1 and not is_compiled and (packed := _packed(weight, B)):
             return packed
-        if weight.shape[0] >= weight.shape[1]:
+        if weight.shape[0] > weight.shape[1]:
             weight = weight.t().contiguous().t()
     return lambda x, bias=None: F.linear(x, weight, bias)
 

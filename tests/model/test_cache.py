@@ -115,6 +115,17 @@ def test_the_weights_copies_are_gone_after_a_step_and_are_of_the_current_weights
     assert torch.equal(after, generate(model, tokens, LONG, temperature=0.0, use_cache=False))
 
 
+def test_without_packed_weights_the_tokens_are_the_same(monkeypatch):
+    model, tokens = build(), some_tokens(3, 4)
+    packed = generate(model, tokens, LONG, temperature=0.0)
+    calls = []
+    monkeypatch.setattr(cache, "_packed", lambda *a, plain=cache._packed: calls.append(plain(*a)))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # the ops are not public: a PyTorch may lack them
+    assert torch.equal(generate(model, tokens, LONG, temperature=0.0), packed)
+    assert len(calls) > 1
+    assert not any(calls)
+
+
 def test_a_graph_that_cannot_be_captured_is_a_sentence_and_changes_no_token():
     if torch.cuda.is_available():
         pytest.skip("a graph can be captured here")
