@@ -31,7 +31,7 @@ from model.cache import Decoder
 
 SMALLEST = torch.finfo(torch.float32).tiny  # temperature and top_p; float32 would round smaller ones to 0
 SLIDES = 4  # a full window drops 1 / SLIDES of its tokens
-COPIES_FROM = 32  # new tokens from which it pays to copy the weights for decoding
+COPIES_FROM = 48  # new tokens of one float32 row from which it pays to copy the weights; else a quarter of it
 LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models, see evaluation_mode
 
 
@@ -166,8 +166,8 @@ def stream(
 
     With a seed the draws are reproducible. PyTorch's global random state is neither read nor
     changed. The model is in evaluation mode only while a token is computed, so the stream may be
-    left at any token. Threads with streams of one model take turns. A thread that trains the model
-    meanwhile may lose dropout. Raises ValueError, before drawing, if an argument is wrong, and
+    left at any token. Threads with streams of one model take turns; none should train it meanwhile,
+    for it may lose dropout. Raises ValueError, before drawing, if an argument is wrong, and
     NotFinite, while drawing, if a logit is not finite.
     """
     options = Options(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -178,13 +178,14 @@ def stream(
         if use_cache and max_new_tokens > 0:
             if use_graph is None:
                 use_graph = text.tokens.device.type == "cuda" and not hasattr(model, "unshard")
+            is_single = len(text.tokens) == 1 and model.compute_dtype == torch.float32
             decoder = Decoder(
                 model,
                 len(text.tokens),
                 text.widest(max_new_tokens),
                 uses_graph=use_graph,
                 is_compiled=is_compiled,
-                copies_weights=max_new_tokens >= COPIES_FROM,
+                copies_weights=max_new_tokens >= COPIES_FROM // (1 if is_single else 4),
             )
     generators = [torch.Generator(device=text.tokens.device) for _ in text.tokens]
     for row, generator in enumerate(generators):

@@ -8,7 +8,7 @@ import torch
 from tiny_model import build, some_tokens
 
 from model import cache
-from model.cache import Decoder
+from model.cache import Decoder, Weights
 from model.generate import COPIES_FROM, generate, window_start
 
 LONG = COPIES_FROM + 9  # new tokens, with the weights' copies
@@ -109,13 +109,34 @@ def test_bfloat16_is_as_near_to_float32_as_the_uncached_path():
 def test_the_weights_copies_are_gone_after_a_step_and_are_of_the_current_weights():
     model, tokens = build(), some_tokens(2, 4)
     before = generate(model, tokens, LONG, temperature=0.0)
-    assert not any({"cast", "head"} & set(vars(module)) for module in model.modules())
+    assert not any({"cast", "head", "product"} & set(vars(module)) for module in model.modules())
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
     after = generate(model, tokens, LONG, temperature=0.0)
     assert not torch.equal(before, after)
     assert torch.equal(after, generate(model, tokens, LONG, temperature=0.0, use_cache=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_of_another_thread_with_gradients_does_not_use_the_copies(dtype):
+    model, tokens = build(), some_tokens(2, 8)
+    model.configure("torch", dtype)
+    alone = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
+    with Weights(model, 2):  # as a thread that generates has them during its forward
+        beside = torch.autograd.grad(model(tokens, tokens), list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
+
+
+def test_without_packed_weights_the_tokens_are_the_same(monkeypatch):
+    model, tokens = build(), some_tokens(3, 4)
+    packed = generate(model, tokens, LONG, temperature=0.0)
+    calls = []
+    monkeypatch.setattr(cache, "_packed", lambda *a, plain=cache._packed: calls.append(plain(*a)))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # the ops are not public: a PyTorch may lack them
+    assert torch.equal(generate(model, tokens, LONG, temperature=0.0), packed)
+    assert len(calls) > 1
+    assert not any(calls)
 
 
 @pytest.fixture
