@@ -8,6 +8,7 @@ adds the batches' sums in the same order. So the loss has the same bits on any n
 import codecs
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from model import generate
 from model.gpt2 import GPT2
 
 BATCH_TOKENS = 8192  # tokens per forward pass
-STOP_EVERY = 16  # tokens of several samples after which stop strings are looked for
+STOP_EVERY = 16  # tokens of several samples after which their text is looked at
 
 
 def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
@@ -59,7 +60,7 @@ def mean_loss(
 
     progress: called after each batch. is_interrupted: whether this rank is asked to stop; if any
     is, the rest is left out and the mean is None on every rank. A sharded model evaluates all.
-    Restores the model's training mode.
+    Each module's mode is then as before.
     """
     size = max(1, BATCH_TOKENS // context)  # sequences per batch
     batches = np.split(windows, range(size, len(windows), size))
@@ -68,22 +69,17 @@ def mean_loss(
     end = len(batches)
     if is_sharded(raw_model):  # each forward needs all ranks: spare ranks repeat the last batch and drop its loss
         end = math.ceil(end / ranks.world_size) * ranks.world_size
-    was_training = raw_model.training
-    raw_model.eval()
-    try:
-        with outside_training(raw_model):
-            for index in range(ranks.rank, end, ranks.world_size):
-                if not is_sharded(raw_model) and is_interrupted():
-                    sums[-1] = 1.0
-                    break
-                indices = batches[min(index, len(batches) - 1)]
-                batch = stream.windows(indices, context).to(ranks.device)  # (B, T + 1)
-                loss = raw_model(batch[:, :-1], batch[:, 1:])
-                if index < len(batches):
-                    sums[index] = loss.to(wide) * len(batch)
-                progress()
-    finally:
-        raw_model.train(was_training)
+    with generate.evaluation_mode(raw_model), outside_training(raw_model):
+        for index in range(ranks.rank, end, ranks.world_size):
+            if not is_sharded(raw_model) and is_interrupted():
+                sums[-1] = 1.0
+                break
+            indices = batches[min(index, len(batches) - 1)]
+            batch = stream.windows(indices, context).to(ranks.device)  # (B, T + 1)
+            loss = raw_model(batch[:, :-1], batch[:, 1:])
+            if index < len(batches):
+                sums[index] = loss.to(wide) * len(batch)
+            progress()
     *losses, interrupted = ranks.sum(sums).tolist()
     return None if interrupted else sum(losses) / len(windows)
 
@@ -129,40 +125,59 @@ def sample(
     return tokenizer.decode(tokens[0])
 
 
-def pieces(drawn: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
-    """Text of each drawn token, up to an end-of-text token. A character may span several tokens.
+class Row:
+    """Text of a row's tokens, up to an end-of-text token. A character may span several tokens.
 
     stop: strings before the first of which the text ends. What may begin one is held back.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held = ""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held, self.has_ended = "", False
+
+    def add(self, token: int) -> str:
+        """The text that is sure now. All that was held if this token ends it."""
+        if token == self.tokenizer.end_of_text:
+            return self.end()
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        ready = len(self.held)
+        if found := [at for string in self.stop if (at := self.held.find(string)) >= 0]:
+            ready, self.has_ended = min(found), True
+        else:
+            ready -= max(
+                (n for string in self.stop for n in range(1, len(string)) if self.held.endswith(string[:n])), default=0
+            )
+        text, self.held = self.held[:ready], self.held[ready:]
+        return text
+
+    def end(self) -> str:
+        """Ends the text. Returns what was held back."""
+        self.has_ended = True
+        return self.held + self.decoder.decode(b"", final=True)
+
+
+def pieces(drawn: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Text of each drawn token, as of Row."""
+    row = Row(tokenizer, stop)
     for token in drawn:
-        is_end = token.item() == tokenizer.end_of_text
-        held += decoder.decode(b"" if is_end else tokenizer.decode_bytes([token.item()]))
-        if found := [at for string in stop if (at := held.find(string)) >= 0]:
-            yield held[: min(found)]
+        yield row.add(token.item())
+        if row.has_ended:
             return
-        if is_end:
-            break
-        beginnings = (size for string in stop for size in range(1, len(string)) if held.endswith(string[:size]))
-        ready = len(held) - max(beginnings, default=0)
-        yield held[:ready]
-        held = held[ready:]
-    yield held + decoder.decode(b"", final=True)
+    yield row.end()
 
 
 def continuations(drawn: Iterable[Tensor], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> list[str]:
-    """Text of each row of the drawn tokens, (B, 1) each, as of `pieces`. Draws until each row has ended."""
-    columns: list[Tensor] = []
-
-    def texts(strings: Sequence[str]) -> list[str]:
-        rows = torch.cat(columns, dim=1).cpu() if columns else []
-        return ["".join(pieces(row, tokenizer, strings)) for row in rows]
-
-    for column in drawn:
-        columns.append(column)
-        if stop and len(columns) % STOP_EVERY == 0:
-            ended = (column == tokenizer.end_of_text).flatten().tolist()
-            if all(end or a != b for end, a, b in zip(ended, texts(stop), texts(()), strict=True)):
-                break
-    return texts(stop)
+    """Text of each row of the drawn tokens, (B, 1) each, as of Row. Draws until each row has ended."""
+    drawn, rows, texts = iter(drawn), [], []
+    while columns := list(islice(drawn, STOP_EVERY)):
+        block = torch.cat(columns, dim=1).tolist()
+        if not rows:
+            rows, texts = [Row(tokenizer, stop) for _ in block], [[] for _ in block]
+        for row, text, tokens in zip(rows, texts, block, strict=True):
+            for token in tokens:
+                if not row.has_ended:
+                    text.append(row.add(token))
+        if all(row.has_ended for row in rows):
+            break
+    return ["".join(text) + ("" if row.has_ended else row.end()) for row, text in zip(rows, texts, strict=True)]

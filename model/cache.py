@@ -102,42 +102,71 @@ class LayerCache:
 class Weights:
     """Copies of the model's matrices with which a decode step is faster; a context manager for a forward.
 
-    In a lower precision each matrix is cast once and not in each forward. On a CPU in float32 a
-    matrix with no more inputs than outputs is stored as (in, out), from which MKL's product with
-    one row reads faster. There are no gradients inside. A sharded model has no copies.
+    B: rows of a step. In a lower precision each matrix is cast once and not in each forward. In
+    float32 a CPU's copies have another layout, see _product. A forward with gradients, as of another
+    thread, does not use them. Only one thread may be inside. A sharded model has no copies.
     """
 
     @torch.no_grad()
-    def __init__(self, model):
+    def __init__(self, model, B: int, is_compiled: bool = False):
         self.places: list[tuple[nn.Module, str, Callable]] = []
         weight, dtype = model.wte.weight.detach(), model.compute_dtype
         if hasattr(model, "unshard") or (dtype == torch.float32 and weight.device.type != "cpu"):
             return
         for linear in model.modules():
             if isinstance(linear, nn.Linear):
-                copies = {name: _copy(p, dtype, linear.copies.get(name)) for name, p in linear.named_parameters()}
-                self.places.append((linear, "cast", lambda name, dtype, copies=copies: copies[name]))
-        head = _copy(weight, dtype)
-        self.places.append((model, "head", lambda h: F.linear(h, head)[..., : model.config.vocab_size]))
+                if dtype == torch.float32:
+                    self.places.append((linear, "product", _product(linear.weight.detach(), B, is_compiled)))
+                else:
+                    copies = {name: _cast(p, dtype, linear.copies.get(name)) for name, p in linear.named_parameters()}
+                    self.places.append((linear, "cast", lambda name, dtype, copies=copies: copies[name]))
+        head = _product(weight if dtype == torch.float32 else weight.to(dtype), B, is_compiled)
+        self.places.append((model, "head", lambda h: head(h)[..., : model.config.vocab_size]))
 
     def __enter__(self) -> None:
         for module, name, function in self.places:
-            module.__dict__[name] = function
+            module.__dict__[name] = _without_gradients(function, getattr(type(module), name), module)
 
     def __exit__(self, *_) -> None:
         for module, name, _ in self.places:
             del module.__dict__[name]
 
 
-def _copy(parameter: Tensor, dtype: torch.dtype, copy: Tensor | None = None) -> Tensor:
+def _without_gradients(function: Callable, plain: Callable, module: nn.Module) -> Callable:
+    """The function, or in a thread that computes gradients the module's plain method."""
+    return lambda *args: plain(module, *args) if torch.is_grad_enabled() else function(*args)
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype, copy: Tensor | None) -> Tensor:
     """The parameter in this dtype. copy: of cast_once in training, written anew, for no more memory than that."""
-    parameter = parameter.detach()
-    if dtype != torch.float32:
-        is_fit = copy is not None and (copy.dtype, copy.device) == (dtype, parameter.device)
-        return copy.copy_(parameter) if is_fit else parameter.to(dtype)
-    if parameter.ndim == 1 or parameter.shape[0] < parameter.shape[1]:
-        return parameter
-    return parameter.t().contiguous().t()
+    is_fit = copy is not None and (copy.dtype, copy.device) == (dtype, parameter.device)
+    return copy.copy_(parameter) if is_fit else parameter.detach().to(dtype)
+
+
+def _product(weight: Tensor, B: int, is_compiled: bool) -> Callable:
+    """(x, bias) -> x weight^T + bias, of a copy of this matrix in the layout that is fastest for x of B rows.
+
+    For one row that is (in, out) if there are more outputs than inputs, else the matrix's own. For
+    several rows it is the one of oneDNN, where PyTorch has it: without it each product would first
+    bring the matrix into such a layout.
+    """
+    if weight.dtype == torch.float32:
+        if B > 1 and not is_compiled and (packed := _packed(weight, B)):
+            return packed
+        if weight.shape[0] > weight.shape[1]:
+            weight = weight.t().contiguous().t()
+    return lambda x, bias=None: F.linear(x, weight, bias)
+
+
+def _packed(weight: Tensor, B: int) -> Callable | None:
+    """The product with a matrix that oneDNN has packed, by the ops of torch.compile; None without them."""
+    try:
+        ops = torch.ops.mkldnn
+        matrix, linear = ops._reorder_linear_weight(weight, B), ops._linear_pointwise
+        linear(weight[:1], matrix, None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):  # they are not public
+        return None
+    return lambda x, bias=None: linear(x, matrix, bias, "none", [], "")
 
 
 class Decoder:
@@ -158,7 +187,7 @@ class Decoder:
         copies_weights: bool = True,
     ):
         self.model, self.cache = model, Cache(model, B, size, is_static=uses_graph or is_compiled)
-        self.weights = Weights(model) if copies_weights else None
+        self.weights = Weights(model, B, is_compiled) if copies_weights else None
         self.tokens = torch.zeros(B, 1, dtype=torch.int64, device=model.wte.weight.device)
         self.run = torch.compile(self._run, dynamic=False) if is_compiled else self._run
         self.uses_graph, self.graph, self.logits = uses_graph, None, None
@@ -167,7 +196,7 @@ class Decoder:
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Float32 logits (B, V) after rows of these lengths, which end where tokens (B, T) do."""
         self.cache.prefill(lengths)
-        with self.weights or torch.no_grad():
+        with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
             return self.model.last_logits(tokens[:, -self.cache.end :], self.cache).float()
 
     @torch.no_grad()
@@ -175,7 +204,7 @@ class Decoder:
         """Float32 logits (B, V) after one more token of each row, (B, 1). Those of a graph are overwritten."""
         self.cache.advance()
         self.tokens.copy_(tokens)
-        with self.weights or torch.no_grad():
+        with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
             if self.uses_graph and self.graph is None:
                 self._capture()
             if self.graph is None:
@@ -190,17 +219,23 @@ class Decoder:
 
     def _capture(self) -> None:
         """Captures the step that is due, whose writes may be repeated. Another thread may use the GPU meanwhile."""
+        before = torch.cuda.current_stream()
         try:
             stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(3):  # the first calls compile kernels and allocate workspaces
                     self.run()
-            torch.cuda.current_stream().wait_stream(stream)
+            before.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self.run()
             self.graph = graph
-        except Exception as error:  # the steps are the same without it
+        except RuntimeError as error:  # the steps are the same without it
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize()
             self.uses_graph, self.run = False, self._run
             warnings.warn(f"generate: no CUDA graph, slower: {str(error).splitlines()[0]}", stacklevel=2)
+        finally:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current

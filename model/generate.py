@@ -17,21 +17,44 @@ arXiv:1904.09751 (top_p); Nguyen et al. 2024, arXiv:2407.01082 (min_p).
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.cache import Decoder
 
 SMALLEST = torch.finfo(torch.float32).tiny  # temperature and top_p; float32 would round smaller ones to 0
 SLIDES = 4  # a full window drops 1 / SLIDES of its tokens
-COPIES_FROM = 32  # new tokens from which it pays to copy the weights for decoding
+COPIES_FROM = 48  # new tokens of one float32 row from which it pays to copy the weights; else a quarter of it
+LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of models, see evaluation_mode
 
 
 class NotFinite(ValueError):
     """Logits of a model that has diverged."""
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+    """Context manager in which a model is in evaluation mode. Then each module has its own mode again.
+
+    modules: the model's, if they are known: to list them takes a while. Other threads that enter it
+    for the same model wait.
+    """
+    with LOCKS.setdefault(model, threading.RLock()):
+        training = [module for module in modules or model.modules() if module.training]
+        for module in training:  # nn.Module's own setter is slow, and this is done for each token
+            vars(module)["training"] = False
+        try:
+            yield
+        finally:
+            for module in training:
+                vars(module)["training"] = True
 
 
 @dataclass(frozen=True)
@@ -49,8 +72,8 @@ class Options:
         wrong = []
         if not 0.0 <= self.temperature < math.inf:
             wrong.append(f"temperature must be at least 0 and finite, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            wrong.append(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_k is not None:
+            wrong += _not_integer("top_k", self.top_k, 1, math.inf, "at least 1")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             wrong.append(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
@@ -58,6 +81,13 @@ class Options:
         if not 0.01 <= self.repetition_penalty <= 100.0:
             wrong.append(f"repetition_penalty must be 0.01 to 100, got {self.repetition_penalty}")
         return wrong
+
+
+def _not_integer(name: str, value, least: int, most: float, limits: str) -> list[str]:
+    """What is wrong with a value that must be an integer within these limits."""
+    if not isinstance(value, Integral):
+        return [f"{name} must be an integer, got {value!r}"]
+    return [] if least <= value <= most else [f"{name} must be {limits}, got {value}"]
 
 
 def filter_logits(
@@ -135,27 +165,31 @@ def stream(
     is sharded. is_compiled: by torch.compile, which takes a minute before the first token.
 
     With a seed the draws are reproducible. PyTorch's global random state is neither read nor
-    changed. Raises ValueError, before drawing, if an argument is wrong, and NotFinite, while
-    drawing, if a logit is not finite.
+    changed. The model is in evaluation mode only while a token is computed, so the stream may be
+    left at any token. Threads with streams of one model take turns; none should train it meanwhile,
+    for it may lose dropout. Raises ValueError, before drawing, if an argument is wrong, and
+    NotFinite, while drawing, if a logit is not finite.
     """
     options = Options(temperature, top_k, top_p, min_p, repetition_penalty)
-    _check(model, tokens, max_new_tokens, options, context, end_of_text)
-    text = Text(tokens, max_new_tokens, model.config.n_positions if context is None else context)
+    _check(model, tokens, max_new_tokens, options, context, end_of_text, seed, use_graph)
     decoder = None
-    if use_cache and max_new_tokens > 0:
-        if use_graph is None:
-            use_graph = text.tokens.device.type == "cuda" and not hasattr(model, "unshard")
-        decoder = Decoder(
-            model,
-            len(text.tokens),
-            text.widest(max_new_tokens),
-            uses_graph=use_graph,
-            is_compiled=is_compiled,
-            copies_weights=max_new_tokens >= COPIES_FROM,
-        )
+    with torch.inference_mode(False):  # inference tensors could not be changed outside of that mode
+        text = Text(tokens, max_new_tokens, model.config.n_positions if context is None else context)
+        if use_cache and max_new_tokens > 0:
+            if use_graph is None:
+                use_graph = text.tokens.device.type == "cuda" and not hasattr(model, "unshard")
+            is_single = len(text.tokens) == 1 and model.compute_dtype == torch.float32
+            decoder = Decoder(
+                model,
+                len(text.tokens),
+                text.widest(max_new_tokens),
+                uses_graph=use_graph,
+                is_compiled=is_compiled,
+                copies_weights=max_new_tokens >= COPIES_FROM // (1 if is_single else 4),
+            )
     generators = [torch.Generator(device=text.tokens.device) for _ in text.tokens]
     for row, generator in enumerate(generators):
-        generator.manual_seed(seed + row) if seed is not None else generator.seed()
+        generator.manual_seed(int(seed) + row) if seed is not None else generator.seed()
     return _stream(model, text, max_new_tokens, options, generators, end_of_text, decoder)
 
 
@@ -196,62 +230,81 @@ class Text:
         return seen
 
 
-def _check(model, tokens, max_new_tokens: int, options: Options, context: int | None, end_of_text: int | None) -> None:
-    wrong, V = [], model.config.vocab_size
-    rows, shape = ([tokens], 2) if isinstance(tokens, Tensor) else (tokens, 1)
-    if len(tokens) == 0:
-        wrong.append("tokens must be at least one prompt, got none")
-    for row in rows:
-        if row.ndim != shape or row.dtype != torch.int64 or row.shape[-1] == 0:
-            names = "(B, T) int64 with T >= 1" if shape == 2 else "a list of (T,) int64 with T >= 1"
-            wrong.append(f"tokens must be {names}, got {tuple(row.shape)} {row.dtype}")
-        elif row.numel() and not 0 <= int(row.min()) <= int(row.max()) < V:
-            wrong.append(f"tokens must be 0 to {V - 1}, got {int(row.min())} to {int(row.max())}")
-    if max_new_tokens < 0:
-        wrong.append(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+def _check(model, tokens, max_new_tokens, options: Options, context, end_of_text, seed, use_graph) -> None:
+    V, n_positions = model.config.vocab_size, model.config.n_positions
+    wrong = _wrong_prompts(tokens, V)
+    B = 1 if wrong else len(tokens)
+    wrong += _not_integer("max_new_tokens", max_new_tokens, 0, math.inf, "at least 0")
     wrong += options.wrong()
-    if context is not None and not 1 <= context <= model.config.n_positions:
-        wrong.append(f"context must be 1 to the model's {model.config.n_positions} positions, got {context}")
-    if end_of_text is not None and not 0 <= end_of_text < V:
-        wrong.append(f"end_of_text must be 0 to {V - 1}, got {end_of_text}")
+    if context is not None:
+        wrong += _not_integer("context", context, 1, n_positions, f"1 to the model's {n_positions} positions")
+    if end_of_text is not None:
+        wrong += _not_integer("end_of_text", end_of_text, 0, V - 1, f"0 to {V - 1}")
+    if seed is not None:  # PyTorch takes any 64 bits, with a sign or without; the last row's is seed + B - 1
+        wrong += _not_integer("seed", seed, -(2**63), 2**64 - B, f"-2^63 to 2^64 - {B}")
+    if use_graph and (kind := model.wte.weight.device.type) != "cuda":
+        wrong.append(f"use_graph must be False or None unless the model is on a CUDA device, got a model on {kind}")
     if wrong:
         raise ValueError("generate: " + "; ".join(wrong))
 
 
+def _wrong_prompts(tokens, vocab_size: int) -> list[str]:
+    """What is wrong with the prompts, in sentences."""
+    is_batch = isinstance(tokens, Tensor)
+    if not is_batch and (not isinstance(tokens, Sequence) or isinstance(tokens, str)):
+        return [f"tokens must be a tensor or a list of tensors, got {type(tokens).__name__}"]
+    rows, shape = ([tokens], 2) if is_batch else (tokens, 1)
+    names = "(B, T) int64 with T >= 1" if is_batch else "a list of (T,) int64 with T >= 1"
+    wrong = []
+    for row in rows:
+        if not isinstance(row, Tensor):
+            wrong.append(f"tokens must be {names}, got one of type {type(row).__name__}; make it a tensor")
+        elif row.ndim != shape or row.dtype != torch.int64 or row.shape[-1] == 0:
+            wrong.append(f"tokens must be {names}, got {tuple(row.shape)} {row.dtype}")
+        elif row.numel() and not 0 <= int(row.min()) <= int(row.max()) < vocab_size:
+            wrong.append(f"tokens must be 0 to {vocab_size - 1}, got {int(row.min())} to {int(row.max())}")
+    if not wrong and len(tokens) == 0:
+        wrong.append("tokens must be at least one prompt, got none")
+    return wrong
+
+
 def _stream(model, text: Text, max_new_tokens, options, generators, end_of_text, decoder) -> Iterator[Tensor]:
-    seen = text.seen(model.config.vocab_size) if options.repetition_penalty != 1.0 else None
-    ended = torch.zeros_like(text.tokens[:, :1], dtype=torch.bool)
-    starts = None
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            before, starts = starts, text.starts()
-            if decoder is None:
-                logits = next_logits(model, text)
-            elif starts == before:
-                logits = decoder.step(text.tokens[:, -1:])
-            else:  # the prompt, or a window that has slid
-                lengths = [length - start for length, start in zip(text.lengths, starts, strict=True)]
-                logits = decoder.prefill(text.tokens, lengths)
-            if not logits.sum().isfinite() and (odd := int((~logits.isfinite()).sum())):
-                raise NotFinite(
-                    f"generate: the model's logits must be finite, got {odd} of {logits.numel()} that are not"
-                )
-            if seen is not None:
-                logits = penalize(logits, seen, options.repetition_penalty)
-            token = draw(logits, options, generators)
-            if seen is not None:
-                seen.scatter_(1, token, True)
+    seen, starts, modules = None, None, list(model.modules())
+    with torch.inference_mode(False):
+        ended = torch.zeros(len(text.tokens), 1, dtype=torch.bool, device=text.tokens.device)
+        if options.repetition_penalty != 1.0:
+            seen = text.seen(model.config.vocab_size)
+    for _ in range(max_new_tokens):
+        before, starts = starts, text.starts()
+        with torch.inference_mode(False):  # not around yield, which would set the reader's mode
+            with evaluation_mode(model, modules):
+                if decoder is None:
+                    logits = next_logits(model, text)
+                elif starts == before:
+                    logits = decoder.step(text.tokens[:, -1:])
+                else:  # the prompt, or a window that has slid
+                    lengths = [length - start for length, start in zip(text.lengths, starts, strict=True)]
+                    logits = decoder.prefill(text.tokens, lengths)
+            token = _chosen(logits, seen, options, generators)
             if end_of_text is not None:
                 token = token.masked_fill(ended, end_of_text)
                 ended |= token == end_of_text
             text.append(token)
-            yield token
-            if end_of_text is not None and bool(ended.all()):
-                return
-    finally:
-        model.train(was_training)
+        yield token
+        if end_of_text is not None and bool(ended.all()):
+            return
+
+
+def _chosen(logits: Tensor, seen: Tensor | None, options: Options, generators) -> Tensor:
+    """The next token of each row, which is added to `seen`. Raises NotFinite."""
+    if not logits.sum().isfinite() and (odd := int((~logits.isfinite()).sum())):
+        raise NotFinite(f"generate: the model's logits must be finite, got {odd} of {logits.numel()} that are not")
+    if seen is not None:
+        logits = penalize(logits, seen, options.repetition_penalty)
+    token = draw(logits, options, generators)
+    if seen is not None:
+        seen.scatter_(1, token, True)
+    return token
 
 
 @torch.no_grad()

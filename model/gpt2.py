@@ -75,7 +75,11 @@ class Linear(nn.Linear):
         self.uses_copies = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.cast("weight", x.dtype), self.cast("bias", x.dtype))
+        return self.product(x, self.cast("bias", x.dtype))
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x weight^T, plus this bias if there is one."""
+        return F.linear(x, self.cast("weight", x.dtype), bias)
 
     def cast(self, name: str, dtype: torch.dtype) -> Tensor:
         """The parameter of this name in this dtype."""
@@ -169,7 +173,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, h: Tensor) -> Tensor:
-        h = self.ops.bias_gelu(F.linear(h, self.c_fc.cast("weight", h.dtype)), self.c_fc.bias)  # (B, T, 4 C)
+        h = self.ops.bias_gelu(self.c_fc.product(h), self.c_fc.bias)  # (B, T, 4 C)
         return F.dropout(self.c_proj(h), self.dropout, self.training)
 
 

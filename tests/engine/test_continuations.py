@@ -42,3 +42,12 @@ def test_continuations_end_at_the_end_of_text_or_at_a_stop_string_each():
     assert evaluation.continuations(drawn, BYTES, ["#"]) == ["ab", "xyz", "-" * 63]
     assert len(taken) == 63
     assert evaluation.continuations(iter([]), BYTES) == []
+
+
+def test_with_stop_strings_the_text_of_a_token_is_read_once(monkeypatch):
+    read = []
+    plain = type(BYTES).decode_bytes
+    monkeypatch.setattr(type(BYTES), "decode_bytes", lambda self, ids: read.append(1) or plain(self, ids))
+    drawn, _ = columns(list(b"ab#cdef" * 90), list(b"-" * 630))
+    assert evaluation.continuations(drawn, BYTES, ["#"]) == ["ab", "-" * 630]
+    assert len(read) == 3 + 630

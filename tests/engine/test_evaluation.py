@@ -88,10 +88,12 @@ def test_evaluating_leaves_everything_as_it_was(model, training):
     text = stream(2000)
     chosen = evaluation.windows(text, T, CONFIG.eval_tokens)
     model.train(training)
+    model.h[0].train(not training)
+    modes = [module.training for module in model.modules()]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     random_state = torch.get_rng_state()
     first = evaluation.mean_loss(model, text, chosen, T, ALONE)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(module.training is training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert evaluation.mean_loss(model, text, chosen, T, ALONE) == first

@@ -1,11 +1,14 @@
 """KV cache: what it draws equals what reading the whole window for each token draws."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_model import build, some_tokens
 
 from model import cache
-from model.cache import Decoder
+from model.cache import Decoder, Weights
 from model.generate import COPIES_FROM, generate, window_start
 
 LONG = COPIES_FROM + 9  # new tokens, with the weights' copies
@@ -53,6 +56,10 @@ def test_the_cache_draws_the_tokens_of_the_uncached_path(B, T, changes, copies_f
 @pytest.mark.parametrize("lengths", [[9], [7, 7, 7], PROMPTS], ids=str)
 def test_logits_are_within_1e_5_of_a_forward_pass(lengths, is_static):
     model, rows = build().eval(), prompts(lengths)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # which are 0 at first
+                p.normal_(std=0.1)
     decoder, steps = Decoder(model, len(rows), 16, uses_graph=is_static), 17 - max(lengths)
     decoder.uses_graph = False  # here is no GPU; the shapes stay a graph's
     assert decoder.cache.is_static == is_static
@@ -106,7 +113,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_uncached_path():
 def test_the_weights_copies_are_gone_after_a_step_and_are_of_the_current_weights():
     model, tokens = build(), some_tokens(2, 4)
     before = generate(model, tokens, LONG, temperature=0.0)
-    assert not any({"cast", "head"} & set(vars(module)) for module in model.modules())
+    assert not any({"cast", "head", "product"} & set(vars(module)) for module in model.modules())
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2)
@@ -115,10 +122,96 @@ def test_the_weights_copies_are_gone_after_a_step_and_are_of_the_current_weights
     assert torch.equal(after, generate(model, tokens, LONG, temperature=0.0, use_cache=False))
 
 
-def test_a_graph_that_cannot_be_captured_is_a_sentence_and_changes_no_token():
-    if torch.cuda.is_available():
-        pytest.skip("a graph can be captured here")
-    model, tokens = build(), some_tokens(2, 4)
-    with pytest.warns(UserWarning, match="^generate: no CUDA graph, slower: "):
-        out = generate(model, tokens, LONG, temperature=0.0, use_graph=True)
-    assert torch.equal(out, generate(model, tokens, LONG, temperature=0.0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_of_another_thread_with_gradients_does_not_use_the_copies(dtype):
+    model, tokens = build(), some_tokens(2, 8)
+    model.configure("torch", dtype)
+    alone = torch.autograd.grad(model(tokens).float().square().mean(), list(model.parameters()))
+    with Weights(model, 2):  # as a thread that generates has them during its forward
+        beside = torch.autograd.grad(model(tokens).float().square().mean(), list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
+
+
+def test_without_packed_weights_the_tokens_are_the_same(monkeypatch):
+    model, tokens = build(), some_tokens(3, 4)
+    packed = generate(model, tokens, LONG, temperature=0.0)
+    calls = []
+    monkeypatch.setattr(cache, "_packed", lambda *a, plain=cache._packed: calls.append(plain(*a)))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # the ops are not public: a PyTorch may lack them
+    assert torch.equal(generate(model, tokens, LONG, temperature=0.0), packed)
+    assert len(calls) > 1
+    assert not any(calls)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's streams and graphs, without a GPU: a capture that fails leaves its stream current, as PyTorch's does."""
+    main, other = (SimpleNamespace(wait_stream=lambda stream: None) for _ in range(2))
+    state = SimpleNamespace(stream=main, main=main, is_models=False, error=None, replays=0)
+
+    @contextmanager
+    def device_of(tensor):
+        state.is_models = True
+        yield
+        state.is_models = False
+
+    @contextmanager
+    def graph(graph, capture_error_mode):
+        assert state.is_models
+        state.stream = other
+        yield
+        if state.error:
+            raise state.error
+        state.stream = main
+
+    def replay():
+        assert state.is_models
+        state.replays += 1
+
+    def new_stream():
+        assert state.is_models
+        return other
+
+    fakes = {
+        "device_of": device_of,
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay=replay),
+        "Stream": new_stream,
+        "stream": nullcontext,
+        "current_stream": lambda: state.stream,
+        "set_stream": lambda stream: setattr(state, "stream", stream),
+        "synchronize": lambda: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return state
+
+
+def test_a_graph_that_cannot_be_captured_is_a_sentence_and_changes_no_token(cuda):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    plain, decoder = Decoder(model, 2, 16), Decoder(model, 2, 16, uses_graph=True)
+    assert torch.equal(plain.prefill(tokens, [5, 5]), decoder.prefill(tokens, [5, 5]))
+    cuda.error = RuntimeError("invalidated\nmore")
+    with pytest.warns(UserWarning, match="^generate: no CUDA graph, slower: invalidated$"):
+        logits = decoder.step(tokens[:, :1])
+    assert (logits - plain.step(tokens[:, :1])).abs().max() < 1e-5
+    assert cuda.stream is cuda.main
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), KeyError("a fault of ours")], ids=["memory", "bug"])
+def test_another_error_in_a_capture_is_not_hidden(cuda, error):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    decoder, cuda.error = Decoder(model, 2, 16, uses_graph=True), error
+    decoder.prefill(tokens, [5, 5])
+    with pytest.raises(type(error)):
+        decoder.step(tokens[:, :1])
+    assert cuda.stream is cuda.main
+
+
+def test_a_graph_is_captured_and_replayed_on_the_model_s_device(cuda):
+    model, tokens = build().eval(), some_tokens(2, 5)
+    decoder = Decoder(model, 2, 16, uses_graph=True)
+    decoder.prefill(tokens, [5, 5])
+    for _ in range(2):
+        decoder.step(tokens[:, :1])
+    assert cuda.replays == 2

@@ -1,6 +1,7 @@
 """Sampling: continues the prompt, draws from the requested distribution, refuses bad requests."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -177,6 +178,21 @@ BAD_REQUESTS = [
     pytest.param(some_tokens(1, 4), {"end_of_text": 257}, "end_of_text must be 0 to 256, got 257", id="end_of_text"),
     pytest.param([], {}, "at least one prompt, got none", id="no prompt"),
     pytest.param([torch.zeros(1, 4, dtype=torch.int64)], {}, "a list of .T,. int64 .*got .1, 4.", id="batches"),
+    pytest.param([[1, 2], [3]], {}, "a list of .T,. int64 .*got one of type list; make it a tensor", id="Python lists"),
+    pytest.param(torch.tensor(3), {}, "got .. torch.int64", id="a number"),
+    pytest.param(7, {}, "tokens must be a tensor or a list of tensors, got int", id="no tensor"),
+    pytest.param(some_tokens(1, 4), {"top_k": 2.5}, "top_k must be an integer, got 2.5", id="floating top_k"),
+    pytest.param(some_tokens(1, 4), {"context": 8.0}, "context must be an integer, got 8.0", id="floating context"),
+    pytest.param(
+        some_tokens(1, 4), {"end_of_text": "x"}, "end_of_text must be an integer, got 'x'", id="an end's text"
+    ),
+    pytest.param(
+        some_tokens(1, 4), {"max_new_tokens": 2.0}, "max_new_tokens must be an integer, got 2.0", id="floating"
+    ),
+    pytest.param(some_tokens(1, 4), {"seed": 1.5}, "seed must be an integer, got 1.5", id="floating seed"),
+    pytest.param(some_tokens(1, 4), {"seed": 2**64}, "seed must be -2.63 to 2.64 - 1, got 18446744", id="seed"),
+    pytest.param(some_tokens(2, 4), {"seed": 2**64 - 1}, "seed must be .* - 2, got", id="the second row's seed"),
+    pytest.param(some_tokens(1, 4), {"use_graph": True}, "use_graph must be False or None .* on cpu", id="graph"),
     pytest.param(some_tokens(1, 4), {"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1", id="negative"),
 ]
 
@@ -192,10 +208,52 @@ def test_all_that_is_wrong_with_a_request_is_reported_at_once():
         build().generate(torch.tensor([[999]]), 1, temperature=-1.0, top_k=0, top_p=0.0)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_sampling_restores_the_mode_and_keeps_no_graph(training):
-    model = build(dropout=0.5).train(training)
-    first = model.generate(some_tokens(1, 4), 8, temperature=0.0)
-    assert all(module.training == training for module in model.modules())
-    assert torch.equal(model.generate(some_tokens(1, 4), 8, temperature=0.0), first)  # dropout is off while sampling
-    assert not first.requires_grad
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_sampling_leaves_each_module_s_mode_between_tokens_and_keeps_no_graph(use_cache):
+    model = build(dropout=0.5)
+    model.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert any(modes)
+    drawn = stream(model, some_tokens(1, 4), 8, temperature=0.0, use_cache=use_cache)
+    first = [next(drawn) for _ in range(3)]
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    expected = model.generate(some_tokens(1, 4), 3, temperature=0.0)[:, 4:]
+    assert torch.equal(torch.cat(first, dim=1), expected)  # dropout was off
+    model.train()
+    drawn.close()
+    assert all(module.training for module in model.modules())
+    assert not first[0].requires_grad
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+def test_a_stream_may_be_made_and_read_in_different_autograd_modes(use_cache):
+    model, tokens = build(), some_tokens(2, 14)
+    options = {"seed": 0, "repetition_penalty": 1.3, "end_of_text": 256, "use_cache": use_cache}
+    expected = model.generate(tokens, 50, **options)
+    with torch.inference_mode():
+        drawn = stream(model, tokens.clone(), 50, **options)
+        first = [next(drawn) for _ in range(3)]
+        assert torch.is_inference_mode_enabled()
+    rest = list(drawn)
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.cat([tokens, *first, *rest], dim=1), expected)
+    assert not any(token.is_inference() or token.requires_grad for token in first + rest)
+
+
+def test_threads_that_generate_from_one_model_draw_as_if_alone():
+    model, tokens = build(dropout=0.5), some_tokens(2, 4)
+    alone = [model.generate(tokens, 30, seed=seed) for seed in range(3)]
+    found, start = [None] * 3, threading.Barrier(3)
+
+    def draw_all(seed: int) -> None:
+        start.wait()
+        found[seed] = model.generate(tokens, 30, seed=seed)
+
+    threads = [threading.Thread(target=draw_all, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(ours is not None and torch.equal(ours, expected) for ours, expected in zip(found, alone, strict=True))
+    assert all(module.training for module in model.modules())
