@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -271,6 +272,42 @@ def test_every_rank_takes_the_checkpoint_that_the_first_one_found(trained, monke
     assert subject.checkpoint is theirs
     with pytest.raises(BadInput, match=r"checkpoint: must be a directory such as .*, got nowhere"):
         evaluating._load(dataclasses.replace(theirs, path=Path("nowhere")), second)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_other_files_at_the_same_paths_are_told_which_and_a_newer_checkpoint_of_one_is_not_taken(
+    trained, files, tmp_path
+):
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        shutil.copytree(trained, host / "run")
+        shutil.copy(files["lambada"], host / "set.jsonl")
+    shutil.copytree(trained / "checkpoints" / "step_00000002", hosts[1] / "run" / "checkpoints" / "step_00000003")
+    flags = ["--run", "run", "--json", "--lambada", "set.jsonl"]
+
+    def together() -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "engine.cli", "eval", *flags],
+                env=ENVIRONMENT | where | {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+                **{"cwd": host, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+    first, second = together()
+    assert (first[0], second[0], second[1]) == (0, 0, ""), (first, second)
+    assert json.loads(first[1])["step"] == 2
+    lines = (hosts[1] / "set.jsonl").read_text().splitlines(keepends=True)
+    (hosts[1] / "set.jsonl").write_text("".join(lines[1:]))
+    for code, out, said in together():
+        assert (code, out) == (2, "")
+        assert re.search(r"eval: every rank .* differ\n  lambada examples: \w{12} on rank 0; \w{12} on rank 1\n", said)
 
 
 @pytest.mark.slow
