@@ -110,7 +110,7 @@ class Ranks:
         lines = [message if is_same else f"rank {', '.join(at)}: {message}" for message, at in ranks_of.items()]
         raise BadInput("\n".join(lines))
 
-    def check_alike(self, facts: dict[str, Any]) -> None:
+    def check_alike(self, facts: dict[str, Any], who: str = "train") -> None:
         """Raises BadInput on every rank, naming what differs and where, unless all have the same facts."""
         gathered = self.gather(facts)
         wrong = []
@@ -123,7 +123,7 @@ class Ranks:
                 wrong.append(f"{name}: {'; '.join(parts)}")
         if wrong:
             raise BadInput(
-                "train: every rank must run the same thing, but these differ\n  " + "\n  ".join(wrong) + "\n  "
+                f"{who}: every rank must run the same thing, but these differ\n  " + "\n  ".join(wrong) + "\n  "
                 "start all of them with the same flags, code, data and versions"
             )
 

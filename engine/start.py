@@ -28,7 +28,7 @@ from engine.run.metrics import Metrics
 from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Guard, Step
-from engine.tasks import hellaswag, lambada
+from engine.tasks import hellaswag, lambada, scoring
 from engine.tasks.scoring import Task
 from engine.tokens import shards
 from engine.tokens import tokenizer as tokenizers
@@ -122,7 +122,8 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks, precision: str, hel
     """
     digest = shards.digest([data.train_stream, data.val_stream], config.data)
     identity = resume.identity(config, data.tokenizer.name, digest, precision, data.micro_batch_size)
-    ranks.check_alike(resume.facts(config, identity))
+    questions = {f"{task.name} examples": scoring.digest(task.requests) for task in data.tasks}
+    ranks.check_alike(resume.facts(config, identity) | questions)
     checkpoint = None
     with ranks.fail_together():
         if ranks.is_first:  # the only rank that writes OUT; other hosts need not see it

@@ -73,14 +73,16 @@ def is_text(path: str) -> bool:
 
 def _figures(asked: Evaluate, ranks: "Ranks") -> dict[str, Any]:
     """All figures that are asked for, as JSON types. All ranks call it."""
-    from engine.run import export
     from model.generate import NotFinite
 
+    checkpoint = _checkpoint(asked, ranks)
     with ranks.fail_together():
-        subject = Subject(*export.load_model(asked.run, is_best=asked.best), ranks)
+        subject = _load(checkpoint, ranks)
         tasks = _tasks(asked, subject)
         wants_loss = asked.data is not None or asked.eval_tokens is not None or not tasks
-        loss = _loss_of(asked, subject) if wants_loss else None
+        digest, loss = _loss_of(asked, subject) if wants_loss else (None, None)
+        facts = _facts(asked, checkpoint, tasks, digest)
+    ranks.check_alike(facts, "eval")
     step = subject.checkpoint.step
     found: dict[str, Any] = {"run": asked.run, "step": step}
     try:
@@ -95,6 +97,48 @@ def _figures(asked: Evaluate, ranks: "Ranks") -> dict[str, Any]:
     except NotFinite as error:
         raise Diverged(f"eval: {error} at step {step} of {asked.run}; try --best") from error
     return found
+
+
+def _checkpoint(asked: Evaluate, ranks: "Ranks") -> "Checkpoint":
+    """The checkpoint that rank 0 finds: a run that still trains may save or delete one meanwhile."""
+    from engine.run import export
+
+    found = None
+    with ranks.fail_together():
+        if ranks.is_first:
+            found = export.find(asked.run, warn, asked.best)
+    return ranks.broadcast_object(found)
+
+
+def _load(checkpoint: "Checkpoint", ranks: "Ranks") -> Subject:
+    from engine.run import checkpoint as checkpoints
+    from engine.run import export
+
+    if not ranks.is_first:  # on another host the files may be others, or damaged
+        checkpoints.read(checkpoint.path)
+    return Subject(*export.load(checkpoint), checkpoint, ranks)
+
+
+def _facts(
+    asked: Evaluate, checkpoint: "Checkpoint", tasks: list[tuple[str, str, "Task"]], digest: str | None
+) -> dict[str, Any]:
+    """Facts that must be the same on every rank. digest: of the tokens whose loss is asked for."""
+    import dataclasses
+
+    from engine.run import resume
+    from engine.run.verify import MANIFEST
+    from engine.tasks import scoring
+    from engine.tokens.shards import sha256
+
+    try:
+        weights = f"{checkpoint.path.name} {sha256(checkpoint.path / MANIFEST)[:12]}"
+    except OSError as error:
+        raise BadInput(
+            f"eval: {checkpoint.path} must stay until it is read, got {MANIFEST}: {error.strerror}; run it again"
+        ) from error
+    given = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(asked).items()}
+    asks = {f"{name} examples {convention}".strip(): scoring.digest(task.requests) for name, convention, task in tasks}
+    return given | {"checkpoint": weights, "tokens of the loss": digest} | asks | resume.versions()
 
 
 def _tasks(asked: Evaluate, subject: Subject) -> list[tuple[str, str, "Task"]]:
@@ -112,8 +156,8 @@ def _tasks(asked: Evaluate, subject: Subject) -> list[tuple[str, str, "Task"]]:
     return found
 
 
-def _loss_of(asked: Evaluate, subject: Subject) -> Any:
-    """A function that computes the loss on --data. Raises BadInput if that cannot be used."""
+def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
+    """(digest of the tokens, a function that computes the loss) of --data. Raises BadInput if that cannot be used."""
     import dataclasses
 
     from engine import config, evaluation
@@ -135,6 +179,7 @@ def _loss_of(asked: Evaluate, subject: Subject) -> Any:
         if not 1 <= (stride := asked.stride or context) <= context:
             raise BadInput(f"eval: --stride must be at most the {context} tokens that the model reads, got {stride}")
         requests, predicted = text.requests(tokens, context, stride), tokens[1:]
+        digest = scoring.digest(requests)
         what = (asked.data, f"{tokenizer.unit}s of {asked.data}")
 
         def loss() -> float:
@@ -150,7 +195,8 @@ def _loss_of(asked: Evaluate, subject: Subject) -> Any:
         export.check_tokenizer(run.data, tokenizer.name)
         stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
         windows = evaluation.windows(stream, context, run.eval_tokens)
-        predicted = stream.windows(windows, context)[:, 1:].numpy()
+        tokens = stream.windows(windows, context).numpy()
+        predicted, digest = tokens[:, 1:], scoring.digest(scoring.Request(each, context) for each in tokens)
         what = (run.data, f"validation {tokenizer.unit}s of {run.data}")
 
         def loss() -> float:
@@ -169,7 +215,7 @@ def _loss_of(asked: Evaluate, subject: Subject) -> Any:
             "bytes": num_bytes,
         }
 
-    return figures
+    return digest, figures
 
 
 def _with_errors(figures: dict[str, float], count: int) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> t
         base = toml.applied(held.values, PRESETS[name] if name is not None else TrainConfig())
     except ValueError as error:
         raise BadInput(f"{prog}: {file}: {error}") from error
+    if held.is_run and name is not None and PRESETS[name].model != base.model:
+        raise BadInput(
+            f"{prog}: with the config of a run, which has every setting, the preset must be left out or be the run's "
+            f"own, got {name} and {file} of another model; leave out {name} or --config"
+        )
     return base, [] if held.is_run else [flag_of(each) for each in held.values]
 
 

@@ -1,11 +1,12 @@
 """Presets: the config of each model, and the machine that it is for."""
 
 import dataclasses
+import math
 from typing import Any
 
 from engine.config.fields import OptimConfig, TrainConfig
 from model.presets import PRESETS as MODEL_PRESETS
-from model.presets import num_parameters
+from model.presets import num_parameters, parameter_shapes
 
 # Peak learning rate and tokens per step of each model, from table 2.1 of Brown et al. 2020,
 # arXiv:2005.14165, with batches rounded to powers of two. GPT-2's were never published: each size
@@ -86,11 +87,11 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row of JSON types for each preset. memory_bytes: weights, gradients and two moments, float32."""
+    """A row of JSON types for each preset. memory_bytes: weights, gradients and moments, without activations."""
     return [
         {
             "preset": name,
-            "parameters": (count := num_parameters(preset.model, padded=False)),
+            "parameters": num_parameters(preset.model, padded=False),
             "n_layer": preset.model.n_layer,
             "n_head": preset.model.n_head,
             "n_embd": preset.model.n_embd,
@@ -101,11 +102,18 @@ def rows() -> list[dict[str, Any]]:
             "optimizer": preset.optim.name,
             "peak_lr": preset.optim.lr,
             "peak_muon_lr": preset.optim.muon_lr if preset.optim.name == "muon" else None,
-            "memory_bytes": 16 * count,
+            "memory_bytes": _memory_bytes(preset),
             "machine": MACHINES.get(name, "GPUs"),
         }
         for name, preset in PRESETS.items()
     ]
+
+
+def _memory_bytes(preset: TrainConfig) -> int:
+    """Float32 numbers, as engine.planning.memory has them. Muon keeps one moment of the blocks' matrices, not two."""
+    shapes = parameter_shapes(preset.model)
+    matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.") and len(shape) == 2)
+    return 16 * num_parameters(preset.model) - 4 * matrices * (preset.optim.name == "muon")
 
 
 COLUMNS = ("preset", "parameters", "L", "H", "C", "T", "a step", "in all", "lr", "memory")
@@ -120,7 +128,8 @@ def table() -> str:
         for zipped in (zip(row, widths, strict=True) for row in cells)
     ]
     lines += ["", "L layers, H heads, width C, context T; tokens of a step and of the whole run;"]
-    lines += ["peak learning rate of AdamW; memory of weights, gradients and moments.", ""]
+    lines += ["peak learning rate of AdamW; memory of weights, gradients and moments alone (an"]
+    lines += ["estimate; gpt2 plan adds the activations).", ""]
     lines += [f"{name}: {machine}" for name, machine in MACHINES.items()]
     return "\n".join([*lines, "The others need GPUs."])
 

@@ -1,7 +1,8 @@
 """Settings as TOML: what --print-config prints and --config reads.
 
 The names are those of the flags, with dashes or underscores, nested ones in the tables [model] and
-[optim]. TOML has no null: "None" in quotes is no value, as on a command line.
+[optim]. TOML has no null: "None" in quotes is no value, as on a command line, and so is "auto" for
+micro_batch_size.
 """
 
 import dataclasses
@@ -109,7 +110,7 @@ def parse(content: bytes) -> tuple[str | None, dict[str, Any]]:
         elif (problem := _problem(name, value)) is not None:
             wrong.append(where + problem)
         else:
-            values[name] = None if value == NONE and type(None) in get_args(FIELDS.get(name)) else value
+            values[name] = None if _is_none(name, value) else value
     if wrong:
         raise ValueError("\n  ".join(wrong))
     return values.pop(PRESET, None), values
@@ -127,17 +128,22 @@ def _flat(table: dict[str, Any]) -> list[tuple[str, str, Any]]:
     return found
 
 
+def _is_none(name: str, value: Any) -> bool:
+    """Whether a value stands for the None of its field."""
+    is_word = value == NONE or (name == "micro_batch_size" and value == "auto")
+    return is_word and type(None) in get_args(FIELDS.get(name))
+
+
 def _problem(name: str, value: Any) -> str | None:
     """What is wrong with a setting, or None."""
     if name in TABLES:
         return f'{name} must be a table, [{name}], got {value!r}; a preset is named by {PRESET} = "gpt2"'
     if name not in FIELDS and name != PRESET:
         return f"a name must be that of a flag, got {name}{_advice(name)}"
-    is_none = value == NONE and type(None) in get_args(FIELDS.get(name))
     try:
-        check_fields({name: None if is_none else value}, {name: FIELDS.get(name, str)})
+        check_fields({name: None if _is_none(name, value) else value}, {name: FIELDS.get(name, str)})
     except BadFile as error:
-        return f"a value must have its type, got {error}"
+        return f"a value must have its type, got {error}".replace(" or null", f' or "{NONE}"')
     return None
 
 

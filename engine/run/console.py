@@ -37,7 +37,7 @@ def format_field(name: str, value: float, unit: str) -> str:
     forms: dict[str, Callable[[float], str]] = {
         "loss": lambda v: f"loss {v:.3f}",
         "val_loss": lambda v: f"val loss {v:.4f}",
-        "hellaswag_acc_norm": lambda v: f"HellaSwag {100 * v:.1f}%",
+        "hellaswag_acc_norm": lambda v: f"HellaSwag acc_norm {100 * v:.1f}%",
         "lambada_acc": lambda v: f"LAMBADA {100 * v:.1f}%",
         "lr": lambda v: f"lr {v:.2e}",
         "tokens_per_s": lambda v: f"{v:,.0f} {unit}s/s",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from engine import config, device, lock, system
 from engine.config import TrainConfig
-from engine.errors import BadInput
+from engine.errors import BadInput, warn
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
 from engine.run import durable, resume, vocabulary
@@ -32,7 +32,7 @@ from model.gpt2 import GPT2
 
 
 def load_model(
-    run: str | Path, warn: Callable[[str], None] = print, is_best: bool = False
+    run: str | Path, warn: Callable[[str], None] = warn, is_best: bool = False
 ) -> tuple[GPT2, Tokenizer, Checkpoint]:
     """(model, tokenizer, checkpoint) of a run's newest whole checkpoint, cropped to the positions
     that were trained.
@@ -40,9 +40,15 @@ def load_model(
     is_best: of the one with the lowest validation loss instead. The model is float32 and in eval
     mode. Raises BadInput if there is no such checkpoint.
     """
-    model, tokenizer, checkpoint = _load_whole(run, warn, is_best)
+    checkpoint = find(run, warn, is_best)
+    return *load(checkpoint), checkpoint
+
+
+def load(checkpoint: Checkpoint) -> tuple[GPT2, Tokenizer]:
+    """(model, tokenizer) of a checkpoint, as load_model gives them."""
+    model, tokenizer = _load_whole(checkpoint)
     model.crop(trained_positions(checkpoint))
-    return model.eval(), tokenizer, checkpoint
+    return model.eval(), tokenizer
 
 
 def trained_positions(checkpoint: Checkpoint) -> int:
@@ -57,8 +63,8 @@ def untrained_note(checkpoint: Checkpoint) -> str:
     return f": of the model's {present} positions {trained} were trained" if trained < present else ""
 
 
-def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> tuple[GPT2, Tokenizer, Checkpoint]:
-    """(model, tokenizer, checkpoint) as in load_model, with all positions."""
+def find(run: str | Path, warn: Callable[[str], None], is_best: bool) -> Checkpoint:
+    """The checkpoint that load_model takes."""
     config.load(run)  # raises its own error message if the directory is not a run
     lowest = checkpoints.best(run) if is_best else None
     checkpoint = checkpoints.newest(run, warn) if lowest is None else checkpoints.read(lowest)
@@ -69,6 +75,11 @@ def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> 
             f"run: {run} must hold a checkpoint with a validation loss to have a best one, got none; leave out --best "
             f"to take the newest, of step {checkpoint.step}"
         )
+    return checkpoint
+
+
+def _load_whole(checkpoint: Checkpoint) -> tuple[GPT2, Tokenizer]:
+    """(model, tokenizer) of a checkpoint, with all positions."""
     model_config = checkpoint.model_config()
     tokenizer = tokenizers.load(checkpoint.state["identity"]["tokenizer"])
     if tokenizer.vocab_size != model_config.vocab_size:
@@ -79,7 +90,7 @@ def _load_whole(run: str | Path, warn: Callable[[str], None], is_best: bool) -> 
     model = GPT2(model_config)
     checkpoints.load_weights(checkpoint, model)
     model.to(device.current())  # its ops stay PyTorch's, which need no self-check
-    return model, tokenizer, checkpoint
+    return model, tokenizer
 
 
 def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
@@ -91,7 +102,8 @@ def initial_weights(train: TrainConfig) -> tuple[GPT2, int] | None:
     if (source := train.init_from) is None:
         return None
     if (Path(source) / "checkpoints").is_dir() and not foreign.is_model(source):
-        loaded, _, checkpoint = _load_whole(source, print, is_best=False)
+        checkpoint = find(source, print, is_best=False)
+        loaded, _ = _load_whole(checkpoint)
         positions = trained_positions(checkpoint)
     else:
         loaded, _ = released_weights("train: --init-from", source)

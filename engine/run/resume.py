@@ -51,16 +51,19 @@ def facts(train: TrainConfig, run_identity: dict) -> dict:
     """Facts that must be the same on every rank: flags, code, data and versions."""
     fields = config.to_dict(train)
     nested = {f"{part}.{name}": value for part in ("model", "optim") for name, value in fields.pop(part).items()}
-    code = hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in package.rglob("*.py")):
-        code.update(path.read_bytes())
     return {
         **{f"--{name.replace('_', '-')}": value for name, value in (fields | nested).items()},
         "data": run_identity["data_digest"],
         "tokenizer": run_identity["tokenizer"],
-        "code": code.hexdigest()[:12],
-        "torch": torch.__version__,
-    }
+    } | versions()
+
+
+def versions() -> dict[str, str]:
+    """Facts of code and PyTorch."""
+    code = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in package.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {"code": code.hexdigest()[:12], "torch": torch.__version__}
 
 
 def resolved_before(train: TrainConfig) -> dict | None:

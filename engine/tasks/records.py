@@ -11,6 +11,10 @@ from model.files import BadFile, check_fields, open_file, parse_json
 Example = TypeVar("Example")
 
 
+class TooLong(BadFile):
+    """An example that is good, and longer than the model reads."""
+
+
 def read(path: str, kind: str, make: Callable[[dict[str, Any]], Example], limit: int | None = None) -> list[Example]:
     """What `make` makes of each line, of the first `limit` ones if given.
 
@@ -30,6 +34,11 @@ def read(path: str, kind: str, make: Callable[[dict[str, Any]], Example], limit:
                     continue
                 try:
                     made.append(make(check_fields(parse_json(line.removeprefix(b"\xef\xbb\xbf")), {})))
+                except TooLong as error:
+                    raise BadInput(
+                        f"{path}: line {number:,} must be a {kind} example that the model can read, got {error}; use a "
+                        "model with a longer --context, or another tokenizer"
+                    ) from error
                 except BadFile as error:
                     raise BadInput(
                         f"{path}: line {number:,} must be a {kind} example, got {error}; mend the line or leave it out"

@@ -5,7 +5,8 @@ do not depend on the number of ranks. Each rank scores whole batches, and each s
 alone. So the scores have the same bits on any number of ranks.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from engine.device import widest
 from engine.distributed import Ranks, is_sharded, outside_training
+from engine.tasks.records import TooLong
 from engine.tokens.tokenizer import Tokenizer
 from model.files import BadFile
 from model.generate import NotFinite
@@ -54,10 +56,23 @@ class Task:
         return None if scores is None else self.judge(scores)
 
 
+def digest(requests: Iterable[Request]) -> str:
+    """Digest of requests, 12 hex digits: ranks that share them must have the same ones."""
+    found = hashlib.sha256()
+    for tokens, count in requests:
+        found.update(f"{len(tokens)} {count} {tokens.dtype} ".encode())
+        found.update(tokens.tobytes())
+    return found.hexdigest()[:12]
+
+
 def request(context: np.ndarray, continuation: np.ndarray, most: int) -> Request:
-    """A request cut at the left to the `most` positions of the model. Raises BadFile if the continuation is longer."""
+    """A request cut at the left to the `most` positions of the model.
+
+    Raises TooLong if the continuation is longer, and BadFile if it is empty.
+    """
     if not 1 <= len(continuation) <= most:
-        raise BadFile(f"{len(continuation)} tokens to predict where the model reads 1 to {most}")
+        kind = TooLong if len(continuation) else BadFile
+        raise kind(f"{len(continuation)} tokens to predict where the model reads 1 to {most}")
     return Request(np.concatenate([context, continuation])[-(most + 1) :], len(continuation))
 
 

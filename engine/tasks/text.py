@@ -14,23 +14,27 @@ from engine.tokens.documents import NotText, parse, raw_documents
 from engine.tokens.tokenizer import Tokenizer
 
 TEXT_FIELD = "text"  # field or column of .jsonl and .parquet files
+EMPTY = ("empty", "null")  # reasons of documents without text
 
 
 def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
     """Tokens of a file, (n,) uint16: of all its lines or rows if it is .jsonl or .parquet, else of one document.
 
-    Raises BadInput if it cannot be read or is not text.
+    Empty documents are left out, as by `gpt2 prepare`. Raises BadInput if nothing else is there, or
+    if the file cannot be read or is not text.
     """
     pieces = []
     for kind, raw, _, place, _ in raw_documents([Path(path)], TEXT_FIELD):
         try:
             text, _ = parse(kind, raw, TEXT_FIELD)
         except NotText as error:
+            if error.reason in EMPTY:
+                continue
             where = f"{'line' if kind == 'json' else 'row'} {place:,}: " if place else ""
             raise BadInput(f"{path}: must hold text in UTF-8, got {where}{error}") from error
         pieces += [[tokenizer.end_of_text], tokenizer.encode(text)]
     if not pieces:
-        raise BadInput(f"{path}: must hold text, got no document")
+        raise BadInput(f"{path}: must hold text, got no document that is not empty")
     return np.concatenate(pieces).astype(np.uint16)
 
 

@@ -106,6 +106,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(write):
     asked = parse(["tiny", "--seed", "8", "--config", mine], PROG)
     optim, model = dataclasses.replace(tiny.optim, lr=1.0), dataclasses.replace(tiny.model, n_layer=2)
     assert asked == dataclasses.replace(tiny, num_steps=5, seed=8, save_every=None, optim=optim, model=model)
+    assert parse(["tiny", "--config", write('micro-batch-size = "auto"', "auto.toml")], PROG).micro_batch_size is None
     named = write('preset = "mini"\nseed = 7\n', "named.toml")
     assert parse(["--config", named], PROG) == dataclasses.replace(PRESETS["mini"], seed=7)
     assert parse(["tiny", "--config", named], PROG) == dataclasses.replace(tiny, seed=7)
@@ -151,6 +152,14 @@ def test_how_a_run_went_on_is_not_carried_over_and_its_directory_must_be_named_a
             parse([*flags, "--config", str(tmp_path)], PROG)
 
 
+def test_a_preset_of_another_model_than_the_run_s_is_refused_and_the_run_s_own_changes_nothing(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(PRESETS["tiny"], seed=5))))
+    flags = ["--config", str(tmp_path), "--out", str(tmp_path / "new")]
+    assert parse(["tiny", *flags], PROG) == parse(flags, PROG)
+    with pytest.raises(BadInput, match=r"own, got gpt2 and .* of another model; leave out gpt2 or --config"):
+        parse(["gpt2", *flags], PROG)
+
+
 def test_a_config_of_another_version_is_read(trained, tmp_path):
     fields = json.loads((trained / "config.json").read_text())
     fields |= {"of_a_later_version": 1}
@@ -162,11 +171,12 @@ def test_a_config_of_another_version_is_read(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_takes_the_file_and_prints_it_once(trained, shards, tmp_path, write):
+def test_torchrun_takes_the_file_and_prints_it_once(trained, shards, tmp_path, write, monkeypatch):
     mine = write('preset = "tiny"\nseed = 3\n')
     done = runs.torchrun(2, tmp_path / "run", shards, "--config", mine, "--print-config")
     assert done.returncode == 0, done.stderr
     assert tomllib.loads(done.stdout)["seed"] == 3
+    monkeypatch.setattr(runs, "SMALL", [])
     done = runs.torchrun(2, tmp_path / "run", shards, "--config", str(trained), "--num-steps", "1")
     assert done.returncode == 0, done.stderr
     assert file.load(tmp_path / "run").num_steps == 1
@@ -183,6 +193,11 @@ BAD = {
     "text for a number": ('num_steps = "5"', "line 1: a value must have its type, got text in field num_steps, which"),
     "no integer": ("num_steps = 5.5", "got a number in field num_steps, which must be an integer"),
     "true for a number": ("seed = true", "got true or false in field seed, which must be an integer"),
+    "text for a number or none": (
+        'micro_batch_size = "big"',
+        'text in field micro_batch_size, which must be an integer or "None"',
+    ),
+    "auto where none is": ('eval_every = "auto"', 'text in field eval_every, which must be an integer or "None"'),
     "NaN": ("[optim]\nlr = nan", "got nan in field optim.lr, which must be a number"),
     "infinity": ("[optim]\nlr = -inf", "got -inf in field optim.lr"),
     "too large": (f"seed = {2**64}", "got an integer of more than 64 bits in field seed"),

@@ -18,6 +18,7 @@ from engine import config as configs
 from engine.checks import doctor
 from engine.config import PRESETS, OptimConfig, TrainConfig, batch_shape
 from engine.errors import BadInput
+from engine.planning import memory
 from engine.tuning import tune
 from model.presets import GPT2Config, parameter_shapes
 
@@ -192,7 +193,7 @@ def test_help_of_train_and_presets_list_each_preset_with_its_sizes_and_machine_i
     lines = {line.split()[0]: " ".join(line.split()) for line in table.splitlines()[1 : 1 + len(PRESETS)]}
     assert set(lines) == set(PRESETS)
     assert lines["gpt2"] == "gpt2 124,439,808 12 12 768 1024 524,288 10.0B 6.0e-4 1.9 GiB"
-    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 4.0e-3 13 MiB"
+    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 4.0e-3 10 MiB"
     assert set(configs.MACHINES) < set(PRESETS)
     assert all(f"{name}: {words}\n" in table for name, words in configs.MACHINES.items())
 
@@ -206,7 +207,8 @@ def test_presets_as_json_say_what_the_configs_say(capsys):
         count = sum(map(math.prod, shapes.values()))
         padding = (preset.model.padded_vocab_size - preset.model.vocab_size) * preset.model.n_embd
         assert row["parameters"] == count - padding
-        assert row["memory_bytes"] == 16 * row["parameters"]
+        planned = memory.parts(preset, 1, "fp32")
+        assert row["memory_bytes"] == 2 * planned["weights"] + planned["moments"]  # gradients are as large as weights
         assert row["tokens"] == preset.num_steps * row["tokens_per_step"]
         assert (row["peak_muon_lr"] is None) == (preset.optim.name == "adamw")
 

@@ -97,6 +97,11 @@ def test_at_every_width_the_bar_is_one_line_of_whole_figures_the_most_wanted_fir
     assert len(drawn(bar, 140).split("━")) > 5
 
 
+def test_an_accuracy_says_which_one_it_is():
+    figures = {name: console.format_field(name, 0.3333, "byte") for name in console.TASKS}
+    assert figures == {"hellaswag_acc_norm": "HellaSwag acc_norm 33.3%", "lambada_acc": "LAMBADA 33.3%"}
+
+
 def test_a_terminal_that_becomes_narrower_is_cleared_of_all_rows_that_the_line_breaks_into(bar, screen):
     bar._live.refresh()
     long = len(plain(screen.getvalue()).rpartition("\r")[2])

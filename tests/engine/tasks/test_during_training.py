@@ -1,6 +1,7 @@
 """HellaSwag and LAMBADA in a run's evaluations: rows, the way they resume, and what is refused before training."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import question_sets
@@ -8,6 +9,7 @@ from conftest import SMALL
 from runs import assert_same_run, measured, newest, run, torchrun, train
 
 from engine import config
+from engine.distributed import Ranks
 from engine.errors import BadInput
 from engine.tasks import scoring
 
@@ -83,6 +85,28 @@ def test_what_is_wrong_is_a_sentence_before_anything_is_written(shards, tmp_path
         assert not (tmp_path / "run").exists()
     with pytest.raises(BadInput, match="--hellaswag-every must be a multiple of --eval-every None, got 6"):
         config.parse(["tiny", "--hellaswag", bad, "--eval-every", "None", "--hellaswag-every", "6"], "train")
+
+
+def test_ranks_must_hold_the_same_examples(shards, flags, tmp_path, monkeypatch):
+    seen = []
+
+    def checked(self, facts):
+        seen.append(facts)
+        raise BadInput("looked at")
+
+    monkeypatch.setattr(Ranks, "check_alike", checked)
+    folder = Path(flags[flags.index("--lambada") + 1]).parent
+    shutil.copytree(folder, tmp_path / "sets")
+    flags = [flag.replace(str(folder), str(tmp_path / "sets")) for flag in flags]
+    assert train(tmp_path / "run", shards, *flags) == 2
+    for name, old, new in (("hellaswag", "}\n", "} \n"), ("lambada", " x0", " y0")):
+        file = tmp_path / "sets" / f"{name}.jsonl"
+        file.write_text(file.read_text().replace(old, new))
+        assert train(tmp_path / "run", shards, *flags) == 2
+    same, spaced, other = seen
+    assert same == spaced  # the same examples
+    assert {name for name in same if same[name] != other[name]} == {"lambada examples"}
+    assert "hellaswag examples" in same
 
 
 @pytest.mark.slow

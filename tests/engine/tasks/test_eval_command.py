@@ -1,10 +1,15 @@
 """gpt2 eval on a text file, on HellaSwag and on LAMBADA: what it prints, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import re
+import shutil
+import socket
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,9 @@ from hypothesis import strategies as st
 from runs import ENVIRONMENT, run
 
 from engine import evaluation
+from engine.commands import evaluating
+from engine.distributed import Ranks
+from engine.errors import BadInput
 from engine.run import export
 from engine.tasks import text
 from engine.tokens import tokenizer as tokenizers
@@ -77,7 +85,8 @@ def test_the_loss_of_a_text_file_is_that_of_its_tokens_one_by_one(trained, tmp_p
 
 
 def test_documents_are_divided_by_tokens_of_no_bytes_that_are_predicted(trained, tmp_path, capfd):
-    (tmp_path / "two.jsonl").write_text('{"text": "abc"}\n\n{"text": "défg"}\n')
+    lines = ['{"text": "abc"}', "", '{"text": ""}', '{"text": null}', '{"text": "défg"}', '{"text": " "}']
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
     figures = found(capfd, trained, "--data", str(tmp_path / "two.jsonl"))
     assert (figures["tokens"], figures["bytes"]) == (3 + 1 + 5, 3 + 5)
     assert found(capfd, trained, "--data", str(tmp_path / "two.jsonl"), "--eval-tokens", "4")["bytes"] == 3
@@ -99,6 +108,16 @@ def test_a_byte_of_the_validation_split_has_the_bits_of_its_loss(trained, capfd)
         figures["loss"] * figures["tokens"] / figures["bytes"] / math.log(2)
     )
     assert figures["tokens"] - 3 <= figures["bytes"] <= figures["tokens"]  # without the ends of documents
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_stderr_and_stdout_is_json_alone(trained, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    newer = tmp_path / "run" / "checkpoints" / "step_00000003"
+    newer.mkdir()
+    assert run("eval", "--run", str(tmp_path / "run"), "--json", "--eval-tokens", "64") == 0
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["step"] == 2
+    assert printed.err.startswith(f"passing over {newer}: ")
 
 
 # ---- Questions ----------------------------------------------------------------------------------------------------
@@ -136,7 +155,6 @@ BAD = {
     "no label, as in the test split": ("hellaswag", {"label": ...}, "no field label"),
     "an empty ending": ("hellaswag", {"endings": ["a", "b", "", "d"]}, "an empty ending"),
     "an ending of artefacts": ("hellaswag", {"endings": ["a", "b", "[step]", "d"]}, "an empty ending"),
-    "a long ending": ("hellaswag", {"endings": ["a", "b", "c" * 40, "d"]}, "41 tokens to predict where .* 1 to 32"),
     "bytes that are no UTF-8": ("lambada", b'{"text": "a \xff"}', "not UTF-8 at byte 12"),
     "a text of one word": ("lambada", {"text": "Hello"}, "does not end in a space and a word"),
     "a space at the end": ("lambada", {"text": "Hello you "}, "does not end in a space and a word"),
@@ -159,6 +177,20 @@ def test_a_line_that_is_no_example_is_named(case, trained, tmp_path, capfd):
     assert run("eval", "--run", str(trained), f"--{name}", str(path), "--limit", "1") == 0  # which is good
 
 
+@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
+def test_an_example_that_is_longer_than_the_model_reads_needs_another_model_and_no_mending(
+    name, trained, tmp_path, capfd
+):
+    change = {"hellaswag": {"endings": ["a", "b", "c" * 40, "d"]}, "lambada": {"text": "a " + "c" * 40}}[name]
+    path = question_sets.write(tmp_path / "set.jsonl", [GOOD[name][0] | change])
+    assert run("eval", "--run", str(trained), f"--{name}", str(path)) == 2
+    assert re.search(
+        f"^{path}: line 1 must be a .* example that the model can read, got 41 tokens to predict where the model reads "
+        "1 to 32; use a model with a longer --context, or another tokenizer\n$",
+        capfd.readouterr().err,
+    )
+
+
 def test_files_and_flags_that_cannot_be_used_are_sentences(trained, tmp_path, capfd):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "packed.jsonl").write_bytes(b"\x1f\x8b" + bytes(60))
@@ -171,7 +203,7 @@ def test_files_and_flags_that_cannot_be_used_are_sentences(trained, tmp_path, ca
         (["--lambada", str(tmp_path / "packed.jsonl")], "got gzip data; try: gunzip -c"),
         (["--data", "nowhere.txt"], "--data must be a directory of token shards or a text file, got nowhere.txt"),
         (["--data", str(tmp_path / "one_bad_byte.txt")], r"must hold text in UTF-8, got not UTF-8 at byte 5 of 6"),
-        (["--data", str(tmp_path / "empty.txt")], "must hold text in UTF-8, got empty"),
+        (["--data", str(tmp_path / "empty.txt")], "must hold text, got no document that is not empty"),
         (["--data", str(tmp_path / "empty.jsonl")], "must hold text, got no document"),
         (["--stride", "4"], "--stride must go with --data FILE, a text file, got no --data; leave it out"),
         (["--data", __file__, "--stride", "33"], "at most the 32 tokens that the model reads, got 33"),
@@ -183,6 +215,99 @@ def test_files_and_flags_that_cannot_be_used_are_sentences(trained, tmp_path, ca
         assert words in captured.err
         assert captured.err.count("\n") == 1
         assert captured.out == ""
+
+
+# ---- Several processes --------------------------------------------------------------------------------------------
+
+
+def test_ranks_must_hold_the_same_text_shards_examples_and_checkpoint(trained, shards, files, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path / "run")
+    paths = {name: Path(shutil.copy(file, tmp_path)) for name, file in files.items()}
+    text, own = tmp_path / "text.txt", tmp_path / "shards"
+    shutil.copytree(shards, own)
+    text.write_text("some words")
+    seen = []
+
+    def checked(self, facts, who):
+        seen.append((who, facts))
+        raise BadInput("looked at")
+
+    def differs(*flags: str, change) -> set[str]:
+        command, before = ["eval", "--run", str(tmp_path / "run"), *flags], len(seen)
+        assert run(*command) == 2
+        change()
+        assert run(*command) == 2
+        (who, first), (_, second) = seen[before:]
+        assert who == "eval"
+        return {name for name in first if first[name] != second[name]}
+
+    def swap(path: Path, old: bytes, new: bytes) -> None:
+        assert old in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+    monkeypatch.setattr(Ranks, "check_alike", checked)
+    questions = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    assert differs(*questions, change=lambda: swap(paths["lambada"], b"from", b"form")) == {"lambada examples"}
+    lm_eval = {"hellaswag examples lm-eval"}  # the first "self" is in ctx_b
+    assert differs(*questions, change=lambda: swap(paths["hellaswag"], b"self", b"this")) == lm_eval
+    assert differs("--data", str(text), change=lambda: text.write_text("some worms")) == {"tokens of the loss"}
+    (shard,) = own.glob("*val*.bin")
+    content = bytearray(shard.read_bytes())
+    content[-64:] = bytes(64)  # the manifest still says the same
+    change = partial(shard.write_bytes, content)
+    assert differs("--data", str(own), "--eval-tokens", "1000000", change=change) == {"tokens of the loss"}
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000002" / "manifest.json"
+    assert differs(*questions, change=lambda: swap(manifest, b"{", b"{ ")) == {"checkpoint"}
+
+
+def test_every_rank_takes_the_checkpoint_that_the_first_one_found(trained, monkeypatch):
+    theirs, looked = export.find(trained, print, False), []
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [None, value])
+    monkeypatch.setattr(Ranks, "broadcast_object", lambda self, value: theirs)
+    monkeypatch.setattr(export, "find", lambda *args: looked.append(args))
+    second = Ranks(1, 1, 2, torch.device("cpu"))
+    assert evaluating._checkpoint(evaluating.Evaluate(run="nowhere"), second) is theirs
+    assert looked == []
+    subject = evaluating._load(theirs, second)
+    assert subject.checkpoint is theirs
+    with pytest.raises(BadInput, match=r"checkpoint: must be a directory such as .*, got nowhere"):
+        evaluating._load(dataclasses.replace(theirs, path=Path("nowhere")), second)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_other_files_at_the_same_paths_are_told_which_and_a_newer_checkpoint_of_one_is_not_taken(
+    trained, files, tmp_path
+):
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        shutil.copytree(trained, host / "run")
+        shutil.copy(files["lambada"], host / "set.jsonl")
+    shutil.copytree(trained / "checkpoints" / "step_00000002", hosts[1] / "run" / "checkpoints" / "step_00000003")
+    flags = ["--run", "run", "--json", "--lambada", "set.jsonl"]
+
+    def together() -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "engine.cli", "eval", *flags],
+                env=ENVIRONMENT | where | {"RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+                **{"cwd": host, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+    first, second = together()
+    assert (first[0], second[0], second[1]) == (0, 0, ""), (first, second)
+    assert json.loads(first[1])["step"] == 2
+    lines = (hosts[1] / "set.jsonl").read_text().splitlines(keepends=True)
+    (hosts[1] / "set.jsonl").write_text("".join(lines[1:]))
+    for code, out, said in together():
+        assert (code, out) == (2, "")
+        assert re.search(r"eval: every rank .* differ\n  lambada examples: \w{12} on rank 0; \w{12} on rank 1\n", said)
 
 
 @pytest.mark.slow
