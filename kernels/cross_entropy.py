@@ -31,7 +31,7 @@ from torch import Tensor
 
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
 from kernels.tiles import with_config
-from kernels.work import TORCH_HEAD_ELEMENTS, TRITON_HEAD_ROWS
+from kernels.work import TRITON_HEAD_ROWS, torch_head_elements
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
@@ -132,7 +132,7 @@ def _rows(weight: Tensor) -> tuple[int, int]:
 
     On a CPU a strip stays in the caches between passes. Elsewhere it is a whole chunk.
     """
-    chunk, strip = TORCH_HEAD_ELEMENTS["cpu" if weight.device.type == "cpu" else "cuda"]
+    chunk, strip = torch_head_elements(weight.device.type)
     return max(1, chunk // weight.shape[0]), max(1, strip // weight.shape[0])
 
 

@@ -7,12 +7,7 @@ input of the definition read once and each output written once.
 from dataclasses import dataclass
 
 Work = tuple[int, int]  # FLOPs, bytes
-
-# Chunks of logits of linear_cross_entropy: rows at once of its Triton version, elements at once of
-# PyTorch's, and how many of those it has in float32 too. On a CPU they take 84 MB and 6 MB in
-# float32, elsewhere both 1 GB: all of a chunk. A CPU gains nothing from larger chunks.
-TRITON_HEAD_ROWS = 8192
-TORCH_HEAD_ELEMENTS = {"cpu": (21_000_000, 1_600_000), "cuda": (250_000_000, 250_000_000)}
+TRITON_HEAD_ROWS = 8192  # rows of logits that linear_cross_entropy's Triton version holds at once
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,15 @@ class Sizes:
     def C(self) -> int:  # noqa: N802
         """Width of the residual stream; an MLP is four times as wide inside."""
         return self.H * self.D
+
+
+def torch_head_elements(device_type: str) -> tuple[int, int]:
+    """Logits that linear_cross_entropy's PyTorch version holds at once, and how many in float32 too.
+
+    In float32 they take 84 MB and 6 MB on a CPU, which gains nothing from larger chunks. Elsewhere
+    both take 1 GB.
+    """
+    return (21_000_000, 1_600_000) if device_type == "cpu" else (250_000_000, 250_000_000)
 
 
 def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:

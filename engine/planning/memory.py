@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from engine.config import TrainConfig
 from engine.planning.communication import ITEMSIZE, padded_elements
 from engine.planning.roofline_ops import cast_elements, linear_layers
-from kernels.work import TORCH_HEAD_ELEMENTS, TRITON_HEAD_ROWS
+from kernels.work import TRITON_HEAD_ROWS, torch_head_elements
 from model.presets import STORED_WIDTHS, parameter_shapes
 
 MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences, of which a GPU takes the first that fits
@@ -111,7 +111,7 @@ class _Sizes:
         if place.device_type == "cuda" and config.kernels != "torch":
             rows, wide = TRITON_HEAD_ROWS, 0
         else:
-            rows, wide = (max(1, elements // Vp) for elements in TORCH_HEAD_ELEMENTS[place.device_type])
+            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type))
             wide = 0 if place.device_type == "cpu" and self.e == 4 else wide  # float32 logits are overwritten
         chunk = -(-self.tokens // -(-self.tokens // rows))
         return Vp * (chunk * self.e + min(chunk, wide) * 4)

@@ -38,6 +38,11 @@ def test_a_figure_counts_for_its_own_training_only_and_is_called_an_assumption_f
     assert set(others) == {"assumption"}
 
 
+def test_a_host_of_rtx_a6000_is_joined_by_pcie_as_a_bridge_of_nvlink_joins_two_cards():
+    made = plan.make(request_of(chip="RTX A6000"))
+    assert made["step"]["communication_s"] == pytest.approx(made["step"]["sent_bytes"] / 32e9)
+
+
 def test_a_time_that_is_the_roofline_bound_says_so():
     for asked, by in ((request_of(gpus=7), "bound"), (request_of(), "mfu"), (request_of("tiny", 1), "bound")):
         made = plan.make(asked)
