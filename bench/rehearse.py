@@ -40,7 +40,7 @@ def planned(
     """engine.planning's bytes of a rank, and (calls, bytes) of a step by purpose, kind and ranks."""
     (size, micro_batches), model = batch_shape(config, world_size), config.model
     of_rank = config, size, precision, memory.Place(world_size, device_type="cpu", is_compiled=False)
-    held = {part: memory.moments(*of_rank)["optimizer"][part] for part in ("weights", "gradients", "moments")}
+    held = {part: memory.peaks(*of_rank)["optimizer"][part] for part in ("weights", "gradients", "moments")}
     options = {"micro_batches": micro_batches, "reshard": config.reshard, "shard_size": config.shard_size}
     calls = communication(model, world_size, config.parallel, precision, **options)
     sent = {(each.name, each.kind, each.group_size): (each.calls, each.payload_bytes) for each in calls}

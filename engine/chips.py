@@ -77,6 +77,7 @@ CHIPS: dict[str, Chip] = {
         _sheet(
             "A100", "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM", 156, 19.5, (2039, 80, 400), NVLink=600, PCIe=64
         ),
-        _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, (768, 48, 300), NVLink=112.5, PCIe=64),
+        # Without NVLink, whose bridge joins two cards only.
+        _sheet("RTX A6000", "NVIDIA RTX A6000 data sheet", 77.4, 38.7, (768, 48, 300), PCIe=64),
     )
 }

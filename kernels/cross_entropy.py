@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kernels.launch import check_floating, check_triton, register, require, tl, triton
 from kernels.tiles import with_config
+from kernels.work import TRITON_HEAD_ROWS, torch_head_elements
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
@@ -129,10 +130,9 @@ def _addmm_widens(dtype: torch.dtype) -> bool:
 def _rows(weight: Tensor) -> tuple[int, int]:
     """Rows per chunk and rows per strip of a chunk.
 
-    Their float32 logits take 84 MB and 6 MB on a CPU. Elsewhere both take 1 GB: a strip is a whole
-    chunk. A CPU gains nothing from larger chunks, and a strip stays in its caches between passes.
+    On a CPU a strip stays in the caches between passes. Elsewhere it is a whole chunk.
     """
-    chunk, strip = (21_000_000, 1_600_000) if weight.device.type == "cpu" else (250_000_000, 250_000_000)  # elements
+    chunk, strip = torch_head_elements(weight.device.type)
     return max(1, chunk // weight.shape[0]), max(1, strip // weight.shape[0])
 
 
@@ -282,7 +282,7 @@ def _fill_triton(
         with_config("cross_entropy", Vp, logits.device, start)
         return logits
 
-    _in_chunks(outputs, hidden, weight, targets.contiguous(), 8192, softmax)
+    _in_chunks(outputs, hidden, weight, targets.contiguous(), TRITON_HEAD_ROWS, softmax)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -124,21 +124,6 @@ def num_parameters(config: GPT2Config, *, padded: bool = True) -> int:
 STORED_WIDTHS = {"none": 16, "attention": 12, "block": 2}
 
 
-def activation_bytes(config: GPT2Config, tokens: int, itemsize: int, recompute: str = "none") -> int:
-    """Bytes that a forward pass over `tokens` tokens stores for backward, up to the head's hidden states.
-
-    Includes what backward recomputes of one block at a time. Activations have itemsize bytes.
-    Statistics are float32: two per LayerNorm, one per attention row. Dropout stores a mask of a
-    byte per element, which torch.compile saves.
-    """
-    C, L = config.n_embd, config.n_layer
-    stored = STORED_WIDTHS[recompute]
-    widths = L * stored + STORED_WIDTHS["none"] - stored + 2  # the last LayerNorm's input and output
-    statistics = 4 * (L * (4 + config.n_head) + 2) if recompute != "block" else 0
-    masks = C * (2 * L + 1) if config.dropout else 0
-    return tokens * (widths * C * itemsize + statistics + masks)
-
-
 def flops_per_token(config: GPT2Config, context: int) -> int:
     """FLOPs of one token's forward and backward pass: 6 (N - wpe) + 12 L C T, with T = context.
 

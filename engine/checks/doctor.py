@@ -144,7 +144,7 @@ def _each(label: str, key: str, find: Callable[[], list[Fact]]) -> list[Fact]:
     """The facts that `find` finds, or one that says why they are not known."""
     try:
         return find()
-    except Exception as error:  # of a machine that nobody has seen: a doctor does not fall ill
+    except Exception as error:  # a machine nobody has seen: the other facts still count
         return [Fact(label, f"unknown: {type(error).__name__}: {error}"[:300], key, None)]
 
 

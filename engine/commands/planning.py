@@ -3,12 +3,17 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from engine import flags
 from engine.errors import BadInput, nearest
 
+if TYPE_CHECKING:
+    from engine.planning.plan import Request
+
 PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 MOST_GPUS, MOST_TOKENS = 1_000_000, 10**18
+MOST_HOURS, MOST_MONEY = 1e9, 1e15
 NUMBER = r"\d[\d_,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 
 
@@ -42,8 +47,8 @@ def plan(args: list[str], prog: str) -> None:
     print(json.dumps(made, indent=2) if asked.json else summary.text(made))
 
 
-def request(asked):
-    """The flags as a planning.plan.Request. Raises BadInput."""
+def request(asked: Any) -> "Request":
+    """What the flags of `plan` ask for. Raises BadInput."""
     import dataclasses
 
     from engine.chips import CHIPS
@@ -72,38 +77,44 @@ def request(asked):
     price = asked.price_per_gpu_hour
     if price is not None and not 0 < price < math.inf:
         raise BadInput(f"plan: --price-per-gpu-hour must be above 0 and finite, got {price}")
-    tokens = round(number("--tokens", asked.tokens, 1, MOST_TOKENS))
+    if not 1 <= (tokens := number(asked.tokens)) <= MOST_TOKENS:
+        raise BadInput(
+            f"plan: --tokens must be a number of 1 to {MOST_TOKENS:g} such as 10B, 2.5e9 or 524288, got "
+            f"{asked.tokens!r}"
+        )
     changes = {"parallel": asked.parallel, "recompute": asked.recompute, "precision": asked.precision}
     config = dataclasses.replace(PRESETS[asked.preset], **changes)
     if asked.parallel != "ddp" and config.optim.name == "muon":  # as gpt2 train asks for
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
-    inputs = (asked.preset, config, asked.gpus, chips[asked.gpu.lower()], asked.precision, tokens)
+    inputs = (asked.preset, config, asked.gpus, chips[asked.gpu.lower()], asked.precision, round(tokens))
     return Request(*inputs, asked.gpus_per_node, price, budget_hours(asked.budget, price, asked.gpus))
 
 
-def number(flag: str, text: str, least: float, most: float) -> float:
-    """A number such as 10B, 2.5e9 or 524,288. Raises BadInput if it is none, or out of bounds."""
+def number(text: str) -> float:
+    """A number such as 10B, 2.5e9 or 524,288; NaN if it is none."""
     match = re.fullmatch(rf"({NUMBER})\s*([kmbgt]?)", text.strip().lower())
     try:
-        value = float(match[1].replace(",", "").replace("_", "")) * PREFIXES[match[2]] if match else math.nan
+        return float(match[1].replace(",", "").replace("_", "")) * PREFIXES[match[2]] if match else math.nan
     except (ValueError, OverflowError):
-        value = math.nan
-    if not least <= value <= most:
-        bounds = f"{least:g} to {most:g}"
-        raise BadInput(f"plan: {flag} must be a number of {bounds} such as 10B, 2.5e9 or 524288, got {text!r}")
-    return value
+        return math.nan
 
 
 def budget_hours(text: str | None, price: float | None, gpus: int) -> float | None:
-    """Hours on all GPUs that a budget buys. Raises BadInput if it is money without a price."""
+    """Hours on all GPUs that a budget buys. Raises BadInput if it is none, or money without a price."""
     if text is None:
         return None
     words = text.strip().lower()
-    if re.fullmatch(rf"{NUMBER}\s*h(ours?)?", words):
-        return number("--budget", words.rstrip("hours").strip(), 1e-6, 1e9)
-    money = number("--budget", words.replace("$", ""), 1e-6, 1e15)
+    hours = re.fullmatch(rf"({NUMBER})\s*h(ours?)?", words)
+    value = number(hours[1] if hours else words.replace("$", ""))
+    if not 1e-6 <= value <= (MOST_HOURS if hours else MOST_MONEY):
+        raise BadInput(
+            f"plan: --budget must be hours such as 24h, up to {MOST_HOURS:g}, or money such as 5000, up to "
+            f"{MOST_MONEY:g}, got {text!r}"
+        )
+    if hours:
+        return value
     if price is None:
         raise BadInput(
             f"plan: --budget in money must come with --price-per-gpu-hour, got {text!r} alone; for hours write {text}h"
         )
-    return money / (price * gpus)
+    return value / (price * gpus)

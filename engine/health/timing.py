@@ -67,9 +67,9 @@ class Clock:
 
         Pass the parameters of the raw model's first layers.
         Without torch.compile the last gradient is the embedding's, because the head shares its
-        weight. A compiled backward pass produces all gradients at its end, in any order, so watch
-        the first block too. For DDP only: FSDP produces a gradient after it is summed, so there is
-        nothing to measure.
+        weight. A compiled graph is cut at DDP's buckets, and each part of its backward pass returns
+        its gradients at its end, in any order, so watch the first block too. For DDP only: FSDP
+        produces a gradient after it is summed, so there is nothing to measure.
         """
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)

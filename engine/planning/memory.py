@@ -1,6 +1,6 @@
 """Memory of one rank in a training step by part, by an estimate, and the largest micro-batch that fits.
 
-A step is looked at in its moments, and the one that takes most counts:
+A step may have its peak at several times, and the one that takes most counts:
 
     head             the forward pass has stored all activations and works on a chunk of logits
     head backward    its two gradients are scaled, which writes them a second time
@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 from engine.config import TrainConfig
 from engine.planning.communication import ITEMSIZE, padded_elements
-from engine.planning.roofline_ops import GPU_HEAD_ROWS, cast_elements, linear_layers
+from engine.planning.roofline_ops import cast_elements, linear_layers
+from kernels.work import TRITON_HEAD_ROWS, torch_head_elements
 from model.presets import STORED_WIDTHS, parameter_shapes
 
 MICRO_BATCHES = (64, 32, 16, 8, 4, 2, 1)  # sequences, of which a GPU takes the first that fits
 MARGIN = 0.1  # share of the free memory left for fragments and what the estimate leaves out
 PARTS = ("weights", "gradients", "moments", "activations", "head", "buffers")
 WORKSPACES = 2 * 2**25  # bytes of cuBLAS's and cuBLASLt's on a Hopper
-# Elements of logits that the head's PyTorch version holds at once, and how many of them in float32 too.
-HEAD_ELEMENTS = {"cpu": (21_000_000, 1_600_000), "cuda": (250_000_000, 250_000_000)}
 BLOCK_GRADIENTS = 5  # of activations at once in a block's backward pass, in widths C per token
 MUON_BYTES = 60  # per C^2 and block: four copies of c_attn's matrices at once, and two of their products
 
@@ -49,14 +48,14 @@ ONE_GPU = Place()
 
 
 def parts(config: TrainConfig, micro_batch_size: int, precision: str, place: Place = ONE_GPU) -> Parts:
-    """Bytes of one rank by part, at the moment of a step that takes most.
+    """Bytes of one rank by part, at the time of a step that takes most.
 
     activations: what is stored for backward, and its gradients. head: logits and the two gradients
     that the head makes in its forward pass. buffers: casts of the weights, DDP's buckets, weights
     and gradients that FSDP has gathered, Muon's matrices, the workspaces of cuBLAS. The gradients
-    are those of that moment: with one micro-batch per step there are none at the head.
+    are those of that time: with one micro-batch per step there are none at the head.
     """
-    found = moments(config, micro_batch_size, precision, place)
+    found = peaks(config, micro_batch_size, precision, place)
     return max(found.values(), key=lambda each: sum(each.values()))
 
 
@@ -65,10 +64,14 @@ def step_bytes(config: TrainConfig, micro_batch_size: int, precision: str, place
     return sum(parts(config, micro_batch_size, precision, place).values())
 
 
-def largest_micro_batch(config: TrainConfig, precision: str, free_bytes: int, place: Place = ONE_GPU) -> int:
-    """The largest of MICRO_BATCHES whose estimate fits into free_bytes with a margin; 1 if none does."""
-    room = free_bytes * (1 - MARGIN)
-    return next((size for size in MICRO_BATCHES if step_bytes(config, size, precision, place) <= room), 1)
+def fits(config: TrainConfig, micro_batch_size: int, precision: str, free_bytes: float, place: Place = ONE_GPU) -> bool:
+    """Whether the estimate fits into free_bytes with a margin."""
+    return step_bytes(config, micro_batch_size, precision, place) <= free_bytes * (1 - MARGIN)
+
+
+def largest_micro_batch(config: TrainConfig, precision: str, free_bytes: float, place: Place = ONE_GPU) -> int:
+    """The largest of MICRO_BATCHES that fits into free_bytes; 1 if none does."""
+    return next((size for size in MICRO_BATCHES if fits(config, size, precision, free_bytes, place)), 1)
 
 
 class _Sizes:
@@ -106,21 +109,22 @@ class _Sizes:
         """A chunk of logits, and their float32 copy where PyTorch makes one."""
         Vp = config.model.padded_vocab_size
         if place.device_type == "cuda" and config.kernels != "torch":
-            rows, wide = GPU_HEAD_ROWS, 0
+            rows, wide = TRITON_HEAD_ROWS, 0
         else:
-            rows, wide = (max(1, elements // Vp) for elements in HEAD_ELEMENTS[place.device_type])
+            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type))
             wide = 0 if place.device_type == "cpu" and self.e == 4 else wide  # float32 logits are overwritten
         chunk = -(-self.tokens // -(-self.tokens // rows))
         return Vp * (chunk * self.e + min(chunk, wide) * 4)
 
 
-def moments(config: TrainConfig, micro_batch_size: int, precision: str, place: Place = ONE_GPU) -> dict[str, Parts]:
-    """The parts at each moment of a step."""
+def peaks(config: TrainConfig, micro_batch_size: int, precision: str, place: Place = ONE_GPU) -> dict[str, Parts]:
+    """The parts at each time of a step that may be its peak."""
     model, it = config.model, _Sizes(config, micro_batch_size, precision, place)
     is_compiled = place.device_type == "cuda" if place.is_compiled is None else place.is_compiled
     cast = it.e * model.padded_vocab_size * model.n_embd if it.e < 4 else 0
     stored, L = it.activations(config, model.n_layer), model.n_layer
-    is_whole = is_compiled and not it.is_sharded  # one graph, which returns all gradients at its end
+    # One graph returns all gradients at its end; DDP's is cut at its buckets.
+    is_whole = is_compiled and place.world_size == 1 and not it.is_sharded
     # Gathered by FSDP: the root's weights to the end, and without resharding all blocks'.
     root = 4 * it.root if it.is_sharded else 0
     forward = root + (L * it.e * it.block if it.is_sharded and not config.reshard else 0)

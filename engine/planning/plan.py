@@ -7,13 +7,13 @@ of the peak that engine.planning.efficiencies names with its source. Free of PyT
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.chips import Chip
-from engine.config import PRESETS, TrainConfig
+from engine.config import PRESETS, TrainConfig, batch_shape
 from engine.planning import efficiencies, memory
 from engine.planning.communication import communication
-from engine.planning.efficiencies import Efficiency
-from engine.planning.memory import MICRO_BATCHES, Place
+from engine.planning.memory import Place
 from engine.planning.roofline_ops import RECOMPUTE, StepShape, step_ops
 from model.presets import flops_per_token, num_parameters
 
@@ -53,6 +53,8 @@ class Step:
     micro_batch_size: int
     micro_batches: int
     tokens: int  # of all GPUs
+    fits: bool  # into memory
+    by: Literal["mfu", "bound"]  # which of them compute_s is
     bound_s: float
     compute_s: float
     sent_bytes: float
@@ -67,9 +69,9 @@ class Step:
 
 def make(asked: Request) -> dict:
     """The plan, as JSON types."""
-    model, efficiency = asked.config.model, efficiencies.of(asked.chip.name, asked.config.model, asked.precision)
+    model, step = asked.config.model, step_on(asked, asked.gpus)
     count, per_token = num_parameters(model, padded=False), flops_per_token(model, asked.config.sequence_length)
-    step = step_on(asked, asked.gpus, efficiency)
+    efficiency = efficiencies.of(asked.chip.name, asked.config, asked.precision, step.micro_batch_size)
     rate = step.tokens / step.seconds
     plan = {
         "preset": asked.preset,
@@ -80,6 +82,7 @@ def make(asked: Request) -> dict:
         "recompute": asked.config.recompute,
         "parameters": count,
         "tokens": asked.tokens,
+        "preset_tokens_per_step": asked.config.tokens_per_step,
         "memory": memory_table(asked),
         "flops": {"per_token": per_token, "all": per_token * asked.tokens},
         "efficiency": dataclasses.asdict(efficiency),
@@ -87,7 +90,7 @@ def make(asked: Request) -> dict:
         "run": spent(asked, asked.tokens / rate)
         | {"tokens_per_s": rate, "steps": math.ceil(asked.tokens / step.tokens)},
         "bound_hours": asked.tokens / step.tokens * step.bound_s / 3600,
-        "communication": [dataclasses.asdict(s) | {"seconds": s.seconds} for s in worlds(asked, efficiency)],
+        "communication": [dataclasses.asdict(s) | {"seconds": s.seconds} for s in worlds(asked)],
         "disk": disk(asked),
         "compute_optimal_tokens": CHINCHILLA * count,
         "gpt3_tokens": GPT3_TOKENS,
@@ -105,37 +108,45 @@ def spent(asked: Request, seconds: float) -> dict:
 
 
 def memory_table(asked: Request) -> list[dict]:
-    """For each way and each recomputed part the largest micro-batch that fits, 0 if none, and its parts."""
+    """For each way and each recomputed part the micro-batch of its step, whether it fits, and the parts."""
     found = []
     for parallel in WAYS:
         for recompute in RECOMPUTE:
             config = dataclasses.replace(asked.config, parallel=parallel, recompute=recompute)
-            inputs = asked.precision, asked.place(asked.gpus)
-            size = memory.largest_micro_batch(config, inputs[0], asked.chip.memory_bytes, inputs[1])
-            parts = memory.parts(config, size, *inputs)
-            fits = sum(parts.values()) <= asked.chip.memory_bytes * (1 - memory.MARGIN)
+            config, size, _, fits = divided(dataclasses.replace(asked, config=config), asked.gpus)
+            parts = memory.parts(config, size, asked.precision, asked.place(asked.gpus))
             found.append({"parallel": parallel, "recompute": recompute, "fits": fits, "micro_batch_size": size} | parts)
     return found
 
 
-def step_on(asked: Request, world_size: int, efficiency: Efficiency) -> Step:
-    """A step on so many GPUs, each with the largest micro-batch that fits and divides its share.
+def divided(asked: Request, world_size: int) -> tuple[TrainConfig, int, int, bool]:
+    """A step that divides among so many GPUs: its config, micro-batch size and count, and whether it fits.
 
-    A step grows to one sequence per GPU where the preset's has less.
+    The tokens are the nearest to the preset's, at least one sequence per GPU. The micro-batch is the
+    one that gpt2 train chooses.
     """
-    config, T, place = asked.config, asked.config.sequence_length, asked.place(world_size)
-    share = max(1, round(config.tokens_per_step / (T * world_size)))  # sequences of each GPU
-    most = memory.largest_micro_batch(config, asked.precision, asked.chip.memory_bytes, place)
-    size = max(each for each in range(1, min(most, share, MICRO_BATCHES[0]) + 1) if share % each == 0)
-    shape = StepShape(config.model, size, T, asked.precision, config.recompute, share // size, world_size)
-    bound_s = bound(shape, asked.chip)
-    again = bound_s / bound(dataclasses.replace(shape, recompute="none"), asked.chip)
-    flops = flops_per_token(config.model, T) * share * T
-    compute_s = max(bound_s, again * flops / (efficiency.mfu * asked.chip.flops_per_s[asked.precision]))
-    sent_bytes, communication_s, hidden_s = sent(asked, world_size, share // size, compute_s)
-    tokens = share * T * world_size
-    numbers = (tokens, bound_s, compute_s, sent_bytes, communication_s, hidden_s)
-    return Step(world_size, size, share // size, *numbers)
+    T, place = asked.config.sequence_length, asked.place(world_size)
+    share = max(1, round(asked.config.tokens_per_step / (T * world_size)))  # sequences of each GPU
+    config = dataclasses.replace(asked.config, tokens_per_step=share * T * world_size)
+    room = asked.chip.memory_bytes
+    most = memory.largest_micro_batch(config, asked.precision, room, place)
+    size, micro_batches = batch_shape(config, world_size, most)
+    return config, size, micro_batches, memory.fits(config, size, asked.precision, room, place)
+
+
+def step_on(asked: Request, world_size: int) -> Step:
+    """A step on so many GPUs, as if it did where it does not fit into memory."""
+    config, size, micro_batches, fits = divided(asked, world_size)
+    T, chip, precision = config.sequence_length, asked.chip, asked.precision
+    shape = StepShape(config.model, size, T, precision, config.recompute, micro_batches, world_size)
+    bound_s = bound(shape, chip)
+    again = bound_s / bound(dataclasses.replace(shape, recompute="none"), chip)
+    flops = flops_per_token(config.model, T) * micro_batches * size * T
+    mfu_s = again * flops / (efficiencies.of(chip.name, config, precision, size).mfu * chip.flops_per_s[precision])
+    by, compute_s = ("mfu", mfu_s) if mfu_s >= bound_s else ("bound", bound_s)
+    sent_bytes, communication_s, hidden_s = sent(asked, world_size, micro_batches, compute_s)
+    seconds = (bound_s, compute_s, sent_bytes, communication_s, hidden_s)
+    return Step(world_size, size, micro_batches, config.tokens_per_step, fits, by, *seconds)
 
 
 def bound(shape: StepShape, chip: Chip) -> float:
@@ -171,10 +182,10 @@ def link(asked: Request, name: str, group_size: int, shards: int) -> float:
     return max(asked.chip.links.values()) if inside else NETWORK
 
 
-def worlds(asked: Request, efficiency: Efficiency) -> list[Step]:
+def worlds(asked: Request) -> list[Step]:
     """Steps on 1 to 1,024 GPUs, and on those that are asked for."""
     even = [n for n in {*WORLDS, asked.gpus} if n <= asked.per_host or n % asked.per_host == 0]
-    return [step_on(asked, n, efficiency) for n in sorted(even)]
+    return [step_on(asked, n) for n in sorted(even)]
 
 
 def disk(asked: Request) -> dict:
@@ -186,26 +197,22 @@ def disk(asked: Request) -> dict:
 
 
 def bought(asked: Request, hours: float, rate: float) -> dict:
-    """What the hours buy: tokens of this preset, and the preset whose compute-optimal run comes nearest below."""
-    best = None
+    """What the hours buy: tokens of this preset, and the preset whose compute-optimal run comes nearest below.
+
+    Each preset is trained in the way that is asked for. too_large: those that do not fit into memory so.
+    """
+    best, too_large = None, []
     for name, each in PRESETS.items():
         if name in ("tiny", "mini", "small"):
             continue
         tokens = CHINCHILLA * num_parameters(each.model, padded=False)
-        other = dataclasses.replace(asked, preset=name, config=like(asked.config, each))
-        if not fits(other):
-            continue
-        step = step_on(other, asked.gpus, efficiencies.of(asked.chip.name, each.model, asked.precision))
+        step = step_on(dataclasses.replace(asked, preset=name, config=like(asked.config, each)), asked.gpus)
         needed = tokens / step.tokens * step.seconds / 3600
-        if needed <= hours and (best is None or needed > best["hours"]):
+        if needed <= hours and not step.fits:
+            too_large.append(name)
+        elif needed <= hours and (best is None or needed > best["hours"]):
             best = {"preset": name, "tokens": tokens, "hours": needed}
-    return {"hours": hours, "tokens": round(rate * 3600 * hours), "compute_optimal": best}
-
-
-def fits(asked: Request) -> bool:
-    """Whether the smallest micro-batch fits into a GPU with a margin."""
-    room = asked.chip.memory_bytes * (1 - memory.MARGIN)
-    return memory.step_bytes(asked.config, 1, asked.precision, asked.place(asked.gpus)) <= room
+    return {"hours": hours, "tokens": round(rate * 3600 * hours), "compute_optimal": best, "too_large": too_large}
 
 
 def like(config: TrainConfig, preset: TrainConfig) -> TrainConfig:

@@ -9,14 +9,13 @@ from typing import Literal
 
 from engine.chips import Chip
 from engine.planning.communication import ITEMSIZE
-from kernels.work import Sizes, work
+from kernels.work import TRITON_HEAD_ROWS, Sizes, work
 from model.presets import GPT2Config, num_parameters
 
 ACCUMULATION = "gradient accumulation"
 HEAD = "head + loss, forward + backward"  # the group that is measured as one op
 RECOMPUTE = ("none", "attention", "block")
 Phase = Literal["forward", "backward", "optimizer"]
-GPU_HEAD_ROWS = 8192  # rows of logits that the head's Triton version holds at once
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class StepShape:
     recompute: str = "none"
     micro_batches: int = 1
     world_size: int = 1
-    rows_per_chunk: int = GPU_HEAD_ROWS  # of the head
+    rows_per_chunk: int = TRITON_HEAD_ROWS  # of the head
 
 
 def step_ops(shape: StepShape) -> list[Op]:

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from engine.planning.memory import MARGIN, PARTS
+from engine.planning.memory import MARGIN, MICRO_BATCHES, PARTS
 from engine.planning.plan import NETWORK
 
 WIDTH = 80
@@ -14,12 +14,13 @@ def text(plan: dict) -> str:
     blocks = [sizes(plan), memory(plan), time(plan), communication(plan), disk(plan), tokens(plan)]
     if "budget" in plan:
         blocks.append(budget(plan))
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n\n".join("\n".join(map(wrapped, block)) for block in blocks)
 
 
 def wrapped(line: str) -> str:
     """A line broken at 80 columns."""
-    return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    indent = " " * max(4, len(line) - len(line.lstrip()))
+    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def short(value: float) -> str:
@@ -59,10 +60,9 @@ def sizes(plan: dict) -> list[str]:
 def memory(plan: dict) -> list[str]:
     """The table of parts."""
     lines = [
-        wrapped(
-            f"memory per GPU in GB at a step's peak, with the largest micro-batch (B sequences) that fits into "
-            f"{gigabytes(plan['gpu']['memory_bytes'])} GB less {MARGIN:.0%} (estimate)"
-        ),
+        "memory per GPU in GB at a step's peak, in micro-batches of B sequences: the largest of "
+        f"{', '.join(map(str, MICRO_BATCHES[:2]))}, ..., 1 that fits into {gigabytes(plan['gpu']['memory_bytes'])} GB "
+        f"less {MARGIN:.0%}, or the largest below that divides a GPU's share of a step (estimate)",
         f"  {'':<4} {'recompute':<9} {'B':>3} " + " ".join(f"{head:>7}" for head in HEADS) + f" {'all':>7}",
     ]
     for row in plan["memory"]:
@@ -84,49 +84,69 @@ def memory(plan: dict) -> list[str]:
 def time(plan: dict) -> list[str]:
     """A step and the run."""
     step, run, efficiency = plan["step"], plan["run"], plan["efficiency"]
+    by = f"{efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"
+    by = f"the bound, which is above the time at {by}" if step["by"] == "bound" else by
     lines = [
-        f"step         {step['micro_batches']} x {step['micro_batch_size']} sequences per GPU: micro-batches of the "
-        "size (chosen)",
+        f"step         {step['micro_batches']} x {step['micro_batch_size']} sequences per GPU, micro-batches x "
+        "their size (chosen)"
+    ]
+    if step["tokens"] != plan["preset_tokens_per_step"]:
+        lines.append(
+            f"  needs      --tokens-per-step {step['tokens']}, as the preset's {plan['preset_tokens_per_step']} do not "
+            f"divide among {plan['gpus']:,} GPUs (counted)"
+        )
+    if not step["fits"]:
+        lines.append("  does not fit into memory, see above: what follows is as if it did (estimate)")
+    lines += [
         f"  at least   {duration(step['bound_s'])} (roofline bound from the data sheet, without communication)",
         f"  expected   {duration(step['seconds'])}, {run['tokens_per_s']:,.0f} tokens/s (estimate)",
-        wrapped(f"  by         {efficiency['mfu']:.1%} of the peak ({efficiency['kind']}: {efficiency['source']})"),
+        f"  by         {by}",
         f"run          {duration(3600 * run['hours'])} (estimate), at least {duration(3600 * plan['bound_hours'])}"
-        " (bound)",
-        f"energy       {run['kwh']:,.1f} kWh (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design power)",
+        " (bound): the training steps alone",
+        f"energy       {run['kwh']:,.1f} kWh of them (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design "
+        "power)",
     ]
-    chosen = next(r for r in plan["memory"] if (r["parallel"], r["recompute"]) == (plan["parallel"], plan["recompute"]))
-    if not chosen["fits"]:
-        lines.insert(1, "  does not fit into memory, see above: what follows is as if it did (estimate)")
     if run["cost"] is not None:
-        lines.append(f"cost         {run['cost']:,.2f} (estimate: hours x GPUs x the price that was given)")
+        lines.append(f"cost         {run['cost']:,.2f} of them (estimate: hours x GPUs x the price that was given)")
     return lines
 
 
 def communication(plan: dict) -> list[str]:
     """The table of world sizes."""
-    links = plan["gpu"]["links"]
+    links, rows = plan["gpu"]["links"], plan["communication"]
     name = max(links, key=links.get)
-    lines = [
-        wrapped(
-            f"communication per step and GPU (bytes counted, times estimated; assumption: {name} "
-            f"{links[name] / 1e9:.0f} GB/s in a host, InfiniBand {NETWORK / 1e9:.0f} GB/s per GPU between hosts)"
-        ),
-        f"  {'GPUs':>6} {'B x micro':>9} {'tokens':>9} {'GB sent':>8} {'sending':>9} {'hidden':>7} {'step':>9} "
-        f"{'tokens/s':>12}",
-    ]
-    for row in plan["communication"]:
-        digits = 2 if row["sent_bytes"] < 1e12 else 0
+    cells = [("  GPUs", "B x micro", "tokens", "GB sent", "sending", "hidden", "step", "tokens/s")]
+    for row in rows:
+        rate = row["tokens"] / row["seconds"]
         hidden = f"{row['hidden_s'] / row['communication_s']:.0%}" if row["communication_s"] else "-"
-        lines.append(
-            f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:>6,} "
-            f"{row['micro_batch_size']:>5} x{row['micro_batches']:>2} {short(row['tokens']):>9} "
-            f"{row['sent_bytes'] / 1e9:>8,.{digits}f} {duration(row['communication_s']):>9} {hidden:>7} "
-            f"{duration(row['seconds']):>9} {row['tokens'] / row['seconds']:>12,.0f}"
+        cells.append(
+            (
+                f"{'>' if row['world_size'] == plan['gpus'] else ' '} {row['world_size']:,}",
+                f"{row['micro_batch_size']} x {row['micro_batches']}",
+                short(row["tokens"]),
+                f"{row['sent_bytes'] / 1e9:,.{2 if row['sent_bytes'] < 1e12 else 0}f}",
+                duration(row["communication_s"]),
+                *((hidden, duration(row["seconds"]), short(rate)) if row["fits"] else ("-", "-", "-")),
+            )
         )
-    if len({row["tokens"] for row in plan["communication"]}) > 1:
-        lines.append("  a step grows where the preset's does not divide among the GPUs")
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "communication per step and GPU (bytes counted, times estimated; assumption: "
+        f"{name} {links[name] / 1e9:.0f} GB/s in a host, InfiniBand {NETWORK / 1e9:.0f} GB/s per GPU between hosts)",
+        *(_aligned(row, widths) for row in cells),
+    ]
+    if not all(row["fits"] for row in rows):
+        lines.append("  step -: not even one sequence fits into memory (estimate)")
+    if any(row["tokens"] != plan["preset_tokens_per_step"] for row in rows):
+        lines.append("  tokens change where the preset's do not divide among the GPUs")
     lines.append("  hidden: behind computation; all but the embeddings' share can be (assumption)")
     return lines
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    """A row of the table, the mark of the first cell at its left."""
+    first = f"{cells[0][:2]}{cells[0][2:]:>{widths[0] - 2}}"
+    return " ".join([first, *(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))])
 
 
 def disk(plan: dict) -> list[str]:
@@ -134,8 +154,8 @@ def disk(plan: dict) -> list[str]:
     sizes = plan["disk"]
     return [
         f"disk         {gigabytes(sizes['data'])} GB of data (counted: 2 bytes per token)",
-        f"             {gigabytes(sizes['checkpoint'])} GB per checkpoint, {gigabytes(sizes['checkpoints'])} GB for "
-        "those of a run (counted)",
+        f"             {gigabytes(sizes['checkpoint'])} GB per checkpoint, at most {gigabytes(sizes['checkpoints'])} "
+        "GB for those of a run (counted)",
     ]
 
 
@@ -151,14 +171,20 @@ def tokens(plan: dict) -> list[str]:
 
 def budget(plan: dict) -> list[str]:
     """What the budget buys."""
-    bought = plan["budget"]
+    bought, way = plan["budget"], f"{plan['parallel']}, recompute {plan['recompute']}"
     lines = [
         f"budget       {bought['hours']:,.1f} h buy {short(bought['tokens'])} tokens of {plan['preset']} (estimate)"
     ]
     if (best := bought["compute_optimal"]) is None:
-        return [*lines, "             no preset's compute-optimal run fits into it (estimate)"]
-    return [
-        *lines,
-        f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in {best['hours']:,.1f} h,",
-        "             the largest whose compute-optimal run fits (estimate)",
-    ]
+        lines.append(f"             no preset's compute-optimal run fits into it with {way} (estimate)")
+    else:
+        lines += [
+            f"             best for it: {best['preset']}, {short(best['tokens'])} tokens in {best['hours']:,.1f} h,",
+            f"             the largest whose compute-optimal run fits with {way} (estimate)",
+        ]
+    if bought["too_large"]:
+        lines.append(
+            f"             left out, as they do not fit into memory with {way}: {', '.join(bought['too_large'])} "
+            "(estimate)"
+        )
+    return lines

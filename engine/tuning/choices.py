@@ -51,11 +51,12 @@ def largest_micro_batch(config: TrainConfig, precision: str, ranks: Ranks) -> in
     """Most sequences per forward pass without --micro-batch-size, the same on every rank.
 
     On a GPU as many as fit by an estimate; a run that goes on keeps its number if that fits, so
-    that its sums keep their order. On a CPU, and uncompiled, which the estimate is not for, 16.
+    that its sums keep their order. On a CPU 16.
     """
-    if ranks.device.type == "cpu" or not compiler.wanted(config.compile, False, ranks)[0]:
+    if ranks.device.type == "cpu":
         return 16
-    place = Place(ranks.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    is_compiled, _ = compiler.wanted(config.compile, False, ranks)
+    place = Place(ranks.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), is_compiled=is_compiled)
     free_bytes = device.free_bytes(ranks.device)
     fits = min(ranks.gather(memory.largest_micro_batch(config, precision, free_bytes, place)))
     earlier = resume.resolved_before(config) or {}

@@ -140,6 +140,12 @@ def test_sharding_divides_what_a_rank_holds_and_recomputing_lowers_what_it_store
     assert kept > sizes[-1]
 
 
+def test_ddp_on_several_gpus_returns_gradients_early_though_compiled():
+    config = dataclasses.replace(PRESETS["gpt2-xl"], recompute="block")
+    compiled, uncompiled = (memory.step_bytes(config, 4, "bf16", Place(8, is_compiled=is_)) for is_ in (True, False))
+    assert compiled == uncompiled
+
+
 def test_muon_keeps_one_moment_of_the_blocks_matrices():
     adamw, muon = (
         memory.parts(config_of(SMALL, 8, preset=name), 8, "fp32", Place(device_type="cpu")) for name in ("gpt2", "tiny")

@@ -8,7 +8,7 @@ import pytest
 from runs import run
 
 from engine.chips import CHIPS
-from engine.config import PRESETS
+from engine.config import PRESETS, batch_shape
 from engine.planning import memory, plan, summary
 from engine.planning.communication import communication
 from engine.planning.plan import Request
@@ -28,9 +28,49 @@ def test_one_h200_is_expected_to_train_gpt2_as_fast_as_it_was_measured():
     assert made["run"]["hours"] == pytest.approx(1e10 / 552_619 / 3600, rel=0.01)
 
 
-def test_a_figure_of_another_size_or_gpu_is_called_an_assumption():
-    assert plan.make(request_of("gpt3-13b", chip="H200"))["efficiency"]["kind"] == "assumption"
-    assert plan.make(request_of(chip="RTX A6000"))["efficiency"]["kind"] == "assumption"
+def test_a_figure_counts_for_its_own_training_only_and_is_called_an_assumption_for_others():
+    def kind(*words, **changes):
+        return plan.make(request_of(*words, **changes))["efficiency"]["kind"]
+
+    assert (kind(), kind("gpt2-xl"), kind(chip="A100")) == ("published",) * 3
+    others = [kind("gpt3-13b", chip="H200"), kind(chip="RTX A6000"), kind(parallel="fsdp"), kind("gpt2-large")]
+    others += [kind(gpus=1024), kind(gpus=7), kind("gpt3-small")]  # one sequence at a time; another context
+    assert set(others) == {"assumption"}
+
+
+def test_a_host_of_rtx_a6000_is_joined_by_pcie_as_a_bridge_of_nvlink_joins_two_cards():
+    made = plan.make(request_of(chip="RTX A6000"))
+    assert made["step"]["communication_s"] == pytest.approx(made["step"]["sent_bytes"] / 32e9)
+
+
+def test_a_time_that_is_the_roofline_bound_says_so():
+    for asked, by in ((request_of(gpus=7), "bound"), (request_of(), "mfu"), (request_of("tiny", 1), "bound")):
+        made = plan.make(asked)
+        assert (made["step"]["by"], made["step"]["compute_s"] == made["step"]["bound_s"]) == (by, by == "bound")
+        assert ("by         the bound, which is above" in summary.text(made)) == (by == "bound")
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus", "parallel"), [("gpt2-xl", 64, "hsdp"), ("gpt2", 7, "ddp"), ("gpt3-175b", 8, "ddp")]
+)
+def test_the_marked_memory_is_of_the_step_that_is_planned_and_train_takes_that_step(preset, gpus, parallel):
+    made = plan.make(request_of(preset, gpus, parallel=parallel))
+    step, config = made["step"], dataclasses.replace(PRESETS[preset], tokens_per_step=made["step"]["tokens"])
+    row = next(row for row in made["memory"] if (row["parallel"], row["recompute"]) == (parallel, "none"))
+    assert (row["micro_batch_size"], row["fits"]) == (step["micro_batch_size"], step["fits"])
+    shape = (step["micro_batch_size"], step["micro_batches"])
+    assert batch_shape(config, gpus, row["micro_batch_size"]) == shape  # raises if the step does not divide
+    needs = f"needs      --tokens-per-step {step['tokens']}, "
+    assert (needs in summary.text(made)) == (step["tokens"] != PRESETS[preset].tokens_per_step) == (gpus == 7)
+
+
+def test_a_step_that_does_not_fit_into_memory_has_no_time_in_the_table():
+    made = plan.make(request_of("gpt3-13b", 1024, parallel="fsdp"))
+    fits = {f"{row['world_size']:,}": row["fits"] for row in made["communication"]}
+    assert (fits["1"], fits["1,024"]) == (False, True)
+    table = summary.text(made).split("communication per step")[1]
+    rows = dict(re.findall(r"^[> ] +([\d,]+) +\d+ x \d+ (.*)$", table, re.MULTILINE))
+    assert {world_size: re.search(r"- +-$", row) is None for world_size, row in rows.items()} == fits
 
 
 @pytest.mark.parametrize(("parallel", "gpus"), [("ddp", 8), ("fsdp", 64), ("hsdp", 64)])
@@ -58,10 +98,27 @@ def test_a_budget_buys_the_tokens_that_take_as_long():
     assert best["tokens"] == 20 * plan.make(request_of(best["preset"]))["parameters"]
 
 
+def test_a_budget_names_the_presets_that_do_not_fit_into_memory():
+    made = plan.make(request_of(gpus=64, budget_hours=1e4))
+    left_out = made["budget"]["too_large"]
+    assert left_out[0] == "gpt3-6.7b"
+    for name in left_out:
+        assert not plan.make(request_of(name, 64))["step"]["fits"]
+    assert f"left out, as they do not fit into memory with ddp, recompute none: {left_out[0]}" in " ".join(
+        summary.text(made).split()
+    )
+
+
 def test_every_line_fits_and_says_what_it_is():
-    for asked in (request_of(price=2.5, budget_hours=24.0), request_of("gpt3-175b", 1024, parallel="hsdp")):
-        lines = summary.text(plan.make(asked)).split("\n")
+    most = {"gpus": 1_000_000, "chip": "A100", "parallel": "fsdp"}
+    huge = dataclasses.replace(request_of("gpt3-175b", **most, price=1e9, budget_hours=1e9), tokens=10**18)
+    small = dataclasses.replace(request_of("tiny", 1, "RTX A6000"), tokens=1)
+    for asked in (request_of(price=2.5, budget_hours=24.0), request_of("gpt3-175b", 1024), huge, small):
+        made = plan.make(asked)
+        lines = summary.text(made).split("\n")
         assert max(map(len, lines)) <= 80
+        rows = {line for line in lines if re.match(r"[> ] +[\d,]+ +\d+ x \d+ |[> ] (ddp|fsdp|hsdp) ", line)}
+        assert len(rows) == len(made["memory"]) + len(made["communication"])  # one line each
         for block in "\n".join(lines).split("\n\n")[2:]:
             assert re.search(LABEL, block), block
 
@@ -86,6 +143,9 @@ def test_json_is_the_whole_plan(capsys):
         (["gpt2", "--tokens", "inf"], "--tokens must be a number of 1 to 1e+18 such as 10B"),
         (["gpt2", "--tokens", "1e400"], "got '1e400'"),
         (["gpt2", "--tokens", "0"], "got '0'"),
+        (["gpt2", "--budget", "3d"], "--budget must be hours such as 24h, up to 1e+09, or money such as 5000"),
+        (["gpt2", "--budget=-5h"], "got '-5h'"),
+        (["gpt2", "--budget", "2e9h"], "got '2e9h'"),
         (["gpt2", "--budget", "500"], "must come with --price-per-gpu-hour, got '500' alone; for hours write 500h"),
     ],
 )
