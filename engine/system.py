@@ -20,7 +20,11 @@ FILES = "must be opened", "raise the limit on open files (ulimit -n)"
 PROCESSES = "needs memory and processes", "free memory, raise the limits on them (ulimit -v, -u)"
 READ_ONLY = "must lie on a disk that can be written", "mount it for writing"
 PLACES = {kind[MUST] for kind in (ROOM, OPEN, BROKEN, READ_ONLY)}  # which another place mends
-MISPLACED = {errno.EISDIR, errno.ENOTDIR}  # which another place mends too, for a file that is to be written
+MISPLACED = {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}  # which another place mends too, for a file that is to be written
 # By number: what must hold of the file, and what to do.
 KINDS = {
     errno.ENOSPC: ROOM,

@@ -79,7 +79,7 @@ def obstacle(records: list[Record]) -> str | None:
     if len({record.config.eval_tokens for record in records}) > 1:
         return "the runs evaluate different numbers of tokens (--eval-tokens)"
     if len({record.config.sequence_length for record in records}) > 1:
-        return "the runs evaluate windows of different lengths (--context)"
+        return "the runs have different contexts"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ from engine import start
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.health.stopping import SIGNALS
+from engine.lock import Lock
 from engine.step import Step
 
 
@@ -43,6 +45,7 @@ def test_a_thread_trains_twice_as_the_command_does_and_leaves_the_process_as_it_
         return run
 
     monkeypatch.setattr(start, "build", noted)
+    monkeypatch.setattr(Lock, "_beat", lambda self: (self._ended.wait(), time.sleep(0.5)))  # its thread ends late
 
     def mine(*_):
         raise AssertionError("nobody sends a signal")
@@ -54,13 +57,13 @@ def test_a_thread_trains_twice_as_the_command_does_and_leaves_the_process_as_it_
         expected = torch.manual_seed(5).get_state()
         for out in (tmp_path / "one", tmp_path / "two"):
             assert in_a_thread(config(shards, out)) is None
+            assert "lock" not in [thread.name for thread in threading.enumerate()]
             assert_same_run(out, trained)
         assert torch.equal(torch.get_rng_state(), expected)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.get_num_threads() == threads
         assert {signal.getsignal(number) for number in SIGNALS} == {mine}
         assert [thread for thread in threading.enumerate() if not thread.daemon] == [threading.main_thread()]
-        assert "lock" not in [thread.name for thread in threading.enumerate()]
         assert [model() for model in models] == [None, None]
     finally:
         torch.set_float32_matmul_precision(products)
