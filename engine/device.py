@@ -182,7 +182,8 @@ def deterministic(is_asked: bool) -> Iterator[None]:
         return
     import torch._inductor.config as inductor
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a workspace of its own for each stream
+    variable, is_ours = "CUBLAS_WORKSPACE_CONFIG", "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    os.environ.setdefault(variable, ":4096:8")  # a workspace of its own for each stream
     were, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -192,6 +193,8 @@ def deterministic(is_asked: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(were)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+        if is_ours:
+            os.environ.pop(variable, None)
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

@@ -52,12 +52,11 @@ class Lock:
     """A directory that this process alone may write. Made by `acquire`."""
 
     def __init__(self, path: Path, file: int, holder: dict, command: str, made: bool):
-        self.path, self.command, self.nonce = path, command, holder["nonce"]
-        self.inode = _inode(os.fstat(file))
+        self.path, self.command, self.nonce, self.inode = path, command, holder["nonce"], _inode(os.fstat(file))
         self._file: int | None = file
-        self._made, self._pid = made, os.getpid()
-        self._mutex, self._ended = threading.Lock(), threading.Event()
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        self._made, self._pid, self._mutex, self._ended = made, os.getpid(), threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
         _live[self.nonce] = self
 
     def __enter__(self) -> "Lock":
@@ -102,6 +101,7 @@ class Lock:
             os.close(self._file)
             self._file = None
             _live.pop(self.nonce, None)
+        self._thread.join(BEAT)  # outside the mutex, which it may wait for; a disk may not answer it
 
     def _problem(self) -> str | None:
         """Why the directory is no longer this process's, or None."""

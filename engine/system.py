@@ -20,6 +20,11 @@ FILES = "must be opened", "raise the limit on open files (ulimit -n)"
 PROCESSES = "needs memory and processes", "free memory, raise the limits on them (ulimit -v, -u)"
 READ_ONLY = "must lie on a disk that can be written", "mount it for writing"
 PLACES = {kind[MUST] for kind in (ROOM, OPEN, BROKEN, READ_ONLY)}  # which another place mends
+MISPLACED = {
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}  # which another place mends too, for a file that is to be written
 # By number: what must hold of the file, and what to do.
 KINDS = {
     errno.ENOSPC: ROOM,
@@ -58,13 +63,14 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def advice(error: OSError, choice: str = "another place") -> str:
+def advice(error: OSError, choice: str | None = None) -> str:
     """What to do about it, such as "make room there (df -h, df -i), or choose another --out".
 
-    choice: what may be chosen instead, where another place helps.
+    choice: what may be chosen instead of a file that was to be written. None: another place.
     """
-    kind = KINDS.get(error.errno, BROKEN)
-    return kind[DO] + (f", or choose {choice}" if kind[MUST] in PLACES else "")
+    must, do = KINDS.get(error.errno, BROKEN)
+    helps = must in PLACES or (choice is not None and error.errno in MISPLACED)
+    return do + (f", or choose {choice or 'another place'}" if helps else "")
 
 
 @contextmanager

@@ -9,8 +9,10 @@ words are those of `gpt2 train`. Ctrl-C saves, and the same command goes on.
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from engine import config, run_training
+from engine.errors import BadInput
 from engine.run.export import load_model
 from engine.tokens.prepare import PrepareConfig, prepare
 
@@ -18,20 +20,23 @@ from engine.tokens.prepare import PrepareConfig, prepare
 def tune(weights: str, text: str, out: str, flags: list[str]) -> None:
     """Makes token shards of the text beside the run, and trains on them."""
     data = f"{out}-data"
-    prepare([text], PrepareConfig(out=data, val_fraction=0.1))
-    gently = [
-        "--optim.name",
-        "adamw",
-        "--optim.lr",
-        "3e-5",
-        "--init-from",
-        weights,
-    ]  # a tenth of pretraining's, or less
+    was_there = Path(data).exists()
+    try:
+        prepare([text], PrepareConfig(out=data, val_fraction=0.1))
+    except BadInput as error:
+        again = f"\nfine_tune: for a changed text name another run than {out}, or delete {out} and {data}"
+        raise BadInput(f"{error}{again if was_there else ''}") from error
+    gently = ["--optim.name", "adamw", "--optim.lr", "3e-5"]  # a tenth of pretraining's, or less
+    gently += ["--init-from", weights]
     asked = config.parse(["small", *gently, "--data", data, "--out", out, *flags], "fine_tune")
 
     stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
-    if (reason := run_training(asked, stop)) is not None:
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        reason = run_training(asked, stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if reason is not None:
         sys.exit(f"stopped early by {reason}; the same command goes on")
 
 
@@ -56,4 +61,7 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        sys.exit(str(error))

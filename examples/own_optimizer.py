@@ -12,6 +12,7 @@ Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2 (Lion).
 """
 
 import argparse
+import sys
 from contextlib import closing
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from engine import optim
 from engine.config import OptimConfig
 from engine.distributed import Ranks
+from engine.errors import BadInput
 from engine.health.timing import Clock
 from engine.step import Guard, Numbers, Step
 from engine.tokens import shards
@@ -83,4 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(str(error))

@@ -7,10 +7,12 @@ What is left out is in engine/train.py: validation, checkpoints, several GPUs, a
 """
 
 import argparse
+import sys
 from contextlib import closing
 
 import torch
 
+from engine.errors import BadInput
 from engine.tokens import shards
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
@@ -26,6 +28,8 @@ def main() -> None:
     parser.add_argument("data", help="directory that gpt2 prepare wrote")
     parser.add_argument("--steps", type=int, default=200, help="updates of the weights")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = tokenizers.load(shards.tokenizer_name(args.data))
@@ -39,10 +43,11 @@ def main() -> None:
 
     with closing(Batches(stream, context=CONTEXT, tokens_per_step=2048, micro_batch_size=8, device=device)) as batches:
         for step in range(args.steps):
-            micro_batches = batches.at(step)
+            micro_batches, loss = batches.at(step), 0.0
             for tokens, targets in micro_batches:  # each (8, 128) int64
-                loss = model(tokens.to(device), targets.to(device))
-                (loss / len(micro_batches)).backward()
+                part = model(tokens.to(device), targets.to(device)) / len(micro_batches)
+                part.backward()
+                loss += part.detach()
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -55,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(str(error))

@@ -1,5 +1,7 @@
 """`gpt2 compare` and `gpt2 report`."""
 
+from pathlib import Path
+
 from engine import flags
 from engine.errors import BadInput
 
@@ -33,7 +35,6 @@ def compare(args: list[str], prog: str) -> None:
 def report(args: list[str], prog: str) -> None:
     """Writes the report of runs and prints its path."""
     from dataclasses import dataclass
-    from pathlib import Path
 
     import tyro
 
@@ -46,7 +47,21 @@ def report(args: list[str], prog: str) -> None:
         reference: tuple[str, ...] = ()  # curves of others: gpt2-124m, llm.c, first-run
 
     asked = flags.checked(Report, args, prog)
+    out = new_file(asked.out, "report")
     from engine.comparison import page, records, references
 
     found = records.read_all(asked.runs, "report")
-    print(page.write(found, references.load_all(asked.reference, found, "tokens"), Path(asked.out)))
+    print(page.write(found, references.load_all(asked.reference, found, "tokens", "report"), out))
+
+
+def new_file(out: str, command: str) -> Path:
+    """The path of a file to write. Raises BadInput if --out is no name of a file in a directory that is there."""
+    path = Path(out)
+    got, do = None, "choose another --out"
+    if not path.name or path.is_dir():
+        got, do = (f"the directory {out}" if out else "''"), "name a file"
+    elif not path.parent.is_dir():
+        got, do = f"{out}, where {path.parent} is no directory", f"make the directory {path.parent}, or {do}"
+    if got is not None:
+        raise BadInput(f"{command}: --out must be a file that can be written, got {got}; {do}")
+    return path

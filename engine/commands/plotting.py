@@ -1,10 +1,10 @@
 """`gpt2 plot`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from engine import flags
+from engine.commands.comparing import new_file
 from engine.errors import BadInput
 
 PICTURE = "comparison.png"
@@ -43,12 +43,13 @@ def plot(args: list[str], prog: str) -> None:
     if len(runs) == 1 and (asked.out, asked.x, asked.smooth, asked.reference) == (None, "tokens", None, ()):
         _redraw(runs[0])
         return
+    out = new_file(PICTURE if asked.out is None else asked.out, "plot")
     from engine.comparison import overlay, records, references
 
     found = records.read_all(runs, "plot")
     overlay.check(found, asked.x)
-    curves = references.load_all(asked.reference, found, asked.x)
-    print(overlay.draw(found, curves, asked.x, asked.smooth, Path(asked.out or PICTURE)))
+    curves = references.load_all(asked.reference, found, asked.x, "plot")
+    print(overlay.draw(found, curves, asked.x, asked.smooth, out))
 
 
 def _redraw(run: str) -> None:

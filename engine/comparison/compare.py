@@ -1,7 +1,8 @@
 """What differs between runs: settings, loss at equal tokens and at equal time, speed, memory.
 
-Runs with equal settings but the seed are a group. Between groups of at least two runs each, Welch's
-t-test says whether their losses differ by more than seeds make them differ.
+Runs with equal settings but the seed are a group. Between groups of at least two seeds each, Welch's
+t-test says whether their losses differ by more than seeds make them differ. Runs of one group and
+one seed, such as copies, are no independent samples: the first of them counts.
 """
 
 import json
@@ -20,10 +21,27 @@ NAME = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone. members: indices of runs."""
+    """Runs that differ in the seed alone. members: indices of runs; seeds: theirs."""
 
     name: str
     members: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    def alike(self) -> list[tuple[int, ...]]:
+        """The members that share a seed with another one, together."""
+        found = [
+            tuple(member for member, theirs in zip(self.members, self.seeds, strict=True) if theirs == seed)
+            for seed in dict.fromkeys(self.seeds)
+        ]
+        return [members for members in found if len(members) > 1]
+
+    def sample(self, values: list[float | None]) -> list[float]:
+        """The first known value of each seed. values: one per run."""
+        found: dict[int, float] = {}
+        for member, seed in zip(self.members, self.seeds, strict=True):
+            if values[member] is not None:
+                found.setdefault(seed, values[member])
+        return list(found.values())
 
 
 def differing(records: list[Record]) -> dict[str, list[Any]]:
@@ -43,7 +61,11 @@ def groups(records: list[Record]) -> list[Group]:
             found.append((record.computed(), members := []))
         members.append(index)
     return [
-        Group(NAME[number] if number < len(NAME) else f"group {number + 1}", tuple(members))
+        Group(
+            NAME[number] if number < len(NAME) else f"group {number + 1}",
+            tuple(members),
+            tuple(records[member].config.seed for member in members),
+        )
         for number, (_, members) in enumerate(found)
     ]
 
@@ -54,8 +76,11 @@ def obstacle(records: list[Record]) -> str | None:
         values = {getattr(record, name) for record in records} - {None}
         if len(values) > 1:
             return f"the runs have different {text}"
-    windows = {record.config.eval_tokens for record in records}
-    return "the runs evaluate different numbers of tokens (--eval-tokens)" if len(windows) > 1 else None
+    if len({record.config.eval_tokens for record in records}) > 1:
+        return "the runs evaluate different numbers of tokens (--eval-tokens)"
+    if len({record.config.sequence_length for record in records}) > 1:
+        return "the runs have different contexts"
+    return None
 
 
 def losses(records: list[Record], x: str) -> list[tuple[float, list[float | None]]]:
@@ -119,18 +144,18 @@ def _group(group: Group, differences: dict[str, list[Any]]) -> dict[str, Any]:
         for name, value in first.items()
         if {str(differences[name][n]) for n in group.members} == {str(value)}
     }
-    return {"name": group.name, "runs": [number + 1 for number in group.members], "settings": alike}
+    same = [[number + 1 for number in members] for members in group.alike()]
+    return {"name": group.name, "runs": [number + 1 for number in group.members], "settings": alike, "same_seed": same}
 
 
 def _test(axis: str, row: tuple[float, list[float | None]], a: Group, b: Group) -> dict[str, Any]:
     where, values = row
-    sides = [[values[number] for number in group.members if values[number] is not None] for group in (a, b)]
+    sides = [group.sample(values) for group in (a, b)]
     found = welch.difference(*sides)
     fields = {"groups": [a.name, b.name], axis: where, "n": [len(side) for side in sides]}
     if found is None:
         return fields
-    numbers = {name: value for name, value in found._asdict().items() if name != "df" or value < float("inf")}
-    return fields | numbers | {"level": welch.LEVEL, "is_more_than_noise": found.is_more_than_noise}
+    return fields | found._asdict() | {"level": welch.LEVEL, "is_more_than_noise": found.is_more_than_noise}
 
 
 def as_json(records: list[Record]) -> str:
@@ -143,7 +168,8 @@ def as_json(records: list[Record]) -> str:
 
 def as_text(records: list[Record]) -> str:
     """The comparison as tables of at most 80 columns, if the runs are few."""
-    found, unit = summary(records), records[0].unit
+    found, units = summary(records), [record.unit for record in records]
+    unit = units[0]
     lines = ["runs"]
     for number, run in enumerate(found["runs"], start=1):
         final = "no validation yet" if run["val_loss"] is None else f"validation loss {run['val_loss']:.4f}"
@@ -152,14 +178,18 @@ def as_text(records: list[Record]) -> str:
             steps = ", ".join(f"{step:,}" for step in run["settings_changed_at"])
             lines.append(f"     its settings changed at step {steps}; those of its end are compared")
         if run["damaged_rows"]:
-            lines.append(f"     {run['damaged_rows']:,} damaged lines of metrics.jsonl are left out")
+            lines.append(f"     {left_out(run['damaged_rows'])}")
     settings = {name: [setting(value) for value in values] for name, values in found["differences"].items()}
     lines += _table("settings that differ", settings, len(records))
     if found["losses_not_comparable"] is not None:
         lines += ["", f"validation losses are not compared: {found['losses_not_comparable']}"]
     else:
         lines += _losses(found, unit, len(records))
-    speed = {f"{unit}s/s, median": [run["tokens_per_s"] for run in found["runs"]]}
+    rates = [run["tokens_per_s"] for run in found["runs"]]
+    speed: dict[str, list] = {f"{unit}s/s, median": rates}
+    if len(set(units)) > 1:
+        each = [None if rate is None else f"{rate:,.0f} {unit}s" for rate, unit in zip(rates, units, strict=True)]
+        speed = {"per second, median": each}
     speed |= {"model FLOPs utilisation": [run["mfu"] for run in found["runs"]]}
     speed |= {"peak memory, GiB": [run["peak_gib"] for run in found["runs"]]}
     times = [run["hours"] for run in found["runs"]]
@@ -182,27 +212,45 @@ def _losses(found: dict, unit: str, count: int) -> list[str]:
 def _noise(found: dict, unit: str) -> list[str]:
     """Which runs are alike, and what the tests say."""
     if len(found["groups"]) < 2:
-        return ["", "all runs have equal settings but the seed: they show the noise, and no difference"]
+        return ["", *_all_alike(found["groups"][0])]
     lines = ["", "is it more than noise? runs with equal settings but the seed are a group"]
     for one in found["groups"]:
         runs = f"run{'s' if len(one['runs']) > 1 else ''} {', '.join(map(str, one['runs']))}"
         alike = [f"{name} {setting(value)}" for name, value in one["settings"].items()]
         lines.append(f"  {one['name']}: {runs}; {few(alike, 3)}")
+        lines += _same_seed(one)
     for test in found["tests"]:
         where = f"{test['tokens']:,.0f} {unit}s" if "tokens" in test else f"{words(3600 * test['hours'])} of training"
         (a, b), n = test["groups"], test["n"]
         if "value" not in test:
             alone = [name for name, count in zip((a, b), n, strict=True) if count < 2]
-            reason = f"{alone[0]} has one run" if len(alone) == 1 else "one run each"
+            reason = f"{alone[0]} has one seed" if len(alone) == 1 else "one seed each"
+            reason = reason if alone else "equal losses within each group"
             lines.append(f"  {b} - {a} at {where}: no statement about noise, {reason}")
             continue
         verdict = "more than noise" if test["is_more_than_noise"] else "no more than noise can be"
         lines.append(f"  {b} - {a} at {where}: {test['value']:+.4f}, standard error {test['error']:.4f},")
         p = "p < 0.001" if test["p"] < 0.001 else f"p = {test['p']:.3f}"
-        df = f"{test['df']:.1f} degrees of freedom" if "df" in test else "no spread within the groups"
         lines.append(f"    95% interval {test['low']:+.4f} to {test['high']:+.4f}: {verdict}")
-        lines.append(f"    (Welch's t-test, {df}, {p})")
+        lines.append(f"    (Welch's t-test, {test['df']:.1f} degrees of freedom, {p})")
     return lines
+
+
+def _all_alike(group: dict) -> list[str]:
+    """What runs show that are one group."""
+    same = group["same_seed"]
+    if same and len(same[0]) == len(group["runs"]):
+        return ["all runs have equal settings and one seed: they show no noise, and no difference"]
+    return ["all runs have equal settings but the seed: they show the noise, and no difference", *_same_seed(group)]
+
+
+def _same_seed(group: dict) -> list[str]:
+    return [f"     runs {', '.join(map(str, runs))} have the same seed: they count once" for runs in group["same_seed"]]
+
+
+def left_out(damaged: int) -> str:
+    """How many lines of a run's rows are no rows."""
+    return f"{damaged:,} damaged line{' of metrics.jsonl is' if damaged == 1 else 's of metrics.jsonl are'} left out"
 
 
 def _table(title: str, rows: dict[str, list[Any]], count: int) -> list[str]:

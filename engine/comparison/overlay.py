@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.comparison.records import Record
+from engine.comparison.records import Record, check_tokenizers
 from engine.comparison.references import NOTE, Reference
 from engine.errors import BadInput
 from engine.run import plots
@@ -25,11 +25,7 @@ def check(records: list[Record], x: str) -> None:
                 f"plot: --x hours must have step_ms in the rows of metrics.jsonl, got none in {record.run}; use --x "
                 "tokens or --x steps"
             )
-        if record.tokenizer != records[0].tokenizer:
-            raise BadInput(
-                f"plot: runs must have one tokenizer, got {records[0].tokenizer} in {records[0].run} and "
-                f"{record.tokenizer} in {record.run}; nats per {records[0].unit} and per {record.unit} do not compare"
-            )
+    check_tokenizers(records, "plot")
 
 
 def draw(records: list[Record], references: list[Reference], x: str, smooth: int | None, out: Path) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from engine import system
 from engine.comparison import compare
-from engine.comparison.records import AXES, PARTS, SCORES, Record
+from engine.comparison.records import AXES, PARTS, SCORES, Record, check_tokenizers
 from engine.comparison.references import NOTE, Reference
 from engine.errors import BadInput
 from engine.run import durable, rows
@@ -51,7 +51,11 @@ NAMES = {"adamw": "AdamW", "muon": "Muon"}
 
 
 def write(records: list[Record], references: list[Reference], out: Path) -> Path:
-    """Writes the page of these runs. Returns its path. Raises BadInput if it cannot be written."""
+    """Writes the page of these runs. Returns its path.
+
+    Raises BadInput if it cannot be written, or the runs have no unit in common.
+    """
+    check_tokenizers(records, "report")
     try:
         durable.write(out, page(records, references).encode(errors="replace"))
     except OSError as error:
@@ -220,7 +224,7 @@ def _notes(records: list[Record], references: list[Reference]) -> list[str]:
         if not record.steps() and not len(record.columns["steps"]):
             notes.append(f"{record.label} has no rows yet.")
         if record.damaged:
-            notes.append(f"{record.label}: {record.damaged:,} damaged lines of metrics.jsonl are left out.")
+            notes.append(f"{record.label}: {compare.left_out(record.damaged)}.")
         if record.changed_at:
             steps = ", ".join(f"{step:,}" for step in record.changed_at)
             notes.append(f"{record.label} changed its settings at step {steps}; those of its end are shown.")

@@ -102,6 +102,7 @@ class Record:
     def settings(self) -> dict[str, Any]:
         """Every field of its config that could explain a difference, and what was resolved."""
         found = {name: value for name, value in settings.flat(self.config).items() if name not in OWN}
+        found["context"] = self.config.sequence_length  # None is the model's n_positions
         known = {"tokenizer": self.tokenizer, "data_digest": self.digest}
         known |= {name: self.resolved.get(name) for name in ("precision", "micro_batch_size", "device")}
         return found | {name: value for name, value in known.items() if value is not None}
@@ -127,6 +128,16 @@ def read_all(runs: tuple[str, ...], command: str) -> list[Record]:
     names = [path.name for path in paths]
     labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
     return [read(run, label, command) for run, label in zip(runs, labels, strict=True)]
+
+
+def check_tokenizers(records: list[Record], command: str) -> None:
+    """Raises BadInput unless the runs have one tokenizer, and with it one unit."""
+    for record in records:
+        if record.tokenizer != records[0].tokenizer:
+            raise BadInput(
+                f"{command}: runs must have one tokenizer, got {records[0].tokenizer} in {records[0].run} and "
+                f"{record.tokenizer} in {record.run}; nats per {records[0].unit} and per {record.unit} do not compare"
+            )
 
 
 def read(run: str, label: str, command: str) -> Record:

@@ -36,14 +36,12 @@ class Difference(NamedTuple):
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Difference | None:
-    """Compares two groups. None if one has fewer than two values: then noise is not known."""
-    if min(len(a), len(b)) < 2:
+    """Compares two groups. None if one has fewer than two values, or both are of equal values: no noise is known."""
+    if min(len(a), len(b)) < 2 or all(min(group) == max(group) for group in (a, b)):
         return None
     value = float(np.mean(b) - np.mean(a))
     parts = [float(np.var(group, ddof=1)) / len(group) for group in (a, b)]
     squared = sum(parts)
-    if squared == 0:  # no value differs from its group's mean
-        return Difference(value, 0.0, math.inf, value, value, 0.0 if value else 1.0)
     df = squared**2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, (a, b), strict=True))
     error = math.sqrt(squared)
     half = quantile(0.5 + LEVEL / 2, df) * error

@@ -8,6 +8,7 @@ batches, and resuming needs only the step number.
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,9 +131,17 @@ class Batches:
         self._is_pinned = str(self.device).partition(":")[0] in ("cuda", "xpu")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
+        self._is_closed = False
 
     def at(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
-        """This rank's micro-batches of a step: (tokens, targets), each (B, T) int64 on the CPU."""
+        """This rank's micro-batches of a step: (tokens, targets), each (B, T) int64 on the CPU.
+
+        Raises BadInput if the step is no integer from 0, and after `close`.
+        """
+        if not isinstance(step, Integral) or step < 0:
+            raise BadInput(f"data: the step of Batches.at must be an integer from 0, got {step!r}; count updates")
+        if self._is_closed:
+            raise BadInput(f"data: Batches.at must be called before close, got step {step} after it; make new Batches")
         ahead, self._ahead = self._ahead, None
         micro_batches = ahead[1].result() if ahead is not None and ahead[0] == step else self._load(step)
         self._ahead = step + 1, self._reader.submit(self._load, step + 1)
@@ -150,4 +159,5 @@ class Batches:
 
     def close(self) -> None:
         """Ends the background thread."""
+        self._is_closed = True
         self._reader.shutdown(wait=True, cancel_futures=True)

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -66,11 +67,51 @@ def test_the_loop_of_40_lines_learns_and_writes(shards, monkeypatch, capfd):
         n for n in ast.walk(ast.parse((EXAMPLES / "training_loop.py").read_text())) if isinstance(n, ast.FunctionDef)
     )
     assert main.end_lineno - main.lineno < 40
+    of_micro_batches, forward = [], GPT2.forward
+    noted = lambda *args: of_micro_batches.append(loss := forward(*args)) or loss  # noqa: E731
+    monkeypatch.setattr(GPT2, "forward", noted)
     run_here("training_loop.py", shards, "--steps", 4, monkeypatch=monkeypatch)
     printed = capfd.readouterr().out
     first, last = losses(printed)
     assert last < first - 0.1
+    assert last == pytest.approx(sum(of_micro_batches[6:8]).item() / 2, abs=5.1e-4)
     assert "\ndef " in printed
+    with pytest.raises(SystemExit):
+        run_here("training_loop.py", shards, "--steps", 0, monkeypatch=monkeypatch)
+    assert "error: --steps must be at least 1, got 0" in capfd.readouterr().err
+
+
+def test_a_mistake_ends_an_example_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("The dog sat on the mat. " * 300)
+    (tmp_path / "run-data").mkdir()
+    (tmp_path / "run-data" / "other_train_000000.bin").write_bytes(b"of another text")
+    monkeypatch.chdir(tmp_path)
+    for name, words, said in (
+        ("training_loop.py", ["nowhere"], "data: must be a directory of token shards, got nowhere"),
+        ("own_optimizer.py", ["nowhere"], "data: must be a directory of token shards, got nowhere"),
+        ("fine_tune.py", ["gpt2", "text.txt", "run"], "name another run than run, or delete run and run-data"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run_here(name, *words, monkeypatch=monkeypatch)
+        assert said in ended.value.code
+
+
+def test_fine_tuning_stops_at_ctrl_c_and_puts_the_handler_back(tmp_path):
+    GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=32)).save_pretrained(tmp_path / "weights")
+    names = runpy.run_path(str(EXAMPLES / "fine_tune.py"))
+    before, asked = signal.getsignal(signal.SIGINT), []
+
+    def run_training(config, stop):
+        signal.raise_signal(signal.SIGINT)
+        asked.append(stop.is_set())
+
+    names["tune"].__globals__.update(prepare=lambda *_: None, run_training=run_training)
+    try:
+        names["tune"](str(tmp_path / "weights"), "text.txt", str(tmp_path / "run"), ["--num-steps", "2"])
+        assert asked == [True]
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

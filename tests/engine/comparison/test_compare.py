@@ -82,9 +82,30 @@ def test_the_command_prints_tables_of_80_columns_and_json(four, capfd):
     assert found["differences"]["optim.lr"] == [0.001, 0.002]
     assert "value" not in found["tests"][0]
     assert run("compare", str(four[0]), str(four[2])) == 0
-    assert "no statement about noise, one run each" in capfd.readouterr().out
+    assert "no statement about noise, one seed each" in capfd.readouterr().out
     assert run("compare", str(four[0]), str(four[1])) == 0
     assert "they show the noise, and no difference" in capfd.readouterr().out
+
+
+def test_copies_of_a_run_count_once_and_prove_nothing(four, tmp_path, capfd):
+    slow, fast = ({"optim": OptimConfig(lr=lr)} for lr in (1e-3, 2e-3))
+    made = [("a", 2.02, 1, slow), ("b", 2.0, 1, slow), ("c", 2.01, 2, slow), ("d", 1.5, 1, fast), ("e", 1.5, 1, fast)]
+    paths = [str(make(tmp_path / name, rows(100, loss=loss), seed=seed, **lr)) for name, loss, seed, lr in made]
+    tests = compare.summary(read(*paths))["tests"]
+    assert [test["n"] for test in tests] == [[2, 1], [2, 1]]
+    assert "value" not in tests[0]
+    assert run("compare", *paths) == 0
+    text = capfd.readouterr().out
+    assert "     runs 1, 2 have the same seed: they count once\n" in text
+    assert "     runs 4, 5 have the same seed: they count once\n" in text
+    assert "no statement about noise, B has one seed\n" in text
+    assert run("compare", *paths[3:]) == 0
+    assert "one seed: they show no noise, and no difference" in capfd.readouterr().out
+    alike = [make(tmp_path / f"other{seed}", rows(100, loss=1.5), seed=seed, **fast) for seed in (1, 2)]
+    assert compare.summary(read(paths[0], paths[2], *alike))["tests"][0]["n"] == [2, 2]
+    alike += [make(tmp_path / f"slow{seed}", rows(100), seed=seed, **slow) for seed in (1, 2)]
+    assert run("compare", *map(str, alike)) == 0
+    assert "no statement about noise, equal losses within each group" in capfd.readouterr().out
 
 
 # ---- What is not compared -----------------------------------------------------------------------------------------
@@ -100,12 +121,29 @@ def test_losses_on_other_data_are_not_compared_and_the_rest_is(four, tmp_path, c
     assert " at 100,000 bytes" not in text
 
 
+def test_contexts_and_units_that_differ_are_said_and_not_compared(four, tmp_path, capfd):
+    short, whole = (make(tmp_path / f"at{context}", rows(100), context=context) for context in (8, 16))
+    assert run("compare", str(four[0]), str(short)) == 0
+    text = capfd.readouterr().out
+    assert "validation losses are not compared: the runs have different contexts\n" in text
+    assert re.search("  context +16 +8\n", text)
+    assert "context" not in compare.differing(read(four[0], whole))  # None is the model's n_positions
+    assert compare.obstacle(read(four[0], whole)) is None
+    words = make(tmp_path / "words", rows(100), tokenizer="gpt2")
+    assert run("compare", str(four[0]), str(words)) == 0
+    text = capfd.readouterr().out
+    assert re.search("  per second, median +10,000 bytes +10,000 tokens\n", text)
+    assert "bytes/s" not in text
+    assert run("report", str(four[0]), str(words), "--out", str(tmp_path / "x.html")) == 2
+    assert "report: runs must have one tokenizer, got bytes in" in capfd.readouterr().err
+
+
 def test_runs_without_rows_or_times_are_said_and_not_compared(four, tmp_path, capfd):
     untimed = [{name: value for name, value in one.items() if not name.endswith("_ms")} for one in rows(100)]
     pairs = {
         "a run has none yet": make(tmp_path / "empty", []),
         "a run has no step_ms in its rows": make(tmp_path / "untimed", untimed),
-        "1 damaged lines of metrics.jsonl": make(tmp_path / "damaged", [b"\x00{half\n", *rows(100)]),
+        "1 damaged line of metrics.jsonl is left out": make(tmp_path / "damaged", [b"\x00{half\n", *rows(100)]),
     }
     for said, path in pairs.items():
         assert run("compare", str(four[0]), str(path)) == 0

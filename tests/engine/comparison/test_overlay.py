@@ -58,8 +58,20 @@ def test_the_picture_is_written_where_it_says(pair, tmp_path, monkeypatch, capfd
     assert run("plot", *pair) == 0
     assert capfd.readouterr().out == "comparison.png\n"
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert run("plot", *pair, "--out", "nowhere/x.png") == 2
-    assert "must be a file that can be written" in capfd.readouterr().err
+    for command in ("plot", "report"):
+        for out, said in (
+            ("", "got ''; name a file"),
+            (".", "got the directory .; name a file"),
+            (
+                "nowhere/x",
+                "got nowhere/x, where nowhere is no directory; make the directory nowhere, or choose another",
+            ),
+        ):
+            assert run(command, *pair, "--out", out) == 2
+            error = capfd.readouterr().err
+            assert f"{command}: --out must be a file that can be written, {said}" in error
+            assert "Traceback" not in error
+    assert [path.name for path in tmp_path.glob("*.*")] == ["comparison.png"]
 
 
 def test_references_are_labelled_with_source_and_validation_set(tmp_path, drawn):
@@ -78,8 +90,8 @@ def test_references_are_labelled_with_source_and_validation_set(tmp_path, drawn)
 def test_the_first_run_s_curve_is_its_log_thinned():
     with references.FIRST_RUN.open() as file:
         found = list(csv.reader(line for line in file if not line.startswith("#")))
-    assert found[0] == ["steps", "tokens", "val_loss", "hours"]
-    points = references.load("first-run").over("tokens")
+    assert found[0] == ["steps", "tokens", "val_loss"]
+    points = references.load("first-run", "plot").over("tokens")
     assert points[0] == (65_536_000, 7.12092)
     assert points[-1] == (35_654_336_512, 2.99919)
     assert [at for at, _ in points] == sorted(at for at, _ in points)
@@ -97,6 +109,10 @@ def test_the_first_run_s_curve_is_its_log_thinned():
 def test_flags_that_do_not_fit_are_sentences(pair, flags, said, capfd):
     assert run("plot", *pair, *flags) == 2
     assert said in capfd.readouterr().err
+    if flags[0] == "--reference":
+        assert run("report", *pair, *flags) == 2
+        assert (error := capfd.readouterr().err).startswith("report: --reference must")
+        assert said in error
 
 
 def test_runs_that_do_not_fit_the_axis_are_sentences(pair, tmp_path, capfd):
@@ -106,7 +122,8 @@ def test_runs_that_do_not_fit_the_axis_are_sentences(pair, tmp_path, capfd):
         ([pair[0], str(untimed), "--x", "hours"], "--x hours must have step_ms in the rows of metrics.jsonl, got none"),
         ([pair[0], str(make(tmp_path / "empty", []))], "empty must have rows with a loss, got none yet"),
         ([pair[0], str(tokens)], "runs must have one tokenizer, got bytes in"),
-        ([str(tokens), "--reference", "llm.c", "--x", "hours"], "its source has no times"),
+        ([str(tokens), "--reference", "llm.c", "--x", "hours"], "its source has no training times"),
+        ([str(tokens), "--reference", "first-run", "--x", "hours"], "its source has no training times"),
     ):
         assert run("plot", *flags) == 2
         assert said in capfd.readouterr().err

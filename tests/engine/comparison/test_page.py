@@ -16,7 +16,7 @@ EVIL = "</script><script>document.documentElement.dataset.error='ran'</script><b
 
 def built(*paths, curves=()) -> str:
     found = records.read_all(tuple(map(str, paths)), "report")
-    return page.page(found, [references.load(name) for name in curves])
+    return page.page(found, [references.load(name, "report") for name in curves])
 
 
 def data_of(text: str) -> dict:
@@ -64,7 +64,7 @@ def test_rows_are_thinned_by_means_and_what_is_no_number_is_null(tmp_path):
     assert often["hours"] == [None] * 1667
     assert seldom["val_loss"] == [1]
     text = built(tmp_path / "run")
-    assert "1 damaged lines of metrics.jsonl are left out" in text
+    assert "1 damaged line of metrics.jsonl is left out" in text
     assert "a point is the mean of up to 3 rows" in text
 
 

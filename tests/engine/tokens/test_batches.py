@@ -220,6 +220,17 @@ def test_batches_take_names_and_no_positions():
         Batches(counting_stream(100), 4, 32, 2)
 
 
+def test_a_step_that_is_none_and_a_step_after_close_are_sentences():
+    part = Batches(counting_stream(100), context=4, tokens_per_step=20, micro_batch_size=5)
+    for step in (-1, 1.5, "1"):
+        with pytest.raises(BadInput, match=f"must be an integer from 0, got {step!r}"):
+            part.at(step)
+    part.at(np.int64(0))
+    part.close()
+    with pytest.raises(BadInput, match="must be called before close, got step 1 after it"):
+        part.at(1)
+
+
 def test_an_error_of_the_reader_surfaces_where_its_step_is_asked_for():
     tokens = np.zeros(64, dtype=np.uint16)
     stream = TokenStream([Path("a shard")], [tokens], 100)
