@@ -329,3 +329,10 @@ def test_of_twelve_that_take_over_one_dead_holder_s_lock_one_wins_and_the_others
     done = subprocess.run([sys.executable, "-c", RACE, out], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{[0] + [2] * 11}\n", done.stderr
     assert done.stderr.count("taken over from process 4194305") == 1
+
+
+def test_a_release_leaves_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.Lock, "_beat", lambda self: (self._ended.wait(), time.sleep(0.3)))  # one that ends late
+    with lock.acquire(tmp_path / "out", "train"):
+        assert "lock" in [thread.name for thread in threading.enumerate()]
+    assert "lock" not in [thread.name for thread in threading.enumerate()]

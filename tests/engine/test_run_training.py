@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 import weakref
 
 import pytest
@@ -17,7 +16,6 @@ from engine import start
 from engine.config import TrainConfig
 from engine.errors import BadInput
 from engine.health.stopping import SIGNALS
-from engine.lock import Lock
 from engine.step import Step
 
 
@@ -45,7 +43,6 @@ def test_a_thread_trains_twice_as_the_command_does_and_leaves_the_process_as_it_
         return run
 
     monkeypatch.setattr(start, "build", noted)
-    monkeypatch.setattr(Lock, "_beat", lambda self: (self._ended.wait(), time.sleep(0.5)))  # its thread ends late
 
     def mine(*_):
         raise AssertionError("nobody sends a signal")
@@ -57,7 +54,6 @@ def test_a_thread_trains_twice_as_the_command_does_and_leaves_the_process_as_it_
         expected = torch.manual_seed(5).get_state()
         for out in (tmp_path / "one", tmp_path / "two"):
             assert in_a_thread(config(shards, out)) is None
-            assert "lock" not in [thread.name for thread in threading.enumerate()]
             assert_same_run(out, trained)
         assert torch.equal(torch.get_rng_state(), expected)
         assert torch.get_float32_matmul_precision() == "medium"
