@@ -191,7 +191,7 @@ def as_text(records: list[Record]) -> str:
         each = [None if rate is None else f"{rate:,.0f} {unit}s" for rate, unit in zip(rates, units, strict=True)]
         speed = {"per second, median": each}
     speed |= {"model FLOPs utilisation": [run["mfu"] for run in found["runs"]]}
-    speed |= {"peak memory, GiB": [run["peak_gib"] for run in found["runs"]]}
+    speed |= {"peak memory, GiB": [_gib(run["peak_gib"]) for run in found["runs"]]}
     times = [run["hours"] for run in found["runs"]]
     speed |= {"training time": [None if hours is None else words(3600 * hours) for hours in times]}
     speed = {name: values for name, values in speed.items() if any(value is not None for value in values)}
@@ -278,7 +278,12 @@ def setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
+def _gib(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if 0.001 <= abs(value) else f"{value:.4g}"
+        digits = 0 if abs(value) >= 100 else 4  # a speed, or a loss
+        return f"{value:,.{digits}f}" if abs(value) >= 0.001 else f"{value:.4g}"
     return "-" if value is None else str(value)
