@@ -339,7 +339,10 @@ def test_rejects_a_residual_unlike_x(ops, residual, came):
     assert str(raised.value).endswith(f"got {came}")
 
 
-@pytest.mark.parametrize("C", [768, 8193], ids=["C=768", "C=8193 whose sums take a kernel of their own"])
+WIDTHS = [768, pytest.param(8193, id="8193 whose sums take a kernel of their own", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("C", WIDTHS)
 def test_both_parameters_are_summed_in_one_launch(C, monkeypatch):
     grids, kernel = [], kernels.column_sum._column_sum_kernel
 

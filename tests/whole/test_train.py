@@ -85,12 +85,13 @@ def test_a_finished_run_says_so_and_shows_its_sample(finished, shards, capfd):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(finished, shards, tmp_path):
     assert train(tmp_path / "run", shards, "--num-steps", "2", "--seed", "2", "--model.dropout", "0.1") == 0
     assert measured(tmp_path / "run")[0]["loss"] != measured(finished)[0]["loss"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_low_precision_trains_float32_weights(shards, tmp_path, precision):
     assert train(tmp_path / "run", shards, "--num-steps", "6", "--precision", precision) == 0
     losses = [row["loss"] for row in metrics.read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
@@ -103,6 +104,7 @@ def test_low_precision_trains_float32_weights(shards, tmp_path, precision):
     assert bool(state["scaler"]) == (precision == "fp16")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_precision(finished, shards, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(newest(tmp_path / "run"))

@@ -94,11 +94,13 @@ def lost(hosts, shards, cut) -> tuple[list[Run], int, int]:
     return started, wait(started[:1], 45)[0], before
 
 
+@pytest.mark.slow
 def test_ranks_count_over_hosts_and_local_ranks_on_each(quiet):
     assert "RANK 0 LOCAL_RANK 0\n" in quiet[0].worker_output()
     assert "RANK 1 LOCAL_RANK 0\n" in quiet[1].worker_output()
 
 
+@pytest.mark.slow
 def test_two_hosts_follow_one_process_s_loss_curve(hosts, quiet, shards, tmp_path):
     assert train(tmp_path / "one", shards, *STEPS) == 0
     rows = [metrics.read_rows(out / "metrics.jsonl") for out in (tmp_path / "one", hosts[0].disk / "quiet")]
@@ -107,11 +109,12 @@ def test_two_hosts_follow_one_process_s_loss_curve(hosts, quiet, shards, tmp_pat
             assert one.get(name) == pytest.approx(two.get(name), abs=1e-4)  # after 120 steps
 
 
+@pytest.mark.slow
 def test_only_the_first_host_writes(hosts, quiet):
     assert not list((hosts[1].disk).rglob("*"))
 
 
-@pytest.mark.slow  # a minute for the three
+@pytest.mark.slow
 def test_a_cut_link_ends_both_hosts_and_each_says_what_to_do(hosts, cut):
     started, codes = cut
     assert 0 not in codes
