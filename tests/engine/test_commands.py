@@ -47,7 +47,7 @@ def test_samples_of_a_batch_are_those_of_their_seeds_alone_and_end_before_a_stop
     together = printed("--seed", "3", "--num-samples", "18")
     assert together == "\n".join(heading + text for heading, text in zip(headings, alone, strict=True))
     stop = alone[0][9:11]
-    cut = [text.removesuffix("\n").partition(stop)[0] for text in alone]
+    cut = ["def " + text.removesuffix("\n").removeprefix("def ").partition(stop)[0] for text in alone]
     assert printed("--seed", "3", "--stop", stop) == f"{cut[0]}\n"
     assert printed("--seed", "3", "--stop", "nowhere", stop, "--num-samples", "2") == (
         f"--- sample 1 of 2 ---\n{cut[0]}\n\n--- sample 2 of 2 ---\n{cut[1]}\n"
