@@ -19,7 +19,7 @@ from engine.distributed import Ranks, is_sharded, outside_training
 from engine.tasks.records import TooLong
 from engine.tokens.tokenizer import Tokenizer
 from model.files import BadFile
-from model.generate import NotFinite
+from model.generate import NotFinite, evaluation_mode
 from model.gpt2 import GPT2
 
 BATCH_TOKENS = 8192  # tokens per forward pass, with padding
@@ -113,7 +113,7 @@ def score(
 
     progress: called after each batch. is_interrupted: whether this rank is asked to stop; if any
     is, the rest is left out and every rank gets None. A sharded model scores all. Raises NotFinite,
-    on every rank, if a score is not finite. Restores the model's training mode.
+    on every rank, if a score is not finite. Each module's mode is then as before.
     """
     groups, is_whole = batches(requests), not is_sharded(raw_model)
     wide = widest(ranks.device)
@@ -121,21 +121,16 @@ def score(
     end = len(groups)
     if not is_whole:  # each forward needs all ranks: spare ranks repeat the last batch and drop its scores
         end = -(-end // ranks.world_size) * ranks.world_size
-    was_training = raw_model.training
-    raw_model.eval()
-    try:
-        with outside_training(raw_model):
-            for index in range(ranks.rank, end, ranks.world_size):
-                if is_whole and is_interrupted():
-                    found[-1] = 1.0
-                    break
-                group = groups[min(index, len(groups) - 1)]
-                scores = _score_batch(raw_model, [requests[one] for one in group], ranks.device)
-                if index < len(groups):
-                    found[group] = scores
-                progress()
-    finally:
-        raw_model.train(was_training)
+    with evaluation_mode(raw_model), outside_training(raw_model):
+        for index in range(ranks.rank, end, ranks.world_size):
+            if is_whole and is_interrupted():
+                found[-1] = 1.0
+                break
+            group = groups[min(index, len(groups) - 1)]
+            scores = _score_batch(raw_model, [requests[one] for one in group], ranks.device)
+            if index < len(groups):
+                found[group] = scores
+            progress()
     found = ranks.sum(found).cpu().numpy().astype(float)
     if found[-1].any():
         return None

@@ -123,9 +123,11 @@ def test_any_number_of_ranks_gives_the_same_bits(world_size, monkeypatch):
 def test_the_scores_do_not_depend_on_what_shares_a_batch_and_leave_everything_as_it_was():
     model, requests = small()
     state, marks = torch.get_rng_state(), []
-    together = scoring.score(model.train(), requests, ALONE, lambda: marks.append(1))
+    model.train().h[0].eval()
+    modes = [module.training for module in model.modules()]
+    together = scoring.score(model, requests, ALONE, lambda: marks.append(1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert len(marks) == len(scoring.batches(requests))
     one_by_one = [scoring.score(model, [each], ALONE) for each in requests]
     assert together.log_p == pytest.approx([each.log_p[0] for each in one_by_one], abs=1e-4)
