@@ -16,17 +16,17 @@ import numpy as np
 from engine import config as configs
 from engine.config import CONFIG_FILE, TrainConfig
 from engine.errors import BadInput
-from engine.run import directory, rows, settings
+from engine.run import curves, directory, rows, settings
+from engine.run.plots import LARGEST
 from engine.tokens import tokenizer
 from model.files import read_json
 
 STALL = 5.0
-LARGEST = 1e30  # of a value in a picture: near the largest float, axes overflow
 AXES = ("tokens", "steps", "hours")
 TIMES = ("data_ms", "compute_ms", "communication_ms")  # parts of step_ms
 PAUSES = ("eval_ms", "checkpoint_ms")  # totals beside the steps
 PARTS = dict(zip((*TIMES, *PAUSES), ("data", "compute", "communication", "evaluation", "checkpoint"), strict=True))
-SCORES = ("hellaswag_acc_norm", "hellaswag_acc", "lambada_acc")  # fractions, where a run was scored
+SCORES = (*curves.SCORES, "lambada_acc")  # fractions, where a run was scored
 NAMES = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_gib", *SCORES, "step_ms", *TIMES, *PAUSES)
 # Of config.json, what is the run's own or of one launch, and no choice that could explain a difference.
 OWN = ("out", "resume", "resume_changed", "wandb", "tensorboard", "profile", "max_minutes", "grace_seconds")
