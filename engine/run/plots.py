@@ -182,7 +182,11 @@ def _loss_curve(config: TrainConfig, rows: list[dict], unit: str) -> Path:
     highest = max([loss for _, loss in train + val], default=uniform)
     axes.set_ylim(max(0.0, lowest - 0.1), max(highest, uniform) * 1.05)
     scored = _scores(axes, rows, size)
-    axes.legend(handles=[*axes.get_legend_handles_labels()[0], *scored], frameon=False)
+    if scored:  # below: a place that the losses leave free may not be free of the scores
+        handles = [*axes.get_legend_handles_labels()[0], *scored]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    else:
+        axes.legend(frameon=False)
     return save(figure, Path(config.out) / LOSS_CURVE)
 
 
