@@ -10,7 +10,8 @@ import numpy as np
 
 from engine.errors import BadInput
 from engine.tasks.scoring import Request
-from engine.tokens.documents import NotText, parse, raw_documents
+from engine.tokens.documents import parse, raw_documents
+from engine.tokens.reading.parts import NotText, ReadOptions
 from engine.tokens.tokenizer import Tokenizer
 
 TEXT_FIELD = "text"  # field or column of .jsonl and .parquet files
@@ -24,7 +25,7 @@ def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
     if the file cannot be read or is not text.
     """
     pieces = []
-    for kind, raw, _, place, _ in raw_documents([Path(path)], TEXT_FIELD):
+    for kind, raw, _, place, *_ in raw_documents([Path(path)], ReadOptions(TEXT_FIELD)):
         try:
             text, _ = parse(kind, raw, TEXT_FIELD)
         except NotText as error:

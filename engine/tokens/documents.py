@@ -1,35 +1,23 @@
 """Files to documents: the bytes of each document, the text in them, and an account of what is no text.
 
-A .txt, .md or .py file is one document. Each line of a .jsonl file is one, and so is each row of a
-.parquet file.
+The parent process cuts the files into parts; a worker reads a part's documents. See
+engine/tokens/reading for what reads which file.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.errors import BadInput
 from engine.tokens import formats
+from engine.tokens.reading import records, text
+from engine.tokens.reading.parts import NotText, Part, Raw, ReadOptions
 from engine.tokens.sources import unreadable
-from model.files import BadFile, few, open_file
+from model.files import BadFile
 
 MOST_FILES = 3  # files that are named of those that lose most
-
-# Kind ("file", "json", "row", "null", "foreign"), bytes, file, line or row from 1 (0: the whole file),
-# and the bytes of the file that it stands for.
-Raw = tuple[str, bytes, str, int, int]
-
-
-class NotText(Exception):
-    """Why a document is left out: a reason to count, such as "not UTF-8", and where or what."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason} {detail}".rstrip())
-        self.reason = reason
 
 
 @dataclass
@@ -73,91 +61,35 @@ class Losses:
         return [{"file": one.file, "bytes": one.bytes, "first": one.first} for one in self.files]
 
 
-def raw_documents(files: Iterable[Path], text_field: str) -> Iterator[Raw]:
-    """Yields every document, for `parse`. Raises BadInput if a file cannot be read."""
-    for path in files:
-        try:
-            if path.suffix.lower() == ".parquet":
-                yield from _rows(path, text_field)
-                continue
-            with open_file(path) as file:
-                head = file.read(formats.HEAD)
-                if (found := formats.foreign(head, path, file)) is not None:
-                    yield "foreign", found.encode("utf-8", "replace"), str(path), 0, os.fstat(file.fileno()).st_size
-                elif path.suffix.lower() == ".jsonl":
-                    file.seek(0)
-                    yield from (
-                        ("json", line, str(path), number, len(line))
-                        for number, line in enumerate(file, 1)
-                        if line.strip()
-                    )
-                else:
-                    file.seek(0)
-                    content = file.read()  # in one piece: two would be held twice
-                    yield "file", content, str(path), 0, len(content)
-        except (BadFile, OSError) as error:
-            raise unreadable(path, error) from error
+def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Part, int]]:
+    """Yields what a file holds from position `start` on, each part with the position after it.
 
-
-def _rows(path: Path, column: str) -> Iterator[Raw]:
+    A position is what the file's reader makes of it; 0 is the begin. Raises BadInput if the file
+    cannot be read.
+    """
+    reader = records if path.suffix.lower() in records.SUFFIXES else text
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadInput(f"prepare: {path} needs pyarrow; install it with: pip install pyarrow") from error
-    with open_file(path) as file:
-        try:
-            size, number = os.fstat(file.fileno()).st_size, 0
-            with pyarrow.parquet.ParquetFile(file) as parquet:
-                _check_column(path, parquet.schema_arrow, column)
-                rows = max(parquet.metadata.num_rows, 1)
-                for batch in parquet.iter_batches(batch_size=1024, columns=[column]):
-                    for value in _as_bytes(batch.column(0)).to_pylist():
-                        share = size * (number + 1) // rows - size * number // rows
-                        number += 1
-                        yield "null" if value is None else "row", value or b"", str(path), number, share
-        except (pyarrow.ArrowException, ValueError, OSError) as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadInput(f"{path}: must be a parquet file, got {why}; copy it again") from error
+        yield from reader.parts(path, options, start)
+    except (BadFile, OSError) as error:
+        raise unreadable(path, error) from error
 
 
-def _check_column(path: Path, schema: Any, column: str) -> None:
-    """Raises BadInput if the column is missing or holds no text."""
-    texts = [f"{one.name} ({one.type})" for one in schema if _is_text(one.type)]
-    if column in schema.names:
-        kind = schema.types[schema.names.index(column)]
-        if _is_text(kind) or str(kind) == "null":
-            return
-        problem = f"column {column} must hold text, got {_short(kind)}"
-    else:
-        columns = [f"{one.name} ({_short(one.type)})" for one in schema]
-        problem = f"must have a column {column}, got {few(columns, formats.MOST_NAMED)}"
-    way = "name one with --text-field" if texts else "write the text into a column of strings"
-    raise BadInput(f"{path}: {problem}; columns with text: {few(texts, formats.MOST_NAMED) or 'none'}; {way}")
+def read(part: Part, options: ReadOptions) -> Iterator[Raw]:
+    """Yields the documents of a part. Raises BadInput if its file cannot be read."""
+    if isinstance(part, Raw):
+        yield part
+        return
+    try:
+        yield from (text if part.kind == "text" else records).read(part, options)
+    except (BadFile, OSError) as error:
+        raise unreadable(Path(part.file), error) from error
 
 
-def _short(kind: Any) -> str:
-    return text if len(text := str(kind)) <= 80 else f"{text[:77]}..."
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow
-
-    return str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) in (
-        *("string", "large_string", "string_view"),
-        *("binary", "large_binary", "binary_view"),
-    )
-
-
-def _as_bytes(values: Any) -> Any:
-    """An arrow array of text as one of bytes, which need not be UTF-8."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kinds = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}  # the last from 16 on
-    name = kinds.get(str(values.type))
-    return values if name is None else values.cast(getattr(pyarrow, name)())
+def raw_documents(files: Iterable[Path], options: ReadOptions) -> Iterator[Raw]:
+    """Yields every document of the files, for `parse`. Raises BadInput if a file cannot be read."""
+    for path in files:
+        for part, _ in parts(path, options):
+            yield from read(part, options)
 
 
 def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) -> tuple[str, int]:

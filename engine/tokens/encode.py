@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.tokens import tokenizer
-from engine.tokens.documents import Loss, Losses, NotText, Raw, parse
+from engine.tokens.documents import Loss, Losses, parse, read
+from engine.tokens.reading.parts import NotText, Part, ReadOptions
 
 
 @dataclass
@@ -57,14 +58,11 @@ def is_validation(text: str, val_fraction: float) -> bool:
 _worker_tokenizer = None  # one per worker process, built for its first batch
 
 
-def encode_batch(
-    batch: list[Raw], *, name: str, val_fraction: float, text_field: str, by_tail: bool, is_replacing: bool
-) -> Encoded:
-    """Parses, splits and tokenises a batch of documents.
+def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: ReadOptions, by_tail: bool) -> Encoded:
+    """Reads, splits and tokenises the documents of a batch.
 
-    batch: documents, as from raw_documents. name: the tokenizer's. by_tail: take the last
-    val_fraction of every document's tokens for validation, not whole documents. is_replacing: as
-    for `parse`.
+    name: the tokenizer's. by_tail: take the last val_fraction of every document's tokens for
+    validation, not whole documents.
     """
     global _worker_tokenizer
     if _worker_tokenizer is None or _worker_tokenizer.name != name:
@@ -72,10 +70,10 @@ def encode_batch(
     pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     result = Encoded({}, Counter(), Counter())
     end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
-    for kind, raw, file, place, num_bytes in batch:
+    for kind, raw, file, place, num_bytes, *_ in (raw for part in batch for raw in read(part, options)):
         result.source_bytes += num_bytes
         try:
-            text, replaced = parse(kind, raw, text_field, is_replacing)
+            text, replaced = parse(kind, raw, options.text_field, options.is_replacing)
         except NotText as error:
             where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
             result.leave_out(file, where, num_bytes, error)

@@ -17,123 +17,23 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
 
 from engine import lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.tokens import tokenizer, workers
-from engine.tokens.documents import Losses, Raw, raw_documents
-from engine.tokens.encode import Encoded, encode_batch
+from engine.tokens.building import build
 from engine.tokens.names import NUMBERED
-from engine.tokens.progress import Progress
-from engine.tokens.shards import BUILDING, MANIFEST, read_manifest, sha256, write_shard
+from engine.tokens.options import PrepareConfig as PrepareConfig
+from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
 from engine.tokens.sources import Selection, find, find_by_rule_1, require_text, unreadable
 from engine.tokens.summary import describe as describe
 from engine.tokens.summary import left_out
 
-BATCH_BYTES = 1 << 20  # bytes of text per batch handed to a worker
-LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
-MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
-MOST_WORKERS = 1024
-LEAST_VAL_FRACTION = 1e-9
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
 RULES = 2  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule_1
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Options of `gpt2 prepare`."""
-
-    out: str  # directory for the shards and manifest.json
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257 tokens, for small models on a CPU
-    workers: int | None = None  # worker processes; None: one per CPU core
-    val_fraction: float = 0.01  # fraction of the documents used for validation
-    shard_tokens: int = 100_000_000  # tokens per shard
-    text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
-    on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
-    overwrite: bool = False  # replace other data in the same directory
-
-    def __post_init__(self) -> None:
-        wrong = []
-        if not LEAST_VAL_FRACTION <= self.val_fraction < 1.0:
-            wrong.append(f"--val-fraction must be from {LEAST_VAL_FRACTION} to below 1, got {self.val_fraction}")
-        if not 1 <= self.shard_tokens <= MOST_TOKENS:
-            wrong.append(
-                f"--shard-tokens must be from 1 to {MOST_TOKENS:,}, the int32 of a shard's header, "
-                f"got {self.shard_tokens}"
-            )
-        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
-            wrong.append(f"--workers must be from 1 to {MOST_WORKERS:,}, got {self.workers}")
-        if wrong:
-            raise BadInput("prepare: " + "; ".join(wrong))
-
-
-# ---- Documents to tokens ------------------------------------------------------------------------------------------
-
-
-def _batches(documents: Iterable[Raw]) -> Iterator[list[Raw]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# ---- Tokens to shards ---------------------------------------------------------------------------------------------
-
-
-class ShardWriter:
-    """Writer of one split's shards.
-
-    Each has shard_tokens tokens, except the last, which may have fewer.
-    """
-
-    def __init__(self, directory: Path, name: str, split: str, shard_tokens: int):
-        self.directory, self.name, self.split, self.shard_tokens = directory, name, split, shard_tokens
-        self.pieces: list[np.ndarray] = []  # of the next shard
-        self.buffered = 0  # tokens in pieces
-        self.records: list[dict] = []  # manifest entries
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends tokens (n,) uint16 and writes each shard that becomes full."""
-        while len(tokens):
-            piece, tokens = np.split(tokens, [self.shard_tokens - self.buffered])
-            self.pieces.append(piece)
-            self.buffered += len(piece)
-            if self.buffered == self.shard_tokens:
-                self.flush()
-
-    def flush(self) -> None:
-        """Writes the buffered tokens, if any, as a shard."""
-        if not self.buffered:
-            return
-        path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
-        with system.naming(path):
-            write_shard(path, np.concatenate(self.pieces))
-        self.records.append(
-            {
-                "file": path.name,
-                "split": self.split,
-                "tokens": self.buffered,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-        )
-        self.pieces, self.buffered = [], 0
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> dict:
@@ -219,9 +119,9 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
         spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        manifest = _build(found, config, building, by_tail=False)
+        manifest = build(found, config, building, by_tail=False)
         if not all(manifest["tokens"].values()):
-            manifest = _build(found, config, building, by_tail=True)
+            manifest = build(found, config, building, by_tail=True)
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
@@ -299,61 +199,6 @@ def _stat(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
-    """Writes all shards into `building`. Returns the manifest, which it does not write."""
-    count = config.workers or os.cpu_count() or 1
-    name = _stem(Path(config.out).name) or "data"
-    writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
-    totals, losses = Encoded({}, Counter(), Counter()), Losses()
-    encode = partial(
-        encode_batch,
-        name=config.tokenizer,
-        val_fraction=config.val_fraction,
-        text_field=config.text_field,
-        by_tail=by_tail,
-        is_replacing=config.on_bad_text == "replace",
-    )
-    progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
-    batches = _batches(raw_documents(found.files, config.text_field))
-    with closing(progress), closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
-        for encoded in results:
-            for split, tokens in encoded.tokens.items():
-                writers[split].add(tokens)
-            totals.add(encoded, losses)
-            progress.advance(encoded.source_bytes, sum(map(len, encoded.tokens.values())))
-            if encoded.losses and config.on_bad_text == "fail":
-                raise BadInput(
-                    f"prepare: every document must be text, got {encoded.losses[0].file}: {encoded.losses[0].first}; "
-                    "mend it, or see --on-bad-text"
-                )
-    for writer in writers.values():
-        writer.flush()
-    chosen = tokenizer.load(config.tokenizer)
-    return {
-        "version": 1,
-        "tokenizer": chosen.name,
-        "vocab_size": chosen.vocab_size,
-        "split": "the tail of each document" if by_tail else "hash of the document",
-        "val_fraction": config.val_fraction,
-        "documents": {split: totals.documents[split] for split in writers},
-        "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
-        "text_bytes": totals.text_bytes,
-        "files": dict(Counter(path.suffix.lower() for path in found.files)),
-        "source_bytes": totals.source_bytes,
-        "skipped": dict(totals.skipped),
-        "left_out": {"bytes": losses.bytes, "files": losses.largest()},
-        "replaced": totals.replaced,
-        "markers": totals.markers,
-        "with_nul": totals.with_nul,
-        "shards": [record for writer in writers.values() for record in writer.records],
-    }
-
-
-def _stem(name: str) -> str:
-    """The name, or so much of it that a shard's name fits into the 255 bytes that a name may have."""
-    return os.fsencode(name)[:LONGEST_STEM].decode(errors="ignore") if len(os.fsencode(name)) > LONGEST_STEM else name
 
 
 def _left_out_note(manifest: dict, before: str = "") -> str:

@@ -14,7 +14,7 @@ from corpora import run, texts, write_library
 
 from engine import cli
 from engine.errors import BadInput
-from engine.tokens import prepare, sources
+from engine.tokens import building, prepare, sources
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.progress import Progress
 from engine.tokens.shards import MAGIC
@@ -216,7 +216,7 @@ def test_replace_keeps_the_rest_and_counts(tmp_path):
 
 
 def test_the_files_that_lose_most_are_named_and_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 300)  # a file's lines in several batches
+    monkeypatch.setattr(building, "BATCH_BYTES", 300)  # a file's lines in several batches
     root = write_library(tmp_path / "in")
     for i in range(300):
         (root / f"bad_{i:03d}.txt").write_bytes(b"\xff" * (i + 1))

@@ -13,7 +13,7 @@ from conftest import ROOT
 from corpora import config, files, run, write_library
 
 from engine.errors import BadInput
-from engine.tokens import prepare
+from engine.tokens import building, prepare
 from engine.tokens.shards import TokenStream
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -38,7 +38,7 @@ def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, failing)
         return wrapped
 
     if failing == "write_shard":
-        monkeypatch.setattr(prepare, "write_shard", fail_at(2, prepare.write_shard))
+        monkeypatch.setattr(building, "write_shard", fail_at(2, building.write_shard))
     else:
         count = {"replace the first": 1, "replace the second": 2, "replace the manifest": 3}[failing]
         monkeypatch.setattr(os, "replace", fail_at(count, os.replace))
@@ -49,9 +49,9 @@ def test_a_failure_leaves_nothing_behind(source, tmp_path, monkeypatch, failing)
 
 KILLED = """
 import os, signal, sys, time
-from engine.tokens import prepare
+from engine.tokens import building, prepare
 
-plain_write, plain_replace, moves = prepare.write_shard, os.replace, []
+plain_write, plain_replace, moves = building.write_shard, os.replace, []
 
 def write(path, tokens):
     plain_write(path, tokens)
@@ -63,8 +63,8 @@ def replace(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     plain_replace(source, target)
 
-prepare.write_shard, os.replace = write, replace
-prepare.BATCH_BYTES = 2000  # many batches, so that workers finish out of order
+building.write_shard, os.replace = write, replace
+building.BATCH_BYTES = 2000  # many batches, so that workers finish out of order
 workers = int(sys.argv[4])
 config = prepare.PrepareConfig(sys.argv[2], tokenizer="bytes", workers=workers, val_fraction=0.3, shard_tokens=100)
 prepare.prepare([sys.argv[1]], config)
@@ -111,7 +111,7 @@ def test_killed_while_it_writes_nothing_is_visible_and_the_next_run_succeeds(big
 def test_killed_and_run_again_with_other_workers_the_bytes_are_the_same(
     big_source, tmp_path, monkeypatch, killed, again, move
 ):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(building, "BATCH_BYTES", 2000)
     out, quiet = tmp_path / "out", tmp_path / "quiet" / "out"
     process = start(big_source, out, killed_at_move=move, workers=killed)
     deadline = time.monotonic() + 60
@@ -134,7 +134,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes under /proc")
 def test_killed_with_workers_none_of_them_stays(big_source, tmp_path):
     command = (
-        "import sys; from engine.tokens import prepare; prepare.BATCH_BYTES = 1; "
+        "import sys; from engine.tokens import building, prepare; building.BATCH_BYTES = 1; "
         "prepare.prepare([sys.argv[1]], prepare.PrepareConfig(sys.argv[2], tokenizer='bytes', workers=2))"
     )
     big_source.write_text(big_source.read_text() * 500)

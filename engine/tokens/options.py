@@ -1,0 +1,45 @@
+"""Options of `gpt2 prepare`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import BadInput
+
+MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
+MOST_WORKERS = 1024
+LEAST_VAL_FRACTION = 1e-9
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Options of `gpt2 prepare`."""
+
+    out: str  # directory for the shards and manifest.json
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50,257 tokens; bytes: 257 tokens, for small models on a CPU
+    workers: int | None = None  # worker processes; None: one per CPU core
+    val_fraction: float = 0.01  # fraction of the documents used for validation
+    shard_tokens: int = 100_000_000  # tokens per shard
+    text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
+    on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
+    overwrite: bool = False  # replace other data in the same directory
+    val: tuple[str, ...] = ()  # sources of a validation set of its own; then none of the others is for validation
+    split_on: str | None = None  # string in .txt, .md and .py files that ends a document, such as "<|endoftext|>"
+    format: Literal["txt", "jsonl"] = "jsonl"  # of standard input, the source -
+    dedup: bool = False  # keep the first of documents with equal text
+    fast: bool = True  # tokenise with gigatoken where it is installed, compared with tiktoken on a sample
+    keep: bool = False  # keep the files that are fetched for an hf: source
+    dry_run: bool = False  # read a sample and print an estimate of tokens, bytes and time, and write nothing
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if not LEAST_VAL_FRACTION <= self.val_fraction < 1.0:
+            wrong.append(f"--val-fraction must be from {LEAST_VAL_FRACTION} to below 1, got {self.val_fraction}")
+        if not 1 <= self.shard_tokens <= MOST_TOKENS:
+            wrong.append(
+                f"--shard-tokens must be from 1 to {MOST_TOKENS:,}, the int32 of a shard's header, "
+                f"got {self.shard_tokens}"
+            )
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            wrong.append(f"--workers must be from 1 to {MOST_WORKERS:,}, got {self.workers}")
+        if wrong:
+            raise BadInput("prepare: " + "; ".join(wrong))

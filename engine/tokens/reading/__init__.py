@@ -1,0 +1,1 @@
+"""What the files of the sources hold: text, records, packed files, and what to fetch."""
