@@ -154,6 +154,7 @@ class Handlers:
         with peak_memory(self.device) as peak:
             self.step(self.micro_batches)
         self.watch = Stopwatch(self.device, is_cold=False)
+        release_freed_memory()  # the next peer is built beside this one
         return {"step": peak.above, "peak": peak.most}
 
     def time_steps(self, untimed: int, timed: int) -> float:
