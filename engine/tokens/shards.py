@@ -170,7 +170,8 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
-def _require_directory(directory: str | Path) -> Path:
+def require_directory(directory: str | Path) -> Path:
+    """The path of a directory of data. Raises BadInput, which names what is there instead."""
     if foreign.what(directory).kind != "data" or not os.path.isdir(directory):
         raise BadInput(
             f"data: must be a directory of token shards, got {directory}"
@@ -198,7 +199,7 @@ class TokenStream:
 
         Raises BadInput if there is none or one is bad.
         """
-        directory = _require_directory(directory)
+        directory = require_directory(directory)
         paths = names.find(directory, split)
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
@@ -271,7 +272,7 @@ class TokenStream:
 
 def tokenizer_name(directory: str | Path) -> str:
     """Name of the shards' tokenizer: the manifest's, or gpt2 if there is no manifest."""
-    manifest = read_manifest(_require_directory(directory))
+    manifest = read_manifest(require_directory(directory))
     return "gpt2" if manifest is None else manifest["tokenizer"]
 
 
