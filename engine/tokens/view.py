@@ -102,7 +102,8 @@ class _Counting:
         """num_tokens: of all shards, about."""
         self.words, self.chosen = words, chosen
         self.splits: dict[str, scan.Split] = {}
-        self.lengths = _byte_lengths(words)
+        self.lengths = np.zeros(1 << 16, dtype=np.uint8)  # bytes of text of each token, also of damaged ones
+        self.lengths[: words.end_of_text] = words.byte_lengths()
         self.measured = self.num_bytes = 0
         self._share = min(1.0, MEASURED_TOKENS / max(num_tokens, 1))
         self._progress = Progress(2 * num_tokens, name="data")
@@ -185,13 +186,6 @@ class _Counting:
                 "duplicates": compared.get(name),
             }
         return found
-
-
-def _byte_lengths(words: Tokenizer) -> np.ndarray:
-    """(65536,) uint8: bytes of text that each token stands for."""
-    lengths = np.zeros(1 << 16, dtype=np.uint8)
-    lengths[: words.end_of_text] = [len(words.decode_bytes([token])) for token in range(words.end_of_text)]
-    return lengths
 
 
 # ---- Windows ------------------------------------------------------------------------------------------------------
