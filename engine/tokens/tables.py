@@ -5,7 +5,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,15 +22,17 @@ STYLES = {view.SAME: "green", view.OTHER: "bold red"}
 def write(found: dict[str, Any], stream: TextIO) -> None:
     """Prints what `view.view` has found."""
     is_terminal = stream.isatty()
-    console = Console(file=stream if is_terminal else StringIO(), width=None if is_terminal else WIDTH, highlight=False)
+    console = Console(file=stream if is_terminal else StringIO(), highlight=False)
+    # A narrow terminal breaks the lines, and loses nothing.
+    console.width = max(console.width, WIDTH) if is_terminal else WIDTH
     console.print(_line(f"{found['directory']}: tokens of {found['tokenizer']}, {found['kind']}", "bold"))
-    console.print(_shards(found, is_terminal))
+    console.print(_shards(found))
     for row in found["shards"]:
         if row["damage"]:
             console.print(_line(f"{Path(found['directory'], row['file'])}: {row['damage']}", "bold red"))
     for name in found["unlisted"]:
         console.print(_line(f"{Path(found['directory'], name)}: not in manifest.json, so nothing reads it", "yellow"))
-    console.print(_splits(found, is_terminal))
+    console.print("", _splits(found), sep="\n")
     for line, style in _facts(found):
         console.print(_line(line, style))
     is_wide = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
@@ -61,9 +62,9 @@ def _line(text: str, style: str | None = None) -> Text:
     return Text(shown(text).replace("\n", "\\n"), style=style or "", overflow="fold")
 
 
-def _table(is_terminal: bool, words: tuple[str, ...], numbers: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
+def _table(words: tuple[str, ...], numbers: tuple[str, ...], last: tuple[str, ...] = ()) -> Table:
     """A table without rows. words, numbers, last: heads of its columns; the first may be folded."""
-    table = Table(box=SIMPLE_HEAD if is_terminal else None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for place, head in enumerate((*words, *numbers, *last)):
         table.add_column(
             head,
@@ -74,8 +75,8 @@ def _table(is_terminal: bool, words: tuple[str, ...], numbers: tuple[str, ...], 
     return table
 
 
-def _shards(found: dict[str, Any], is_terminal: bool) -> Table:
-    table = _table(is_terminal, ("file", "split"), ("tokens", "documents", "size"), ("digest",))
+def _shards(found: dict[str, Any]) -> Table:
+    table = _table(("file", "split"), ("tokens", "documents", "size"), ("digest",))
     rows = found["shards"]
     half = MOST_ROWS // 2
     for place, row in enumerate(rows):
@@ -86,13 +87,13 @@ def _shards(found: dict[str, Any], is_terminal: bool) -> Table:
         counts = ["-" if row[name] is None else f"{row[name]:,}" for name in ("tokens", "documents")]
         digest = Text(row["digest"], style=STYLES.get(row["digest"], ""))
         style = "red" if row["damage"] else None
-        table.add_row(_line(row["file"]), row["split"], *counts, _size(row["bytes"]), digest, style=style)
+        table.add_row(_line(row["file"]), _line(row["split"]), *counts, _size(row["bytes"]), digest, style=style)
     return table
 
 
-def _splits(found: dict[str, Any], is_terminal: bool) -> Table:
+def _splits(found: dict[str, Any]) -> Table:
     numbers = ("shards", "tokens", "documents", "shortest", "median", "mean", "longest")
-    table = _table(is_terminal, ("split",), numbers)
+    table = _table(("split",), numbers)
     for name, split in found["splits"].items():
         lengths = split["lengths"] or {}
         spread = [f"{lengths[key]:,.0f}" if lengths else "-" for key in numbers[3:]]
@@ -102,7 +103,7 @@ def _splits(found: dict[str, Any], is_terminal: bool) -> Table:
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Lines under the totals, and the style of each."""
-    lines: list[tuple[str, str | None]] = [("lengths are of documents, in tokens", None), ("", None)]
+    lines: list[tuple[str, str | None]] = [("shortest to longest: tokens of a document", None), ("", None)]
     tokens = sum(split["tokens"] for split in found["splits"].values())
     if found["bytes_per_token"] is not None:
         measured = found["measured_tokens"]
@@ -120,14 +121,13 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str | None]]:
 def _copies(name: str, counts: dict[str, int] | None, compared: str) -> list[tuple[str, str | None]]:
     if not counts or not counts["compared"]:
         return []
-    of = f"{counts['compared']:,} documents" + (f", {compared} of all, chosen by hash" if compared != "1 in 1" else "")
-    share = counts["copies"] / counts["compared"]
-    lines: list[tuple[str, str | None]] = [
-        (f"duplicates       {name}: {share:.2%}, {counts['copies']:,} copies of an earlier one among {of}", None)
-    ]
+    share = f"{counts['copies'] / counts['compared']:.2%}"
+    of = "" if compared == "1 in 1" else f"; compared is {compared} of all documents, chosen by hash"
+    line = f"{share}, {counts['copies']:,} of {counts['compared']:,} documents copy an earlier one{of}"
+    lines: list[tuple[str, str | None]] = [(f"duplicates       {name}: {line}", None)]
     if leaked := counts.get("in_train"):
-        share = leaked / counts["compared"]
-        lines.append((f"leakage          {name}: {leaked:,} documents ({share:.2%}) are in train too", "bold red"))
+        share = f"{leaked / counts['compared']:.2%}"
+        lines.append((f"leakage          {name}: {share}, {leaked:,} of them are in train too", "bold red"))
     return lines
 
 

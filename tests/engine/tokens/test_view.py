@@ -205,8 +205,8 @@ def test_a_document_of_both_splits_is_called_leakage(tmp_path, capfd):
     write("val", [3, 4], [6])
     code, printed = seen(capfd, str(tmp_path), "--windows", "0")
     assert code == 0
-    assert "leakage          val: 1 documents (50.00%) are in train too" in printed
-    assert "train: 25.00%, 1 copies of an earlier one among 4 documents" in printed
+    assert "leakage          val: 50.00%, 1 of them are in train too" in printed
+    assert "train: 25.00%, 1 of 4 documents copy an earlier one\n" in printed
     write("val", [4, 3], [6])
     assert "leakage" not in seen(capfd, str(tmp_path), "--windows", "0")[1]
 
@@ -310,6 +310,7 @@ def test_on_a_terminal_borders_and_digests_have_colours(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.delenv("NO_COLOR", raising=False)
     printed = printed_of(is_terminal=True)
+    assert "x_train_000000.bin train      7         1 1,038 B none" in printed  # whole, though it is narrow
     assert "\x1b[1;36m── document ──\x1b[0m" in printed
     assert "[red]\\x1b[2J:)" in printed
 
