@@ -21,7 +21,7 @@ from model.files import BadFile, open_file
 
 MEASURED_TOKENS = 1 << 26  # whose bytes are counted; of more tokens, a sample of about so many
 WINDOW_BYTES = 400  # of text in a window, about
-SEARCHED_TOKENS = 1 << 20  # in which a border of documents is looked for
+SEARCHED_TOKENS = 1 << 20  # in front and behind, in which a border of documents is looked for
 ALL_HASHES = 1 << 62
 NO_DIGEST, UNCHECKED, SAME, OTHER = "none", "not checked", "ok", "differs"
 
@@ -206,8 +206,10 @@ def _windows(
         tokens = shards.open_tokens(directory / row["file"])
         start = place - int(ends[rows.index(row)]) + row["tokens"]
         if number % 2 == 0:
-            borders = np.flatnonzero(tokens[start : start + SEARCHED_TOKENS] == words.end_of_text)
-            start += int(borders[0]) - width // 2 if len(borders) else 0
+            first = max(0, start - SEARCHED_TOKENS)
+            borders = first + np.flatnonzero(tokens[first : start + SEARCHED_TOKENS] == words.end_of_text)
+            if len(borders):
+                start = int(borders[np.abs(borders - start).argmin()]) - width // 2
         start = max(0, min(start, len(tokens) - width))
         ids = np.asarray(tokens[start : start + width])
         pieces = np.split(ids, np.flatnonzero(ids == words.end_of_text))
