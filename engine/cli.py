@@ -8,7 +8,15 @@ from engine import output, packages, system
 from engine.commands import COMMANDS, SUMMARIES
 from engine.errors import BAD_INPUT, DONE, INTERRUPTED, BadInput, Diverged, exit_code, nearest
 
-PRINTED = ("sample", "eval", "plan", "compare", "presets", "doctor")  # what is printed is all that these commands make
+PRINTED = (
+    "data",
+    "sample",
+    "eval",
+    "plan",
+    "compare",
+    "presets",
+    "doctor",
+)  # what is printed is all that these commands make
 
 USAGE = "usage: {gpt2} COMMAND ...\n\nGPT-2 pretraining, from text to a model that speaks.\n\n" + "\n".join(
     f"  {name:<8} {summary}" for name, summary in SUMMARIES.items()
@@ -32,7 +40,7 @@ def version() -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs one command. Exit code: 0 done, 1 verify found damage, 2 bad input, 3 not finite, 130 interrupted."""
+    """Runs one command. Exit code: 0 done, 1 found damage, 2 bad input, 3 not finite, 130 interrupted."""
     args = sys.argv[1:] if args is None else args
     output.protect(" ".join(["gpt2", *args[:1]]))
     if not args or args[0] in ("-h", "--help", "help"):

@@ -13,12 +13,14 @@ from engine.commands.planning import plan
 from engine.commands.plotting import Plot, plot
 from engine.commands.sampling import Sample, sample
 from engine.commands.training import train, tune
+from engine.commands.viewing import data
 from engine.commands.weights import Export, export, import_
 
 __all__ = ["COMMANDS", "KINDS", "SUMMARIES"]
 
 COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the exit code; None: DONE
     "prepare": prepare,
+    "data": data,
     "train": train,
     "tune": tune,
     "plan": plan,
@@ -36,6 +38,7 @@ COMMANDS: dict[str, Callable[[list[str], str], int | None]] = {  # return the ex
 
 SUMMARIES = {
     "prepare": "turn text into token shards",
+    "data": "show what token shards hold: documents, duplicates, some of the text",
     "train": "train a preset on token shards; resumes by itself",
     "tune": "find what trains a preset fastest on this machine; train reads it",
     "plan": "estimate memory, time, disk, energy and cost of a run before it is paid for",

@@ -17,7 +17,7 @@ from engine import config, output
 from engine.errors import BadInput, nearest
 from engine.run import rows
 from engine.run.rows import METRICS_FILE
-from engine.tokens import foreign, names, shards, tokenizer
+from engine.tokens import foreign, integrity, names, shards, tokenizer
 from engine.tokens.shards import sha256
 from model.files import BadFile, check_fields, check_present, make, open_file, read_json
 from model.presets import GPT2Config
@@ -77,8 +77,7 @@ def _unlisted_shards(directory: Path) -> list[Path]:
         manifest = shards.read_manifest(directory)
     except BadInput:
         return []
-    listed = None if manifest is None else {shard["file"] for shard in manifest["shards"]}
-    return [path for path in names.find(directory) if listed is not None and path.name not in listed]
+    return integrity.unlisted(manifest, names.find(directory))
 
 
 def _check_data(directory: Path) -> Iterator[tuple[Path, str | None]]:
@@ -110,26 +109,20 @@ def _shard_damage(path: Path, listed: dict, vocab_size: int) -> str | None:
     wrong = []
     try:
         tokens = shards.open_tokens(path)
-        for field, count in (("bytes", path.stat().st_size), ("tokens", len(tokens))):
-            if listed.get(field, count) != count:
-                wrong.append(f"must have {listed[field]} {field}, got {count}")
+        wrong += integrity.sizes(path, tokens, listed)
         # Read the file before its memory map is used: an unreadable page of a map kills the
         # process.
         digest = sha256(path)
         for start in range(0, len(tokens), SCANNED_TOKENS):
             piece = tokens[start : start + SCANNED_TOKENS]
-            if int(piece.max()) >= vocab_size:
-                at = int((piece >= vocab_size).argmax())
-                wrong.append(f"token {start + at} must be below the vocabulary size {vocab_size}, got {piece[at]}")
+            if (reason := integrity.beyond(piece, start, vocab_size)) is not None:
+                wrong.append(reason)
                 break
-        if listed.get("sha256", digest) != digest:
-            wrong.append(f"must have sha256 {listed['sha256'][:12]}..., got {digest[:12]}...")
-    except BadInput as error:
+        if (reason := integrity.digest(digest, listed)) is not None:
+            wrong.append(reason)
+    except (BadInput, OSError, BadFile) as error:
         raise_limit(error)
-        wrong.append(_without_path(path, error))
-    except (OSError, BadFile) as error:
-        raise_limit(error)
-        wrong.append(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        wrong.append(integrity.unreadable(path, error))
     return "; ".join(wrong) or None
 
 

@@ -27,6 +27,7 @@ PRINTABLE = bytes([9, 10, 13, *range(32, 127)])
 HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's two files
 RUN_FILES = ("metrics.jsonl", "samples.txt", "config.json", "latest")
 SHARD_MAGIC, LLMC_WEIGHTS, LLMC_EVALUATION = 20240520, 20240326, 20240522
+LLAMA_MAGIC = 20240801  # of llm.c's shards of Llama 3's tokens, uint32
 
 
 class Found(NamedTuple):
@@ -198,6 +199,8 @@ def _file(path: Path) -> Found:
     if magic == LLMC_WEIGHTS:
         way = f"llm.c's dev/eval/export_hf.py makes what {program()} import reads"
         return Found("other", "weights in llm.c's format", way)
+    if magic == LLAMA_MAGIC:
+        return Found("other", "llm.c's tokens of Llama 3", f"make token shards of the text with {program()} prepare")
     if magic == LLMC_EVALUATION:
         return Found("other", "llm.c's file of questions to evaluate a model on", "nothing here reads it")
     if path.name in RUN_FILES and what(parent).kind == "run":

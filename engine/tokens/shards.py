@@ -13,7 +13,9 @@ import ast
 import hashlib
 import json
 import os
+import resource
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -66,7 +68,10 @@ def open_array(path: Path) -> np.ndarray:
         kind, shape = header["descr"], header["shape"]
         if kind not in ("<u2", "=u2", "u2") or len(shape) != 1:
             kind = "uint16" if kind == "<u2" else kind[:40]
-            raise BadInput(f"{path}: tokens must be (n,) uint16, got {str(shape)[:80]} {kind}")
+            raise BadInput(
+                f"{path}: tokens must be (n,) uint16, got {str(shape)[:80]} {kind}; if they are GPT-2's, write them "
+                "again with numpy.save(file, tokens.ravel().astype('<u2'))"
+            )
         return _mapped(path, file, shape[0], file.tell())
 
 
@@ -97,6 +102,11 @@ def _open_bin(path: Path) -> np.ndarray:
         if len(header) < 4 * HEADER_INTS:
             raise BadInput(f"{path}: the header must be {4 * HEADER_INTS} bytes, got {len(header)}")
         header = header.view("<i4")
+        if header[0] == foreign.LLAMA_MAGIC:
+            raise BadInput(
+                f"{path}: tokens must be GPT-2's, got llm.c's tokens of Llama 3 (magic number {header[0]}, uint32); "
+                f"make shards of the text with {output.program()} prepare"
+            )
         if header[0] != MAGIC:
             raise BadInput(f"{path}: the magic number must be {MAGIC}, got {header[0]}; this is not a token shard")
         if header[1] != VERSION:
@@ -170,13 +180,26 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
-def _require_directory(directory: str | Path) -> Path:
+def require_directory(directory: str | Path) -> Path:
+    """The path of a directory of data. Raises BadInput, which names what is there instead."""
     if foreign.what(directory).kind != "data" or not os.path.isdir(directory):
         raise BadInput(
             f"data: must be a directory of token shards, got {directory}"
             f"{foreign.hint(directory, f'make one with {output.program()} prepare')}"
         )
     return Path(directory)
+
+
+def _allow_files(count: int) -> None:
+    """Raises this process's own limit on open files by `count`, as far as the system's goes.
+
+    100B tokens are 1,000 shards of 100M, and many systems allow 1,024 files at first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        soft = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        with suppress(OSError, ValueError):  # the file that cannot be opened is named then
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @dataclass
@@ -198,7 +221,7 @@ class TokenStream:
 
         Raises BadInput if there is none or one is bad.
         """
-        directory = _require_directory(directory)
+        directory = require_directory(directory)
         paths = names.find(directory, split)
         manifest = read_manifest(directory)
         if manifest is None and (directory / BUILDING).exists():
@@ -219,6 +242,7 @@ class TokenStream:
                 f"{directory}: must hold one set of tokens where their names have no numbers, got "
                 f"{few([path.name for path in paths])}; put each set into a directory of its own"
             )
+        _allow_files(len(paths))  # each stays open with its memory map
         shards = [open_tokens(path) for path in paths]
         counts = {shard["file"]: shard.get("tokens") for shard in (manifest or {"shards": []})["shards"]}
         for path, shard in zip(paths, shards, strict=True):
@@ -271,7 +295,7 @@ class TokenStream:
 
 def tokenizer_name(directory: str | Path) -> str:
     """Name of the shards' tokenizer: the manifest's, or gpt2 if there is no manifest."""
-    manifest = read_manifest(_require_directory(directory))
+    manifest = read_manifest(require_directory(directory))
     return "gpt2" if manifest is None else manifest["tokenizer"]
 
 

@@ -87,6 +87,13 @@ class GPT2Tokenizer:
         """Bytes of the ids. A token may be part of a character."""
         return self._encoding.decode_bytes([int(i) for i in ids])
 
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each token in front of the end of text, (end_of_text,) uint8."""
+        lengths = np.zeros(self.end_of_text, dtype=np.uint8)
+        for token, rank in gpt2_ranks().items():
+            lengths[rank] = len(token)
+        return lengths
+
     def decode(self, ids) -> str:
         """Text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -108,6 +115,10 @@ class ByteTokenizer:
     def decode_bytes(self, ids) -> bytes:
         """Bytes of the ids."""
         return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in map(int, ids))
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each token in front of the end of text, (end_of_text,) uint8."""
+        return np.ones(self.end_of_text, dtype=np.uint8)
 
     def decode(self, ids) -> str:
         """Text of the ids. Bytes that are not valid UTF-8 become U+FFFD."""

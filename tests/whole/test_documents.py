@@ -295,7 +295,7 @@ def test_every_flag_in_the_text_exists(document, monkeypatch):
     for kind in (PrepareConfig, *subcommands.KINDS.values()):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     monkeypatch.setattr(flag_parser, "checked", stopping(flag_parser.checked))
-    for command in ("plan", "plot", "compare", "report", "tune"):
+    for command in ("plan", "plot", "compare", "report", "tune", "data"):
         asked = parsed_by(cli.COMMANDS[command], ["gpt2"], f"gpt2 {command}")
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(asked)}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}

@@ -40,7 +40,7 @@ FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts
 FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
-    | {"tokenizer", "shards", "batches", "names", "foreign"}
+    | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables"}
     | {"options", "building"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
@@ -59,6 +59,7 @@ FOLDERS = {
         "comparing",
         "machine",
         "planning",
+        "viewing",
     },
     "comparison": {"records", "references", "overlay", "compare", "welch", "page"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},

@@ -60,6 +60,7 @@ FILES = {
     "x_val_000000.npy": (b"\x93NUMPY", "a file of tokens", "give its directory, "),
     "model.safetensors": (b"", "one file of weights", "give its directory, "),
     "gpt2_124M.bin": (b"\xc6\xd7\x34\x01", "weights in llm.c's format", "export_hf.py"),
+    "stories_val.bin": (b"\xa1\xd9\x34\x01", "llm.c's tokens of Llama 3", "gpt2 prepare"),
     "hellaswag_val.bin": (b"\x8a\xd8\x34\x01", "questions", "nothing here reads it"),
     "photo": (b"\xff\xd8", "a file", ""),
 }
@@ -168,6 +169,17 @@ def test_the_split_is_what_stands_before_the_number(suffix, tmp_path):
     assert TokenStream.open(tmp_path, "val", VOCAB).read(0, 9).tolist() == list(range(100, 109))
     assert TokenStream.open(tmp_path, "train", VOCAB).read(0, 18).tolist() == [*range(9), *range(200, 209)]
     assert len(names.find(tmp_path)) == 3
+
+
+def test_the_shards_of_build_nanogpt_and_llmc_are_found_by_their_names(tmp_path):
+    for name in ("edufineweb_{}.npy", "edu_fineweb_{}.bin", "tiny_stories_{}.bin"):
+        (directory := tmp_path / name[:8]).mkdir()
+        write(directory, name.format("val_000000"), 0)
+        for number in (1, 2, 10):
+            write(directory, name.format(f"train_{number:06d}"), 100 * number)
+        assert TokenStream.open(directory, "val", VOCAB).read(0, 9).tolist() == list(range(9))
+        stream = TokenStream.open(directory, "train", VOCAB)
+        assert stream.read(0, len(stream))[::9].tolist() == [100, 200, 1000]
 
 
 def test_what_stands_after_the_split_need_not_be_a_number(tmp_path):

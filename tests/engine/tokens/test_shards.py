@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,11 @@ BAD_BINS = [
     pytest.param(header()[:100], "the header must be 1024 bytes, got 100", id="half a header"),
     pytest.param(header(magic=1) + bytes(8), "the magic number must be 20240520, got 1", id="foreign magic"),
     pytest.param(b"import os\n" * 200, "the magic number must be 20240520, got 1869639017", id="a text"),
+    pytest.param(
+        header(magic=20240801, version=7) + bytes(16),
+        "got llm.c's tokens of Llama 3 (magic number 20240801",
+        id="Llama 3",
+    ),
     pytest.param(header(version=2) + bytes(8), "the version must be 1, got 2", id="another version"),
     pytest.param(header() + bytes(6), "4 tokens take 1032 bytes, got 1030", id="cut short"),
     pytest.param(header() + bytes(10), "4 tokens take 1032 bytes, got 1034", id="too long"),
@@ -95,6 +101,10 @@ def test_a_bad_shard_is_named_with_found_and_expected(tmp_path, content, sentenc
 
 BAD_ARRAYS = [
     pytest.param(np.arange(9, dtype=np.int64), r"tokens must be \(n,\) uint16, got \(9,\) <i8", id="int64"),
+    *(
+        pytest.param(np.arange(9, dtype=kind), rf"got \(9,\) <{kind}; if they are .*ravel\(\).astype\('<u2'\)", id=kind)
+        for kind in ("i4", "u4")
+    ),
     pytest.param(np.arange(9, dtype=">u2"), r"must be \(n,\) uint16, got \(9,\) >u2", id="big-endian"),
     pytest.param(np.zeros((3, 3), np.uint16), r"must be \(n,\) uint16, got \(3, 3\) uint16", id="two axes"),
     pytest.param(np.zeros((), np.uint16), r"must be \(n,\) uint16, got \(\) uint16", id="no axis"),
@@ -270,6 +280,19 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / shards.MANIFEST).mkdir()
     with pytest.raises(BadInput, match=r"manifest.json: must be a manifest of shards, got a directory"):
         TokenStream.open(tmp_path, "train", VOCAB)
+
+
+def test_more_shards_than_open_files_are_allowed_are_read(tmp_path):
+    for number in range(40):
+        write(tmp_path, f"x_train_{number:06d}.bin", range(number, number + 9))
+    now = max(map(int, os.listdir("/dev/fd")))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 20, before[1]))
+    try:
+        stream = TokenStream.open(tmp_path, "train", VOCAB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert stream.read(9 * 39, 9).tolist() == list(range(39, 48))
 
 
 def test_the_digest_names_the_data(tmp_path):

@@ -135,3 +135,10 @@ def test_a_damaged_vocabulary_is_refused(tmp_path, monkeypatch):
 def test_an_unknown_name_is_a_sentence_with_the_nearest():
     with pytest.raises(BadInput, match=r"""got 'byte'; did you mean "bytes"\?"""):
         tokenizer.load("byte")
+
+
+def test_the_lengths_of_tokens_are_those_of_their_bytes(chosen):
+    lengths = chosen.byte_lengths()
+    assert lengths.shape == (chosen.end_of_text,)
+    for token in range(0, chosen.end_of_text, 97):
+        assert lengths[token] == len(chosen.decode_bytes([token]))
