@@ -40,7 +40,7 @@ FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts
 FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
-    | {"tokenizer", "shards", "batches", "names", "foreign"},
+    | {"tokenizer", "shards", "batches", "names", "foreign", "mixture", "weights"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
