@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine import flags, output
@@ -184,8 +185,7 @@ def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
         def loss() -> float:
             return -float(scoring.score(model, requests, ranks).log_p.sum()) / len(predicted)
 
-        def text_bytes() -> int:
-            return evaluation.num_bytes(predicted, tokenizer)
+        text_bytes = partial(evaluation.num_bytes, predicted, tokenizer)
     else:
         if asked.data is not None and len(weights.parse(asked.data)) == 1 and not os.path.lexists(asked.data):
             way = f"name a text file, or make token shards with {output.program()} prepare"
@@ -200,12 +200,8 @@ def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
         tokens = stream.windows(windows, context).numpy()
         predicted, digest = tokens[:, 1:], scoring.digest(scoring.Request(each, context) for each in tokens)
         what = (run.data, f"validation {tokenizer.unit}s of {run.data}")
-
-        def loss() -> float:
-            return evaluation.mean_loss(model, stream, windows, context, ranks)
-
-        def text_bytes() -> int:
-            return evaluation.weighted_bytes(stream, windows, predicted, tokenizer)
+        loss = partial(evaluation.mean_loss, model, stream, windows, context, ranks)
+        text_bytes = partial(evaluation.weighted_bytes, stream, windows, predicted, tokenizer)
 
     def figures() -> dict[str, Any]:
         mean, num_bytes = loss(), text_bytes()

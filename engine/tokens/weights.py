@@ -35,8 +35,8 @@ def parse(data: str) -> list[Source]:
         return [Source(found[0][0])]
     if bare := [directory for directory, weight in found if weight is None]:
         raise BadInput(
-            f"data: each of several sets must have a weight, got none for {', '.join(bare)}; write {bare[0]}:0.5 for "
-            "half of the sequences"
+            f"data: each of several sets must have a weight, got none for {', '.join(bare)}; write "
+            f"{bare[0].rstrip(':')}:0.5 for half of the sequences"
         )
     if low := [f"{directory}:{weight}" for directory, weight in found if Fraction(weight) <= 0]:
         raise BadInput(f"data: the weight of a set must be above 0, got {', '.join(low)}; leave that set out")
