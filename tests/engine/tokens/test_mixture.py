@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runs import assert_same_run, measured, run, train
 
@@ -78,6 +78,7 @@ def test_the_sets_take_turns_as_evenly_as_they_can(parts):
 
 @quick
 @given(parts=st.lists(st.integers(1, weights.MOST_PARTS // 4), min_size=2, max_size=4), start=st.integers(0, 2**61))
+@example(parts=[2**29, 3], start=2**60)
 def test_late_sequences_and_large_weights_do_not_overflow(parts, start):
     which, numbers = turns(np.array([start, start + 1]), parts)
     for position, found, number in zip((start, start + 1), which.tolist(), numbers.tolist(), strict=True):
@@ -97,14 +98,15 @@ def test_late_sequences_and_large_weights_do_not_overflow(parts, start):
     seed=st.integers(0, 2**32),
 )
 def test_every_window_of_a_set_comes_once_in_each_of_its_epochs(counts, weighed, seed):
-    part = batches(mixed(counts, weighed[: len(counts)]), 12, 3, seed=seed)
+    parts = weighed[: len(counts)]
+    part = batches(mixed(counts, parts), 12, 3, seed=seed)
     order: list[list[int]] = [[] for _ in counts]
-    step = 0
-    while min(len(own) / count for own, count in zip(order, counts, strict=True)) < 2:
+    slowest = max(count * sum(parts) / one for count, one in zip(counts, parts, strict=True))  # sequences per epoch
+    for step in range(int(2 * slowest / 12) + 2):
         for index, window in chain(*seen(part, step)):
             order[index].append(window)
-        step += 1
     for own, count in zip(order, counts, strict=True):
+        assert len(own) >= 2 * count
         for epoch in range(len(own) // count):
             assert sorted(own[epoch * count : (epoch + 1) * count]) == list(range(count))
     part.close()
