@@ -3,12 +3,14 @@
 The windows are spread evenly over the validation stream, in batches of a fixed size. They do not
 depend on batch size, number of ranks or step. Each rank evaluates whole batches, and every rank
 adds the batches' sums in the same order. So the loss has the same bits on any number of ranks.
+Of several data sets the loss is the mean of each one's loss, by the weights of the training data.
 """
 
 import codecs
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from engine import device
 from engine.distributed import Ranks, is_sharded, outside_training
 from engine.errors import BadInput
-from engine.tokens.shards import TokenStream
+from engine.tokens import mixture
+from engine.tokens.mixture import Stream
 from engine.tokens.tokenizer import Tokenizer
 from model import generate
 from model.gpt2 import GPT2
@@ -26,19 +29,29 @@ BATCH_TOKENS = 8192  # tokens per forward pass
 STOP_EVERY = 16  # tokens of several samples after which their text is looked at
 
 
-def windows(stream: TokenStream, context: int, eval_tokens: int) -> np.ndarray:
-    """Indices of the validation windows, spread evenly.
+def windows(stream: Stream, context: int, eval_tokens: int) -> np.ndarray:
+    """Indices of the validation windows, spread evenly over each set, which has its share of them by weight.
 
-    Raises BadInput if the stream has no whole window.
+    Raises BadInput if a set has no whole window.
     """
-    num_windows = stream.num_windows(context)
-    if num_windows == 0:
-        raise BadInput(
-            f"data: the validation split must hold at least {context + 1} tokens, got {len(stream)}; "
-            "prepare more text or a larger --val-fraction, or lower --context"
-        )
-    count = min(num_windows, max(1, eval_tokens // context))
-    return np.arange(count) * num_windows // count
+    sets = mixture.members(stream, context)
+    whole, found = sum(one.parts for one in sets), []
+    for one in sets:
+        if one.num_windows == 0:
+            of = f" of {one.directory}" if one.directory else ""
+            raise BadInput(
+                f"data: the validation split{of} must hold at least {context + 1} tokens, got {len(one.stream)}; "
+                "prepare more text or a larger --val-fraction, or lower --context"
+            )
+        count = min(one.num_windows, max(1, eval_tokens * one.parts // whole // context))
+        found.append(one.first + np.arange(count) * one.num_windows // count)
+    return np.concatenate(found)
+
+
+def of_sets(stream: Stream, windows: np.ndarray, context: int) -> list[np.ndarray]:
+    """The windows of each set."""
+    firsts = [one.first for one in mixture.members(stream, context)]
+    return np.split(windows, np.searchsorted(windows, firsts[1:]))
 
 
 def num_batches(num_windows: int, context: int) -> int:
@@ -47,23 +60,24 @@ def num_batches(num_windows: int, context: int) -> int:
 
 
 @torch.no_grad()
-def mean_loss(
+def mean_losses(
     raw_model: GPT2,
-    stream: TokenStream,
+    stream: Stream,
     windows: np.ndarray,
     context: int,
     ranks: Ranks,
     progress: Callable[[], None] = lambda: None,
     is_interrupted: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Mean loss over the windows, in nats per token, without dropout. All ranks call it.
+) -> list[float] | None:
+    """Mean loss over the windows of each data set, in nats per token, without dropout. All ranks call it.
 
     progress: called after each batch. is_interrupted: whether this rank is asked to stop; if any
-    is, the rest is left out and the mean is None on every rank. A sharded model evaluates all.
+    is, the rest is left out and the result is None on every rank. A sharded model evaluates all.
     Each module's mode is then as before.
     """
     size = max(1, BATCH_TOKENS // context)  # sequences per batch
-    batches = np.split(windows, range(size, len(windows), size))
+    sets = of_sets(stream, windows, context)
+    batches = [batch for own in sets for batch in np.split(own, range(size, len(own), size))]
     wide = device.widest(ranks.device)
     sums = torch.zeros(len(batches) + 1, dtype=wide, device=ranks.device)  # the last: ranks interrupted
     end = len(batches)
@@ -81,7 +95,15 @@ def mean_loss(
                 sums[index] = loss.to(wide) * len(batch)
             progress()
     *losses, interrupted = ranks.sum(sums).tolist()
-    return None if interrupted else sum(losses) / len(windows)
+    left = iter(losses)
+    counts = [num_batches(len(own), context) for own in sets]
+    return None if interrupted else [sum(islice(left, n)) / len(own) for own, n in zip(sets, counts, strict=True)]
+
+
+def mean_loss(raw_model: GPT2, stream: Stream, *rest: Any, **options: Any) -> float | None:
+    """The mean of the sets' losses by their weights. The arguments are those of mean_losses."""
+    losses = mean_losses(raw_model, stream, *rest, **options)
+    return None if losses is None else mixture.mean(stream, losses)
 
 
 def perplexity(loss: float) -> float:
@@ -97,6 +119,13 @@ def num_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     counts = np.bincount(tokens.reshape(-1), minlength=tokenizer.vocab_size)
     counts[tokenizer.end_of_text] = 0
     return sum(int(counts[token]) * len(tokenizer.decode_bytes([token])) for token in np.flatnonzero(counts))
+
+
+def weighted_bytes(stream: Stream, windows: np.ndarray, predicted: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Bytes of the text of the windows' targets, (n, T), as if each set had its weight's share of them."""
+    counts = [len(own) for own in of_sets(stream, windows, predicted.shape[1])]
+    sets = np.split(predicted, np.cumsum(counts)[:-1])
+    return round(mixture.mean(stream, [num_bytes(own, tokenizer) / own.size for own in sets]) * predicted.size)
 
 
 def sample(

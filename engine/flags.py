@@ -4,6 +4,8 @@ Imports no PyTorch, so that --help is fast.
 """
 
 import dataclasses
+import shlex
+from itertools import takewhile
 from typing import Any
 
 from engine import output
@@ -100,6 +102,7 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
     import tyro
 
     known = names(kind if default is None else type(default))
+    args = joined(args) if "--data" in known else args
     for word in args:
         flag = word.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known and (here := hint(flag, known)) is not None:
@@ -107,6 +110,17 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
     options = {} if default is None else {"default": default}
     called = prog.replace("gpt2", output.program(), 1) if prog.startswith("gpt2 ") else prog
     return tyro.cli(kind, args=args, prog=called, **options)
+
+
+def joined(args: list[str], flag: str = "--data") -> list[str]:
+    """The words, with several values of a flag as one, quoted as for a shell: a:0.7 b:0.3."""
+    for index, word in enumerate(args):
+        name, has_value, value = word.partition("=")
+        if name == flag:
+            more = list(takewhile(lambda one: not one.startswith("-"), args[index + 1 :]))
+            if len(values := [value] * bool(has_value) + more) > 1:
+                return [*args[:index], flag, shlex.join(values), *joined(args[index + 1 + len(more) :], flag)]
+    return args
 
 
 def checked(kind: type, args: list[str], prog: str) -> Any:

@@ -31,8 +31,9 @@ from engine.run.plots import Painter
 from engine.run.saver import Saver
 from engine.step import Mailbox, Step
 from engine.tasks.scoring import Task, batches
+from engine.tokens import mixture
 from engine.tokens.batches import Batches
-from engine.tokens.shards import TokenStream
+from engine.tokens.mixture import Stream, members
 from engine.tokens.tokenizer import Tokenizer
 from model.generate import NotFinite
 from model.gpt2 import GPT2
@@ -49,8 +50,8 @@ class Data:
     """What a run reads: its tokenizer, both splits, and the batches of this rank."""
 
     tokenizer: Tokenizer
-    train_stream: TokenStream
-    val_stream: TokenStream
+    train_stream: Stream
+    val_stream: Stream
     val_windows: np.ndarray  # numbers of the validation windows
     micro_batch_size: int  # B, sequences per forward pass of this rank
     accumulation: int  # micro-batches per step of this rank
@@ -61,7 +62,8 @@ class Data:
         """Sizes as the header prints them."""
         evaluated, shape = len(self.val_windows) * config.sequence_length, (self.micro_batch_size, self.accumulation)
         stream = self.train_stream
-        return Corpus(self.tokenizer.unit, len(stream), len(self.val_stream), evaluated, *shape, stream.origin)
+        sets = [(one.directory, one.parts, len(one.stream)) for one in members(stream, config.sequence_length)]
+        return Corpus(self.tokenizer.unit, len(stream), len(self.val_stream), evaluated, *shape, stream.origin, sets)
 
     def task_sizes(self) -> tuple[int, int]:
         """(batches, tokens) of all tasks, over all ranks."""
@@ -190,11 +192,12 @@ class Run:
         config, data, model, record = self.config, self.data, self.raw_model, self.record
         context, progress, text, problem = config.sequence_length, self.progress, "", None
         inputs = (model, data.val_stream, data.val_windows, context, self.ranks, progress)
-        loss = evaluation.mean_loss(*inputs, self.update.is_interrupted)
+        losses = evaluation.mean_losses(*inputs, self.update.is_interrupted)
+        loss = None if losses is None else mixture.mean(data.val_stream, losses)
         figures = self.figures(step) if loss is not None and math.isfinite(loss) else {}
         if loss is None or figures is None:
             return None
-        record.log(step, val_loss=loss, **figures)
+        record.log(step, val_loss=loss, **mixture.by_set(data.val_stream, "val_loss", losses), **figures)
         if not math.isfinite(loss):
             raise Diverged(f"train: the validation loss must be finite, got {loss} at step {step}; {LOWER}")
         is_sharded = distributed.is_sharded(model)  # which runs on all ranks or on none

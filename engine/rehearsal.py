@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -179,7 +180,7 @@ def batches(config: TrainConfig, ranks: Ranks, size: int | None = None) -> Batch
     """
     count = UPDATES * config.tokens_per_step // config.sequence_length
     stream = SimpleNamespace(num_windows=lambda T: count)
-    stream.windows = lambda numbers, T: torch.from_numpy(numbers)[:, None].expand(-1, T + 1)
+    stream.window_rows = lambda numbers, T: np.broadcast_to(numbers[:, None], (len(numbers), T + 1))
     return Batches(
         stream,
         context=config.sequence_length,

@@ -30,10 +30,9 @@ from engine.run.saver import Saver
 from engine.step import Guard, Step
 from engine.tasks import hellaswag, lambada, scoring
 from engine.tasks.scoring import Task
-from engine.tokens import shards
+from engine.tokens import mixture
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
-from engine.tokens.shards import TokenStream
 from engine.tokens.tokenizer import Tokenizer
 from engine.tuning import choices, record
 from engine.tuning.record import Setup, Tuning
@@ -74,12 +73,12 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
 
     Raises BadInput if they are bad, too few, or of another vocabulary than the model's.
     """
-    tokenizer = tokenizers.load(shards.tokenizer_name(config.data))
+    tokenizer = tokenizers.load(mixture.tokenizer_name(config.data))
     check_vocabulary(config, tokenizer)
     device.check_can_train(config, ranks.device)
     device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
-    train, val = (TokenStream.open(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
+    train, val = (mixture.open_stream(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
     batches = Batches(
@@ -120,7 +119,7 @@ def find_past(config: TrainConfig, data: Data, ranks: Ranks, precision: str, hel
 
     Raises BadInput if ranks or runs differ.
     """
-    digest = shards.digest([data.train_stream, data.val_stream], config.data)
+    digest = mixture.digest(config.data, [data.train_stream, data.val_stream])
     identity = resume.identity(config, data.tokenizer.name, digest, precision, data.micro_batch_size)
     questions = {f"{task.name} examples": scoring.digest(task.requests) for task in data.tasks}
     ranks.check_alike(resume.facts(config, identity) | questions)

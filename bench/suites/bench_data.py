@@ -17,7 +17,7 @@ import pytest
 
 from bench.suites.conftest import DEVICE, case
 from engine.tokens import sources, tokenizer
-from engine.tokens.batches import Batches, step_windows
+from engine.tokens.batches import Batches, windows_at
 from engine.tokens.prepare import PrepareConfig, prepare
 from engine.tokens.shards import TokenStream, open_shard, write_shard
 
@@ -97,7 +97,7 @@ def check_batches(batches: Batches, tokens: np.ndarray) -> None:
     """Raises AssertionError unless an epoch has every window once and a step's batches are slices of the tokens."""
     T, S = batches.context, batches.sequences
     steps = batches.num_windows // S
-    order = step_windows(0, steps * S, batches.num_windows, batches.seed).reshape(steps, S)
+    order = windows_at(np.arange(steps * S), batches.num_windows, batches.seed).reshape(steps, S)
     assert len(np.unique(order)) == steps * S, "no window may come twice in an epoch"
     for step in (0, steps - 1):
         got = batches.at(step)

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine import flags, output
@@ -163,8 +164,7 @@ def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
     from engine import config, evaluation
     from engine.run import directory, export
     from engine.tasks import scoring, text
-    from engine.tokens import foreign
-    from engine.tokens.shards import TokenStream
+    from engine.tokens import foreign, mixture, weights
 
     model, tokenizer, ranks = subject.model, subject.tokenizer, subject.ranks
     run = config.load(asked.run)
@@ -184,8 +184,10 @@ def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
 
         def loss() -> float:
             return -float(scoring.score(model, requests, ranks).log_p.sum()) / len(predicted)
+
+        text_bytes = partial(evaluation.num_bytes, predicted, tokenizer)
     else:
-        if asked.data is not None and not os.path.lexists(asked.data):
+        if asked.data is not None and len(weights.parse(asked.data)) == 1 and not os.path.lexists(asked.data):
             way = f"name a text file, or make token shards with {output.program()} prepare"
             raise BadInput(
                 f"eval: --data must be a directory of token shards or a text file, got {asked.data}"
@@ -193,17 +195,16 @@ def _loss_of(asked: Evaluate, subject: Subject) -> tuple[str, Any]:
             )
         run = dataclasses.replace(run, data=asked.data or run.data, eval_tokens=asked.eval_tokens or run.eval_tokens)
         export.check_tokenizer(run.data, tokenizer.name)
-        stream = TokenStream.open(run.data, "val", tokenizer.vocab_size)
+        stream = mixture.open_stream(run.data, "val", tokenizer.vocab_size)
         windows = evaluation.windows(stream, context, run.eval_tokens)
         tokens = stream.windows(windows, context).numpy()
         predicted, digest = tokens[:, 1:], scoring.digest(scoring.Request(each, context) for each in tokens)
         what = (run.data, f"validation {tokenizer.unit}s of {run.data}")
-
-        def loss() -> float:
-            return evaluation.mean_loss(model, stream, windows, context, ranks)
+        loss = partial(evaluation.mean_loss, model, stream, windows, context, ranks)
+        text_bytes = partial(evaluation.weighted_bytes, stream, windows, predicted, tokenizer)
 
     def figures() -> dict[str, Any]:
-        mean, num_bytes = loss(), evaluation.num_bytes(predicted, tokenizer)
+        mean, num_bytes = loss(), text_bytes()
         return {
             "data": what[0],
             "of": what[1],

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engine import flags
 from engine.errors import BadInput
+from engine.tokens import weights
 from model.presets import GPT2Config
 
 FAR = 10_000  # sequences within which a micro-batch that divides the step is looked for
@@ -57,7 +58,7 @@ class OptimConfig:
 class TrainConfig:
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
-    data: str = "data/fineweb-edu"  # directory of token shards
+    data: str = "data/fineweb-edu"  # directory of token shards, or several with weights: a:0.7 b:0.3
     out: str = "runs/gpt2"  # run directory: config, metrics, samples, plots, checkpoints
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
@@ -160,6 +161,10 @@ class TrainConfig:
                 f"{self.sequence_length}; lower it{'' if self.init_from else ' or raise --model.n-positions'}"
             )
         wrong += flags.too_large(self) + self.optim.problems()
+        try:
+            weights.parse(self.data)
+        except BadInput as error:
+            wrong.append(str(error))
         if self.profile is not None:
             try:
                 parse_profile(self.profile)

@@ -24,7 +24,7 @@ from engine.run import directory as directories
 from engine.run import durable, resume, vocabulary
 from engine.run.checkpoint import Checkpoint
 from engine.run.vocabulary import byte_characters
-from engine.tokens import foreign, shards
+from engine.tokens import foreign, mixture
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.tokenizer import END_OF_TEXT, Tokenizer
 from model import nanogpt, pretrained
@@ -128,7 +128,7 @@ def initial_note(train: TrainConfig) -> str:
 
 def check_tokenizer(data_directory: str, expected: str) -> None:
     """Raises BadInput unless the shards of a directory were made with the tokenizer of the model."""
-    if (name := shards.tokenizer_name(data_directory)) != expected:
+    if (name := mixture.tokenizer_name(data_directory)) != expected:
         raise BadInput(
             f"data: the shards must be made with the model's tokenizer {expected}, got {name} in {data_directory}; "
             f"prepare them with --tokenizer {expected}"

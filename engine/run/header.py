@@ -5,6 +5,8 @@ speed of one matrix product, measured here. It is made before the first step, wh
 """
 
 import time
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ class Corpus(NamedTuple):
     micro_batch_size: int
     accumulation: int
     origin: str = ""  # ", nanoGPT's ..." of files that another project wrote
+    sets: Sequence[tuple[str, int, int]] = ()  # directory, weight and training tokens of each; one has no directory
 
 
 def show(
@@ -48,8 +51,9 @@ def show(
         return
     tokens = past[1] + (config.num_steps - past[0]) * config.tokens_per_step
     ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + runs_on)
-    if tokens / corpus.train > MANY_EPOCHS:
-        warn(often(config, corpus, tokens, past))
+    for one in each_set(corpus):
+        if one.share * tokens / one.train > MANY_EPOCHS:
+            warn(often(config, corpus.unit, one, tokens, past))
     if ranks.device.type == "cpu" and (line := time_on_a_cpu(config, corpus, past[0], ranks.world_size, dtype)):
         (warn if line.startswith("train:") else ranks.print0)(line)
 
@@ -65,22 +69,47 @@ def sizes(config: TrainConfig, corpus: Corpus, ranks: Ranks) -> str:
     )
 
 
+class Set(NamedTuple):
+    """One of the data sets of a run."""
+
+    of: str  # " of DIRECTORY", or "" if there is one set
+    share: Fraction  # of the run's sequences
+    train: int  # its training tokens
+
+
+def each_set(corpus: Corpus) -> list[Set]:
+    """The data sets of a corpus."""
+    if len(corpus.sets) < 2:
+        return [Set("", Fraction(1), corpus.train)]
+    whole = sum(parts for _, parts, _ in corpus.sets)
+    return [Set(f" of {directory}", Fraction(parts, whole), train) for directory, parts, train in corpus.sets]
+
+
 def epochs(config: TrainConfig, corpus: Corpus, tokens: int) -> str:
-    """The line that says how often the training tokens are read. tokens: of the whole run."""
-    count = tokens / corpus.train
-    decimals = next(n for n, least in ((0, 9.95), (1, 0.995), (2, 0.0)) if count >= least)
-    form = f"{count:,.{decimals}f}" if count >= 0.01 else "under 0.01"
-    return f"epochs: {form}, {tokens:,} of {corpus.train:,} training {corpus.unit}s in {config.num_steps:,} steps\n"
+    """A line for each set that says how often its training tokens are read. tokens: of the whole run."""
+    lines = []
+    for of, share, train in each_set(corpus):
+        read = round(share * tokens)
+        count = read / train
+        decimals = next(n for n, least in ((0, 9.95), (1, 0.995), (2, 0.0)) if count >= least)
+        form = f"{count:,.{decimals}f}" if count >= 0.01 else "under 0.01"
+        part = f", {100 * float(share):.3g}% of the sequences" if of else ""
+        lines.append(
+            f"epochs{of}: {form}, {read:,} of {train:,} training {corpus.unit}s in {config.num_steps:,} steps{part}\n"
+        )
+    return "".join(lines)
 
 
-def often(config: TrainConfig, corpus: Corpus, tokens: int, past: tuple[int, int]) -> str:
-    """The loud line about a small corpus. tokens: of the whole run. past: steps and tokens done."""
-    room = MANY_EPOCHS * corpus.train - past[1]  # tokens
+def often(config: TrainConfig, unit: str, one: Set, tokens: int, past: tuple[int, int]) -> str:
+    """The loud line about a small set. tokens: of the whole run. past: steps and tokens done."""
+    room = int(MANY_EPOCHS * one.train / one.share) - past[1]  # tokens of the run
     enough = past[0] + max(1, room // config.tokens_per_step)
     lower = f", or lower --num-steps to about {enough:,}" if room > 0 else ""
+    weight = ", or a lower weight" if one.of else ""
     return (
-        f"train: THE CORPUS IS READ {tokens / corpus.train:,.0f} TIMES: after some {MANY_EPOCHS} times a model learns "
-        f"little more from a text, or learns it by heart; give more than these {corpus.train:,} {corpus.unit}s{lower}"
+        f"train: THE CORPUS{one.of} IS READ {float(one.share * tokens / one.train):,.0f} TIMES: after some "
+        f"{MANY_EPOCHS} times a model learns little more from a text, or learns it by heart; give more than these "
+        f"{one.train:,} {unit}s{weight}{lower}"
     )
 
 

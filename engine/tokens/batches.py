@@ -3,7 +3,8 @@
 A keyed permutation orders the windows of an epoch. Each window occurs once, and no order is stored.
 With S = tokens_per_step / T, step s takes windows s * S to (s + 1) * S - 1 of the sequence of all
 epochs. Micro-batches and ranks take slices of these. So a run on 1, 2 or 8 GPUs sees the same
-batches, and resuming needs only the step number.
+batches, and resuming needs only the step number. Of several data sets each has its own epochs;
+engine/tokens/mixture.py says whose window comes when.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.errors import BadInput
-from engine.tokens.shards import TokenStream
+from engine.tokens.mixture import Stream, members, turns
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 FEISTEL_ROUNDS = 6
+ORDERED = 8192  # sequences of a rank whose windows are computed at once: numpy takes as long for a few hundred
 
 
 # ---- Order --------------------------------------------------------------------------------------------------------
@@ -57,27 +59,23 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     words = indices.astype(np.uint64)
-    outside = np.ones(words.shape, dtype=bool)
-    while outside.any():
+    outside = np.arange(len(words))  # places of the words that are to be permuted
+    while len(outside):
         word = words[outside]
         left, right = word >> half, word & mask
         for round_key in round_keys:
             left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        words[outside] = (left << half) | right
-        outside = words >= np.uint64(size)
+        words[outside] = word = (left << half) | right
+        outside = outside[word >= np.uint64(size)]
     return words.astype(np.int64)
 
 
-def step_windows(step: int, sequences: int, num_windows: int, seed: int) -> np.ndarray:
-    """Window indices of one step, for all ranks and micro-batches: (sequences,) int64.
-
-    May span two epochs.
-    """
-    positions = np.arange(step * sequences, (step + 1) * sequences)
+def windows_at(positions: np.ndarray, num_windows: int, *key: int) -> np.ndarray:
+    """Windows at positions of the sequence of all epochs, each (n,) int64. They may span several epochs."""
     windows = np.empty_like(positions)
     for epoch in np.unique(positions // num_windows):
         in_epoch = positions // num_windows == epoch
-        windows[in_epoch] = permute(positions[in_epoch] % num_windows, num_windows, seed, int(epoch))
+        windows[in_epoch] = permute(positions[in_epoch] % num_windows, num_windows, *key, int(epoch))
     return windows
 
 
@@ -97,7 +95,7 @@ class Batches:
     multiple of context * micro_batch_size * world_size, and if the stream is shorter than a step.
     """
 
-    stream: TokenStream
+    stream: Stream
     _: KW_ONLY
     context: int  # T, tokens per sequence
     tokens_per_step: int  # over all ranks
@@ -122,15 +120,12 @@ class Batches:
         self.accumulation = self.tokens_per_step // unit  # micro-batches per step of this rank
         self.sequences = self.tokens_per_step // self.context  # per step, all ranks
         self.num_windows = self.stream.num_windows(self.context)
-        if self.num_windows < self.sequences:
-            raise BadInput(
-                f"data: one step needs {self.sequences} sequences of {self.context} tokens, got a corpus of "
-                f"{self.num_windows} ({len(self.stream)} tokens); give more text or lower --tokens-per-step to at most "
-                f"{self.num_windows * self.context}"
-            )
+        self._sets = members(self.stream, self.context)
+        self._check_sizes()
         self._is_pinned = str(self.device).partition(":")[0] in ("cuda", "xpu")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future] | None = None
+        self._ordered: tuple[int, np.ndarray] | None = None  # a step, and the windows from it on, see _order
         self._is_closed = False
 
     def at(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
@@ -147,14 +142,53 @@ class Batches:
         self._ahead = step + 1, self._reader.submit(self._load, step + 1)
         return micro_batches
 
+    def _check_sizes(self) -> None:
+        """Raises BadInput if a step needs a window of some set twice."""
+        whole = sum(one.parts for one in self._sets)
+        for one in self._sets:
+            sequences = -(-self.sequences * one.parts // whole)
+            if one.num_windows < sequences:
+                of, less = (f" of {one.directory}", ", a lower weight") if one.directory else ("", "")
+                most = one.num_windows * whole // one.parts * self.context
+                raise BadInput(
+                    f"data: one step needs {sequences} sequences of {self.context} tokens{of}, got a corpus of "
+                    f"{one.num_windows} ({len(one.stream)} tokens); give more text{less} or lower --tokens-per-step to "
+                    f"at most {most}"
+                )
+
+    def _order(self, step: int) -> np.ndarray:
+        """Windows of this rank's micro-batches of a step, (micro-batches, B) int64.
+
+        Those of many steps are computed at once.
+        """
+        S, R, B = self.sequences, self.world_size, self.micro_batch_size
+        steps = max(1, min(ORDERED // (self.accumulation * B), self.num_windows // S))
+        first, ordered = step - step % steps, self._ordered  # read once: two threads may be here
+        if ordered is None or ordered[0] != first:
+            positions = np.arange(first * S, (first + steps) * S).reshape(-1, R, B)[:, self.rank].reshape(-1)
+            which, numbers = turns(positions, [one.parts for one in self._sets])
+            windows = np.empty_like(positions)
+            for index, one in enumerate(self._sets):
+                key = (self.seed, index) if index else (self.seed,)  # the first is ordered as a run on it alone
+                windows[which == index] = one.first + windows_at(numbers[which == index], one.num_windows, *key)
+            self._ordered = ordered = first, windows.reshape(steps, self.accumulation, B)
+        return ordered[1][step - first]
+
     def _load(self, step: int) -> list[tuple["Tensor", "Tensor"]]:
-        B, R = self.micro_batch_size, self.world_size
-        mine = step_windows(step, self.sequences, self.num_windows, self.seed).reshape(-1, R, B)[:, self.rank]
-        micro_batches = []
-        for indices in mine:  # (B,) each
-            windows = self.stream.windows(indices, self.context)  # (B, T + 1)
-            pair = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-            micro_batches.append(tuple(t.pin_memory() for t in pair) if self._is_pinned else pair)
+        import torch
+
+        A, B, T = self.accumulation, self.micro_batch_size, self.context
+        rows = self.stream.window_rows(self._order(step).reshape(-1), T)  # uint16; of all micro-batches at once
+        shape, micro_batches = (2, B, T), []
+        for micro in rows.reshape(A, B, T + 1):
+            if self._is_pinned:
+                pair = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+                into = pair.numpy()
+            else:
+                into = np.empty(shape, dtype=np.int64)
+                pair = torch.from_numpy(into)
+            into[0], into[1] = micro[:, :-1], micro[:, 1:]  # the one pass over int64, which is most of the time
+            micro_batches.append((pair[0], pair[1]))
         return micro_batches
 
     def close(self) -> None:

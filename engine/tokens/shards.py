@@ -211,7 +211,9 @@ class TokenStream:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        self.ends = np.cumsum([len(shard) for shard in self.shards])  # position in the stream after each shard
+        self.shards = [shard.view(np.ndarray) for shard in self.shards]  # a slice of a memmap takes ten times as long
+        self.lengths = np.array([len(shard) for shard in self.shards])
+        self.ends = np.cumsum(self.lengths)  # position in the stream after each shard
         for path, shard in zip(self.paths, self.shards, strict=True):
             self._check_range(path, shard[:CHECKED_TOKENS])
 
@@ -264,15 +266,26 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start to start + count - 1 of the stream, across shards: (count,) uint16."""
-        pieces, index = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count > 0:
-            shard = self.shards[index]
-            first = start - int(self.ends[index] - len(shard))
-            piece = shard[first : first + count]
-            self._check_range(self.paths[index], piece)
-            pieces.append(piece)
-            start, count, index = start + len(piece), count - len(piece), index + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return self._rows(np.array([start]), count)[0]
+
+    def _rows(self, starts: np.ndarray, count: int) -> np.ndarray:
+        """`count` tokens from each start, (len(starts), count) uint16. All are below the vocabulary size."""
+        owners = np.searchsorted(self.ends, starts, side="right")  # the shard in which each row begins
+        left = self.ends[owners] - starts  # tokens of that shard from there on
+        firsts = (self.lengths[owners] - left).tolist()
+        rows = [self.shards[owner][first : first + count] for owner, first in zip(owners.tolist(), firsts, strict=True)]
+        for row in np.flatnonzero(left < count).tolist():  # it goes on in the next shard
+            parts, missing, owner = [rows[row]], count - int(left[row]), int(owners[row])
+            while missing > 0:
+                owner += 1
+                parts.append(self.shards[owner][:missing])
+                missing -= len(parts[-1])
+            rows[row] = np.concatenate(parts)
+        tokens = np.concatenate(rows).reshape(len(starts), count)
+        if tokens.max() >= self.vocab_size:  # before any of them is trained on
+            row, column = divmod(int(tokens.argmax()), count)
+            self._check_range(self.paths[np.searchsorted(self.ends, starts[row] + column, side="right")], tokens)
+        return tokens
 
     def _check_range(self, path: Path, tokens: np.ndarray) -> None:
         if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
@@ -285,12 +298,15 @@ class TokenStream:
         """Number of whole windows, each of `context` inputs and as many targets."""
         return (len(self) - 1) // context
 
+    def window_rows(self, indices: np.ndarray, context: int) -> np.ndarray:
+        """Windows by index, (len(indices), context + 1) uint16: inputs [:, :-1], targets [:, 1:]."""
+        return self._rows(indices * context, context + 1)
+
     def windows(self, indices: np.ndarray, context: int) -> "Tensor":
-        """Windows by index, (len(indices), context + 1) int64: inputs [:, :-1], targets [:, 1:]."""
+        """The same as a tensor of int64."""
         import torch
 
-        rows = [self.read(int(index) * context, context + 1) for index in indices]
-        return torch.from_numpy(np.stack(rows).astype(np.int64))
+        return torch.from_numpy(self.window_rows(indices, context).astype(np.int64))
 
 
 def tokenizer_name(directory: str | Path) -> str:

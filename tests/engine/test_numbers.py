@@ -51,7 +51,7 @@ def test_a_divergence_that_meets_an_evaluation_ends_with_code_3_and_a_row_of_nul
 
 
 def test_a_sample_of_logits_that_are_not_finite_ends_the_run_too(shards, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: 3.0)
+    monkeypatch.setattr(evaluation, "mean_losses", lambda *_: [3.0])
     assert train(tmp_path / "run", shards, "--num-steps", "40", "--eval-every", "10", "--optim.lr", "1e30") == 3
     assert re.search(
         r"^train: at step 10: generate: the model's logits must be finite, got \d+", capfd.readouterr().err

@@ -25,15 +25,15 @@ def test_a_run_that_is_done_is_done_although_its_time_is_up(shards, tmp_path, ca
 
 
 def test_a_signal_in_the_last_evaluation_saves_the_weights_and_the_same_command_evaluates_them(shards, tmp_path):
-    out, quiet, mean_loss = tmp_path / "run", tmp_path / "quiet", evaluation.mean_loss
+    out, quiet, mean_losses = tmp_path / "run", tmp_path / "quiet", evaluation.mean_losses
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.05)
-        return mean_loss(*args)
+        return mean_losses(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "mean_loss", interrupted)
+        patch.setattr(evaluation, "mean_losses", interrupted)
         assert train(out, shards, *FLAGS) == 75
     saved = checkpoint.read(newest(out)).state
     assert (saved["step"], saved["val_loss"], state(out)) == (2, None, "stopped")

@@ -163,7 +163,7 @@ def signal_once(monkeypatch, owner, name: str) -> None:
 
 PLACES = {
     "an update": (torch.optim.AdamW, "step"),
-    "evaluation": (evaluation, "mean_loss"),
+    "evaluation": (evaluation, "mean_losses"),
     "sampling": (evaluation, "sample"),
     "saving": (checkpoint, "write"),
 }

@@ -41,7 +41,7 @@ FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables"}
-    | {"options", "building"},
+    | {"options", "building", "mixture", "weights"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
