@@ -47,7 +47,7 @@ def show(
     if not ranks.is_first:
         return
     tokens = past[1] + (config.num_steps - past[0]) * config.tokens_per_step
-    ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + runs_on)
+    ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + documents(config) + runs_on)
     if tokens / corpus.train > MANY_EPOCHS:
         warn(often(config, corpus, tokens, past))
     if ranks.device.type == "cpu" and (line := time_on_a_cpu(config, corpus, past[0], ranks.world_size, dtype)):
@@ -71,6 +71,12 @@ def epochs(config: TrainConfig, corpus: Corpus, tokens: int) -> str:
     decimals = next(n for n, least in ((0, 9.95), (1, 0.995), (2, 0.0)) if count >= least)
     form = f"{count:,.{decimals}f}" if count >= 0.01 else "under 0.01"
     return f"epochs: {form}, {tokens:,} of {corpus.train:,} training {corpus.unit}s in {config.num_steps:,} steps\n"
+
+
+def documents(config: TrainConfig) -> str:
+    """The line about --document-mask, "" without it."""
+    positions = "begin at 0 in each" if config.document_positions else "go on"
+    return f"documents: attention stays inside each, positions {positions}\n" if config.document_mask else ""
 
 
 def often(config: TrainConfig, corpus: Corpus, tokens: int, past: tuple[int, int]) -> str:
