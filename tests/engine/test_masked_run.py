@@ -123,9 +123,7 @@ def test_a_run_says_that_it_masks_and_another_does_not(masked, short_documents, 
 def test_an_attention_tuned_without_a_mask_is_left_out():
     plain, tuned = TrainConfig(), Setup("fp32", 1, ops={"attention": "math"})
     for train_config, expected in ((plain, "math"), (dataclasses.replace(plain, document_mask=True), "torch")):
-        chosen = {
-            choice.op: choice.implementation for choice in choices.ops(train_config, "fp32", ALONE, tuned).choices
-        }
+        ops = choices.ops(train_config, "fp32", ALONE, tuned)
         assert ops.choices[0].implementation == expected
 
 
