@@ -174,6 +174,7 @@ class Run:
         """What compiled code depends on, as JSON types."""
         fields = configs.to_dict(self.config)
         names = ("model", "context", "parallel", "shard_size", "reshard", "recompute", "cuda_graphs", "deterministic")
+        names += ("document_mask", "document_positions")
         return {name: fields[name] for name in names} | {
             "precision": self.precision,
             "batch": self.data.micro_batch_size,

@@ -202,6 +202,8 @@ def build_model(
     ranks = heartbeat.ranks
     resume.check_shared_out(config.out, config.parallel, ranks)
     raw_model, positions = first_weights(config, past, ranks, initial)
+    if config.document_mask:
+        raw_model.mask_documents(data.tokenizer.end_of_text, config.document_positions)
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:

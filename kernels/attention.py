@@ -50,19 +50,34 @@ from kernels.launch import check_floating, check_triton, register, require, trit
 from kernels.tiles import with_config
 
 
-def _check(qkv: Tensor, dropout_p: float, scale: float | None) -> None:
+def _check(qkv: Tensor, dropout_p: float, scale: float | None, is_causal: bool = True, starts=None) -> None:
     require(qkv.ndim == 5 and qkv.shape[2] == 3, "attention: qkv must be (B, T, 3, H, D)", tuple(qkv.shape))
     require(min(qkv.shape) > 0, "attention: every size of qkv must be at least 1", tuple(qkv.shape))
     require(0.0 <= dropout_p < 1.0, "attention: dropout_p must be at least 0 and below 1", dropout_p)
     require(scale is None or 0.0 < scale < math.inf, "attention: scale must be positive and finite", scale)
     check_floating("attention", qkv=qkv)
+    if starts is not None:
+        require(is_causal, "attention: is_causal must be True with starts", is_causal)
+        require(starts.shape == qkv.shape[:2], "attention: starts must be (B, T)", tuple(starts.shape))
+        require(starts.dtype == torch.int32, "attention: starts must be int32", starts.dtype)
+
+
+def _visible(starts: Tensor) -> Tensor:
+    """Keys that each query sees, (B, 1, T, T) bool."""
+    positions = torch.arange(starts.shape[1], device=starts.device, dtype=torch.int32)
+    return ((positions >= starts[:, :, None]) & (positions <= positions[:, None]))[:, None]
 
 
 def attention_reference(
-    qkv: Tensor, *, is_causal: bool = True, dropout_p: float = 0.0, scale: float | None = None
+    qkv: Tensor,
+    *,
+    is_causal: bool = True,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The definition. Every other implementation is tested against it."""
-    _check(qkv, dropout_p, scale)
+    _check(qkv, dropout_p, scale, is_causal, starts)
     T, D = qkv.shape[1], qkv.shape[4]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
@@ -70,17 +85,26 @@ def attention_reference(
     if is_causal:
         future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
+    if starts is not None:
+        scores = scores.masked_fill(~_visible(starts), float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1), dropout_p)
     return (weights @ v).permute(0, 2, 1, 3).to(qkv.dtype).contiguous()
 
 
 def attention_torch(
-    qkv: Tensor, *, is_causal: bool = True, dropout_p: float = 0.0, scale: float | None = None
+    qkv: Tensor,
+    *,
+    is_causal: bool = True,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention on strided views of qkv, which is not copied."""
-    _check(qkv, dropout_p, scale)
+    _check(qkv, dropout_p, scale, is_causal, starts)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, D) views; backward packs dqkv in one copy
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
+    mask = None if starts is None else _visible(starts)
+    is_causal = is_causal and mask is None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).contiguous()  # no copy after flash kernels: they store out as (B, T, H, D)
 
 

@@ -3,7 +3,8 @@
 Memory is allocated once: for each layer keys and values, (B, H, S, D), of S columns. Prompts of
 different lengths share a batch: all rows end in the same column, and shorter ones begin with
 padding, whose keys no query sees. In a row with `pad` columns of padding, column c is position
-c - pad. `Decoder` is what model.generate uses.
+c - pad. A model that masks documents sees keys from the column `begin` of the last end-of-text
+token on. `Decoder` is what model.generate uses.
 """
 
 import warnings
@@ -31,41 +32,51 @@ class Cache:
         self.layers = [
             LayerCache(self, torch.empty(shape, **kind), torch.empty(shape, **kind)) for _ in range(config.n_layer)
         ]
+        self.end_of_text, self.restarts_positions = model.end_of_text, model.restarts_positions
+        self.document_starts = model.document_starts
         self.columns = torch.arange(self.size, device=device)
         self.pad = torch.zeros(B, 1, dtype=torch.int64, device=device)
+        self.begin = self.pad if self.end_of_text is None else self.pad.clone()  # first column that a new token sees
         self.column = torch.zeros(1, dtype=torch.int64, device=device)  # that a static step writes
         self.end, self.is_prefill, self.has_padding = 0, True, False
         self.positions = self.columns  # (T,), (B, T) or (B, 1): of the tokens that the next forward reads
         self.visible: Tensor | None = None  # (B, 1, T, keys) bool: keys that a query sees; None: see attention
+        self.starts: Tensor | None = None  # of a prompt's documents
 
-    def prefill(self, lengths: list[int]) -> None:
-        """Forgets all. The next forward reads rows of these lengths, padded on their left."""
+    def prefill(self, lengths: list[int], tokens: Tensor) -> None:
+        """Forgets all. The next forward reads rows of these lengths, padded on their left: tokens (B, T)."""
         self.end, self.is_prefill, self.has_padding = max(lengths), True, min(lengths) < max(lengths)
         self.pad.copy_(torch.tensor([[self.end - length] for length in lengths]))
         self.column.fill_(self.end - 1)
         columns = self.columns[: self.end]
+        self.starts = self.document_starts(tokens, self.pad)
+        begins = self.pad if self.starts is None else self.starts  # (B, 1) or (B, T)
+        self.begin.copy_(begins[:, -1:])
         self.positions, self.visible = columns, None
+        if self.has_padding or self.restarts_positions:
+            self.positions = (columns - (begins if self.restarts_positions else self.pad)).clamp(min=0)
         if self.has_padding:
-            self.positions = (columns - self.pad).clamp(min=0)
             queries, keys = columns[:, None], columns  # padding sees itself, for a softmax of nothing is NaN
-            seen = (keys <= queries) & (keys >= self.pad[:, :, None]) | (keys == queries)
+            seen = (keys <= queries) & (keys >= begins[:, :, None]) | (keys == queries)
             self.visible = seen[:, None]
 
-    def advance(self) -> None:
-        """The next forward reads one more token of each row."""
+    def advance(self, tokens: Tensor) -> None:
+        """The next forward reads one more token of each row: tokens (B, 1)."""
         self.end, self.is_prefill = self.end + 1, False
         self.column += 1
         if not self.is_static:
-            self.aim()
+            self.aim(tokens)
             if self.visible is not None:
                 self.visible = self.visible[..., : self.end]
 
-    def aim(self) -> None:
-        """Positions and mask of the token in self.column. Of a static cache, part of the CUDA graph."""
-        self.positions = self.column - self.pad if self.is_static or self.has_padding else self.column
-        self.visible = None
-        if self.is_static or self.has_padding:
-            self.visible = ((self.columns >= self.pad) & (self.columns <= self.column))[:, None, None]
+    def aim(self, tokens: Tensor) -> None:
+        """Positions and mask of the tokens in self.column. Of a static cache, part of the CUDA graph."""
+        if self.end_of_text is not None:
+            self.begin.copy_(torch.where(tokens == self.end_of_text, self.column, self.begin))
+        self.positions, self.visible = self.column, None
+        if self.is_static or self.has_padding or self.end_of_text is not None:
+            self.positions = self.column - (self.begin if self.restarts_positions else self.pad)
+            self.visible = ((self.columns >= self.begin) & (self.columns <= self.column))[:, None, None]
 
 
 class LayerCache:
@@ -88,7 +99,8 @@ class LayerCache:
                 if cache.is_static:  # whose steps read these too, at a weight of 0, and 0 * NaN is NaN
                     stored[:, :, cache.end :] = 0.0
             if cache.visible is None:
-                return causal_attention(qkv, dropout_p=0.0)
+                documents = {} if cache.starts is None else {"starts": cache.starts}
+                return causal_attention(qkv, dropout_p=0.0, **documents)
         elif cache.is_static:
             k, v = self.keys.index_copy_(2, cache.column, k), self.values.index_copy_(2, cache.column, v)
         else:
@@ -195,15 +207,16 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         """Float32 logits (B, V) after rows of these lengths, which end where tokens (B, T) do."""
-        self.cache.prefill(lengths)
+        tokens = tokens[:, -max(lengths) :]
+        self.cache.prefill(lengths, tokens)
         with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
-            return self.model.last_logits(tokens[:, -self.cache.end :], self.cache).float()
+            return self.model.last_logits(tokens, self.cache).float()
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Float32 logits (B, V) after one more token of each row, (B, 1). Those of a graph are overwritten."""
-        self.cache.advance()
         self.tokens.copy_(tokens)
+        self.cache.advance(self.tokens)
         with torch.cuda.device_of(self.tokens), self.weights or torch.no_grad():
             if self.uses_graph and self.graph is None:
                 self._capture()
@@ -214,7 +227,7 @@ class Decoder:
 
     def _run(self) -> Tensor:
         if self.cache.is_static:
-            self.cache.aim()
+            self.cache.aim(self.tokens)
         return self.model.last_logits(self.tokens, self.cache).float()
 
     def _capture(self) -> None:

@@ -148,11 +148,12 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, h: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+    def forward(self, h: Tensor, cache: "LayerCache | None" = None, starts: Tensor | None = None) -> Tensor:
         B, T, C = h.shape
         qkv = self.c_attn(h).view(B, T, 3, self.n_head, C // self.n_head)
         if cache is None:
-            out = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+            documents = {} if starts is None else {"starts": starts}
+            out = self.ops.attention(qkv, dropout_p=self.dropout if self.training else 0.0, **documents)  # (B, T, H, D)
         else:  # while generating
             out = cache.attention(qkv, self.ops.attention)
         return F.dropout(self.c_proj(out.view(B, T, C)), self.dropout, self.training)
@@ -194,12 +195,14 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None" = None) -> tuple[Tensor, Tensor]:
-        return self._run("block", self._forward, x, branch, cache)
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None" = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._run("block", self._forward, x, branch, cache, starts)
 
-    def _forward(self, x: Tensor, branch: Tensor | None, cache: "LayerCache | None") -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, branch: Tensor | None, *inputs) -> tuple[Tensor, Tensor]:
         h, x = self.ln_1(x, branch)
-        h, x = self.ln_2(x, self._run("attention", self.attn, h, cache))
+        h, x = self.ln_2(x, self._run("attention", self.attn, h, *inputs))
         return x, self.mlp(h)
 
     def _run(self, part: Recompute, function: Callable, *inputs):
@@ -214,6 +217,9 @@ class GPT2(nn.Module):
     tokens, targets: (B, T) int64, T at most n_positions. Targets of -100 are ignored. The default
     is PyTorch's ops in float32; `configure` changes both.
     """
+
+    end_of_text: int | None = None  # token that begins a document; None: no mask
+    restarts_positions = False
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -273,6 +279,26 @@ class GPT2(nn.Module):
         self.compute_dtype = compute_dtype
         return ops
 
+    def mask_documents(self, end_of_text: int | None, restarts_positions: bool = False) -> None:
+        """Keeps attention inside each document, which begins with this token; None: no mask.
+
+        restarts_positions: each document's positions begin at 0. Evaluation and sampling heed both.
+        """
+        if end_of_text is not None and not 0 <= end_of_text < self.config.vocab_size:
+            raise ValueError(f"model: end_of_text must be 0 to {self.config.vocab_size - 1}, got {end_of_text}")
+        self.end_of_text = end_of_text
+        self.restarts_positions = restarts_positions and end_of_text is not None
+
+    def document_starts(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor | None:
+        """Position of the first token of each token's document, (B, T) int32; None without a mask.
+
+        A sequence may begin inside a document: `first` is then the position.
+        """
+        if self.end_of_text is None:
+            return None
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where(tokens == self.end_of_text, places, first).cummax(dim=1).values.int()
+
     def crop(self, n_positions: int) -> None:
         """Keeps the first n_positions positions. Call it before an optimizer is made."""
         self.config = replace(self.config, n_positions=n_positions)
@@ -298,13 +324,16 @@ class GPT2(nn.Module):
         if T > self.config.n_positions:
             raise ValueError(f"model: a sequence must have at most {self.config.n_positions} tokens, got {T}")
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
+        starts = self.document_starts(tokens) if cache is None else None  # a cache has its own
+        if starts is not None and self.restarts_positions:
+            positions = positions - starts
         x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         branch, is_compiled = None, torch.compiler.is_compiling() and self.training  # as one graph
         for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
             if branch is not None and is_compiled and block.recompute == "block":
                 x, branch = keep(x), keep(branch)
-            x, branch = block(x, branch, layer)
+            x, branch = block(x, branch, layer, starts)
         return self.ln_f(x, branch)[0]
 
     def head(self, h: Tensor) -> Tensor:

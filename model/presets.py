@@ -128,7 +128,8 @@ def flops_per_token(config: GPT2Config, context: int) -> int:
     """FLOPs of one token's forward and backward pass: 6 (N - wpe) + 12 L C T, with T = context.
 
     N counts every parameter once, the padded vocabulary included. wpe is left out because it is
-    only looked up. The second term is attention, counted as if it were not causal.
+    only looked up. The second term is attention, counted as if it were not causal, and as if a
+    sequence were one document.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
     """
     C, L = config.n_embd, config.n_layer

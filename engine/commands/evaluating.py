@@ -86,6 +86,8 @@ def _figures(asked: Evaluate, ranks: "Ranks") -> dict[str, Any]:
     ranks.check_alike(facts, "eval")
     step = subject.checkpoint.step
     found: dict[str, Any] = {"run": asked.run, "step": step}
+    if subject.model.end_of_text is not None:
+        found["document_mask"] = True
     try:
         if loss is not None:
             found |= loss()
@@ -243,6 +245,7 @@ def _as_json(found: dict[str, Any]) -> str:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     who, lines = f"{found['run']} at step {found['step']:,}", []
+    who += " with its document mask" if found.get("document_mask") else ""
     if "loss" in found:
         lines.append(
             f"{who}: loss {found['loss']:.4f} nats per {found['unit']}, perplexity {found['perplexity']:.2f}, on "

@@ -63,6 +63,8 @@ class TrainConfig:
     num_steps: int = 19_073  # optimizer steps; 19,073 * 524,288 tokens = 10.0 billion
     tokens_per_step: int = 524_288  # tokens per optimizer step, over all GPUs
     context: int | None = None  # tokens per sequence; None: the model's n_positions
+    document_mask: bool = False  # attention stays inside a document: it does not cross an end-of-text token
+    document_positions: bool = False  # each document's positions begin at 0; needs --document-mask
     micro_batch_size: int | None = None  # sequences per forward pass of one process; auto or None: by GPU memory
     precision: Precision = "auto"  # auto: bf16 where it is fast, else fp32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: triton where it runs, else torch
@@ -141,6 +143,8 @@ class TrainConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
         wrong += self._wrong_tasks()
+        if self.document_positions and not self.document_mask:
+            wrong.append("--document-positions must go with --document-mask, got none; add it")
         if self.skip_z_score is not None and not 0 < self.skip_z_score < math.inf:
             wrong.append(f"--skip-z-score must be above 0 and finite, got {self.skip_z_score}; None: no limit")
         for name in ("grace_seconds", "timeout_minutes", "max_minutes", "save_every_minutes"):

@@ -21,7 +21,7 @@ from engine.config import TrainConfig
 from engine.errors import BadInput, warn
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
-from engine.run import durable, resume, vocabulary
+from engine.run import durable, resume, settings, vocabulary
 from engine.run.checkpoint import Checkpoint
 from engine.run.vocabulary import byte_characters
 from engine.tokens import foreign, mixture
@@ -45,9 +45,11 @@ def load_model(
 
 
 def load(checkpoint: Checkpoint) -> tuple[GPT2, Tokenizer]:
-    """(model, tokenizer) of a checkpoint, as load_model gives them."""
+    """(model, tokenizer) of a checkpoint, as load_model gives them. It masks documents if its run did."""
     model, tokenizer = _load_whole(checkpoint)
     model.crop(trained_positions(checkpoint))
+    if "config" in checkpoint.state and (train := settings.of_checkpoint(checkpoint)[0]).document_mask:
+        model.mask_documents(tokenizer.end_of_text, train.document_positions)
     return model.eval(), tokenizer
 
 

@@ -50,7 +50,7 @@ def show(
     if not ranks.is_first:
         return
     tokens = past[1] + (config.num_steps - past[0]) * config.tokens_per_step
-    ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + runs_on)
+    ranks.print0(sizes(config, corpus, ranks) + epochs(config, corpus, tokens) + documents(config) + runs_on)
     for one in each_set(corpus):
         if one.share * tokens / one.train > MANY_EPOCHS:
             warn(often(config, corpus.unit, one, tokens, past))
@@ -98,6 +98,12 @@ def epochs(config: TrainConfig, corpus: Corpus, tokens: int) -> str:
             f"epochs{of}: {form}, {read:,} of {train:,} training {corpus.unit}s in {config.num_steps:,} steps{part}\n"
         )
     return "".join(lines)
+
+
+def documents(config: TrainConfig) -> str:
+    """The line about --document-mask, "" without it."""
+    positions = "begin at 0 in each" if config.document_positions else "go on"
+    return f"documents: attention stays inside each, positions {positions}\n" if config.document_mask else ""
 
 
 def often(config: TrainConfig, unit: str, one: Set, tokens: int, past: tuple[int, int]) -> str:

@@ -32,6 +32,8 @@ COMPUTED = (
     "optim.clip",
     "tokens_per_step",
     "context",
+    "document_mask",
+    "document_positions",
     "precision",
     "seed",
     "init_from",

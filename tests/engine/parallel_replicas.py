@@ -27,16 +27,17 @@ MODEL = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97
 # With an eps of 1e-8 AdamW would make steps of the rounding error in gradients that should be zero.
 CONFIG = TrainConfig(model=MODEL, eval_tokens=16 * 21, optim=OptimConfig(clip=0.5, eps=1e-5))
 NUM_STEPS, ACCUMULATION = 5, 2
+MASK = {"document_mask": True, "document_positions": True}  # documents begin with token 1
 WAYS = {
     2: {
-        "ddp, block": {"parallel": "ddp", "recompute": "block"},
-        "fsdp, block, compiled": {"parallel": "fsdp", "recompute": "block"},
+        "ddp, block, masked": {"parallel": "ddp", "recompute": "block", **MASK},
+        "fsdp, block, compiled, masked": {"parallel": "fsdp", "recompute": "block", **MASK},
         "fsdp, bf16": {"parallel": "fsdp"},
     },
     4: {
         "fsdp": {"parallel": "fsdp"},
         "fsdp, block, no reshard": {"parallel": "fsdp", "recompute": "block", "reshard": False},
-        "hsdp, attention": {"parallel": "hsdp", "shard_size": 2, "recompute": "attention"},
+        "hsdp, attention, masked": {"parallel": "hsdp", "shard_size": 2, "recompute": "attention", **MASK},
     },
 }
 
@@ -82,6 +83,7 @@ def build(config: TrainConfig, compute_dtype: torch.dtype) -> GPT2:
     torch.manual_seed(0)
     model = GPT2(config.model)
     model.configure("torch", compute_dtype, config.recompute)
+    model.mask_documents(1 if config.document_mask else None, config.document_positions)
     return model
 
 
@@ -102,7 +104,8 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     compute_dtype = torch.bfloat16 if "bf16" in name else torch.float32
     shape = (NUM_STEPS, ACCUMULATION, ranks.world_size, 2, 17)
     batches = torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
-    alone = build(CONFIG, compute_dtype)
+    batches[..., 9] = 1
+    alone = build(replace(config, recompute="none"), compute_dtype)
     expected_losses, expected_norms = train(alone, optim.build(alone, CONFIG.optim), batches.flatten(2, 3))
 
     raw_model = build(config, compute_dtype)

@@ -87,7 +87,7 @@ def test_evaluation_and_sampling_are_those_of_one_process_to_the_bit(reports, n,
 
 def test_blocks_compile_alike_and_only_for_training(reports):
     """Blocks share two graphs, since the first block gets no residual branch. Other shapes run uncompiled."""
-    seen = reports[2]["fsdp, block, compiled"]
+    seen = reports[2]["fsdp, block, compiled, masked"]
     assert seen["graphs"] == 2
     assert seen["graphs outside training"] == 0
 
@@ -95,7 +95,7 @@ def test_blocks_compile_alike_and_only_for_training(reports):
 @pytest.mark.slow
 def test_replicas_are_summed_once_a_step(reports):
     """One all-reduce for each block and one for the rest, at the last micro-batch."""
-    assert reports[4]["hsdp, attention"]["sums over replicas"] == NUM_STEPS * (CONFIG.model.n_layer + 1)
+    assert reports[4]["hsdp, attention, masked"]["sums over replicas"] == NUM_STEPS * (CONFIG.model.n_layer + 1)
 
 
 @pytest.mark.parametrize(("n", "name"), EACH_WAY)
