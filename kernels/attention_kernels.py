@@ -4,10 +4,10 @@ They read q, k and v in place from qkv. Row t of q begins at
 qkv_ptr + b * b_stride + t * t_stride + h * h_stride; k is one part_stride further on, v two.
 Scores and lse are in base 2, exp(x) = exp2(x / ln 2), because GPUs compute exp2 in hardware.
 
-starts_ptr is None without documents, else row i of sequence b sees no key before starts[b, i].
-Starts do not fall along a sequence. So of the rows m to n none sees a key before starts[m], and all
-see those from starts[n] to m: only keys from starts[m] to starts[n] need a mask. Of the keys m to n
-none is seen after the document of n, and rows from n to the end of m's document see them all.
+starts_ptr is None without documents. Else row i of sequence b sees no key before starts[b, i], and
+starts do not fall. So no row of m to n sees a key before starts[m], and each sees those from
+starts[n] to m: only keys from starts[m] to starts[n] need a mask. No row after the document of key n
+sees a key of m to n, and each from n to the end of m's document sees them all.
 
 Two constants, off by default, select another way to compute the same (kernels.tiles, VARIANTS):
 EXP2_POLYNOMIAL and PAIR_BLOCKS. `_attention_bwd_kernel` is a third: both backward kernels in one.
@@ -108,10 +108,7 @@ def _is_seen(starts_ptr, rows, cols, T, IS_CAUSAL: tl.constexpr):
 
 @triton.jit
 def _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First blocks of keys of the rows from start_m: that one row sees, and that needs no mask of documents.
-
-    Each is given by its first key. The second is full_end at most.
-    """
+    """For rows from start_m: the first key of the first block that a row sees, and of the first without a mask."""
     if starts_ptr is None:
         return 0, 0
     else:
@@ -155,16 +152,14 @@ def _attention_fwd_kernel(
         end = tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL else T
         full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N  # before this key no row needs a mask
         begin, full_start = _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M, BLOCK_N)
+        skipped = full_end - full_start  # the blocks with a mask before full_start come after the full ones
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
         # A row may see no key of its first blocks, and -inf - -inf is NaN.
         row_max = tl.full((BLOCK_M,), -3e38 if DOCUMENTS else float("-inf"), dtype=tl.float32)
         for MASKED in tl.static_range(2):
-            first_n = full_end - full_start + begin if MASKED else full_start
-            for position in tl.range(first_n, end if MASKED else full_end, BLOCK_N):
-                start_n = position
-                if MASKED and DOCUMENTS:  # the blocks that end before full_start, then those on the diagonal
-                    start_n = tl.where(position < full_end, position - full_end + full_start, position)
+            for key in tl.range(begin + skipped if MASKED else full_start, end if MASKED else full_end, BLOCK_N):
+                start_n = tl.where(key < full_end, key - skipped, key) if MASKED and DOCUMENTS else key
                 k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
                 k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
                 v = _load_rows(k_ptr + part_stride, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -236,13 +231,11 @@ def _dq_rows(
     if DOCUMENTS:
         starts_ptr += b * T
     begin, full_start = _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M, BLOCK_N)
+    skipped = full_end - full_start
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for MASKED in tl.static_range(2):
-        first_n = full_end - full_start + begin if MASKED else full_start
-        for position in tl.range(first_n, end if MASKED else full_end, BLOCK_N):
-            start_n = position
-            if MASKED and DOCUMENTS:
-                start_n = tl.where(position < full_end, position - full_end + full_start, position)
+        for key in tl.range(begin + skipped if MASKED else full_start, end if MASKED else full_end, BLOCK_N):
+            start_n = tl.where(key < full_end, key - skipped, key) if MASKED and DOCUMENTS else key
             k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
             k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             v = _load_rows(k_ptr + part_stride, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -256,9 +249,9 @@ def _dq_rows(
             if DROPOUT_P > 0.0:
                 kept = _is_kept(seed_ptr, head, start_m, start_n, DROPOUT_P, BLOCK_M, BLOCK_N)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
+            if MASKED and DOCUMENTS:  # values of another document could make it infinite, and 0 * inf is NaN
+                dweights = tl.where(seen, dweights, 0.0)
             dscores = weights * (dweights - delta[:, None])
-            if MASKED and DOCUMENTS:  # 0 also where values of another document make dweights infinite
-                dscores = tl.where(seen, dscores, 0.0)
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_m) * 3 * H * HEAD_DIM + h * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, limit, dq * SCALE, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -278,6 +271,11 @@ def _dkdv_rows(
     """
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    if DOCUMENTS:
+        starts_ptr += b * T
+        first_end = _document_end(starts_ptr, T, start_n)
+        last_end = _document_end(starts_ptr, T, tl.minimum(start_n + BLOCK_N, T) - 1)
     q_ptr = qkv_ptr + b * b_stride + h * h_stride
     k_ptr = q_ptr + part_stride + start_n.to(tl.int64) * t_stride
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -293,12 +291,9 @@ def _dkdv_rows(
     full_start = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M), tl.cdiv(T, BLOCK_M)) if IS_CAUSAL else 0
     on_diagonal = full_start - first_block
     at_end = tl.where((full_end * BLOCK_M < T) & (full_start <= full_end), 1, 0)
-    DOCUMENTS: tl.constexpr = starts_ptr is not None
     if DOCUMENTS:  # the mask is also needed from the end of the first key's document to that of the last key's
-        starts_ptr += b * T
-        full_end = tl.maximum(full_start, _document_end(starts_ptr, T, start_n) // BLOCK_M)
-        last_key = tl.minimum(start_n + BLOCK_N, T) - 1
-        at_end = tl.cdiv(_document_end(starts_ptr, T, last_key), BLOCK_M) - full_end
+        full_end = tl.maximum(full_start, first_end // BLOCK_M)
+        at_end = tl.cdiv(last_end, BLOCK_M) - full_end
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for MASKED in tl.static_range(2):
@@ -325,9 +320,9 @@ def _dkdv_rows(
                 kept_weights = tl.where(kept, weights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
             dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dscores = weights * (dweights - delta[None, :])
             if MASKED and DOCUMENTS:
-                dscores = tl.where(seen, dscores, 0.0)
+                dweights = tl.where(seen, dweights, 0.0)
+            dscores = weights * (dweights - delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_n) * 3 * H * HEAD_DIM + h * HEAD_DIM + H * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, T - start_n, dk * SCALE, BLOCK_N, HEAD_DIM, BLOCK_D)
