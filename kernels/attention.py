@@ -7,6 +7,14 @@ the next linear layer views as (B, T, H * D) without a copy. Scores and softmax 
 wider; out has qkv's dtype. `scale` is 1 / sqrt(D) by default. `dropout_p` is the probability of
 dropping an attention weight; outputs are not dropped.
 
+starts: (B, T) int32, contiguous, or None. Row i then sees only the keys starts[b, i] <= j <= i: those
+of its own document, which begins at row starts[b, i]. It needs a causal mask and has no gradient.
+The values are assumed, not checked, since a check would synchronise: 0 <= starts[b, i] <= i, and
+starts do not fall along T. Every row sees itself. A key outside has a weight of exactly 0, and its
+finite values change no bit. (PyTorch's op adds -inf to its score, which must be finite too.) NaN or
+an infinite value outside may spoil a row, since 0 * inf is NaN; in the Triton kernels only within a
+block that some row of the same program needs.
+
 The Triton kernels never store a (T, T) matrix. Let s_ij = scale q_i . k_j be the scores,
 lse_i = log sum_j exp(s_ij), and w_ij = exp(s_ij - lse_i) the weights.
 
@@ -26,8 +34,10 @@ lse_i = log sum_j exp(s_ij), and w_ij = exp(s_ij - lse_i) the weights.
    runs give the same bits.
 
 With a causal mask, a block of queries visits the keys before it without a mask, then those on its
-diagonal with a mask, and then stops. Dropout applies to w_ij after lse_i is computed: kept w_ij and
-dw_ij are divided by 1 - p, dropped ones are 0. delta_i is still dout_i . out_i.
+diagonal with a mask, and then stops. With documents it skips the blocks of keys that none of its
+rows sees, and masks those in which its rows' documents begin; a block of keys does the same with
+queries. Dropout applies to w_ij after lse_i is computed: kept w_ij and dw_ij are divided by 1 - p,
+dropped ones are 0. delta_i is still dout_i . out_i.
 Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Milakov & Gimelshein 2018,
 arXiv:1805.02867 (online softmax); Dao et al. 2022, arXiv:2205.14135, section 3 and appendix B; Dao
 2023, arXiv:2307.08691, section 3.

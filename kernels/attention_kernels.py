@@ -249,9 +249,9 @@ def _dq_rows(
             if DROPOUT_P > 0.0:
                 kept = _is_kept(seed_ptr, head, start_m, start_n, DROPOUT_P, BLOCK_M, BLOCK_N)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
-            if MASKED and DOCUMENTS:  # values of another document could make it infinite, and 0 * inf is NaN
-                dweights = tl.where(seen, dweights, 0.0)
             dscores = weights * (dweights - delta[:, None])
+            if MASKED and DOCUMENTS:  # values of another document could make dweights infinite, and 0 * inf is NaN
+                dscores = tl.where(seen, dscores, 0.0)
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_m) * 3 * H * HEAD_DIM + h * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, limit, dq * SCALE, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -320,9 +320,9 @@ def _dkdv_rows(
                 kept_weights = tl.where(kept, weights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
             dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            if MASKED and DOCUMENTS:
-                dweights = tl.where(seen, dweights, 0.0)
             dscores = weights * (dweights - delta[None, :])
+            if MASKED and DOCUMENTS:
+                dscores = tl.where(seen, dscores, 0.0)
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_n) * 3 * H * HEAD_DIM + h * HEAD_DIM + H * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, T - start_n, dk * SCALE, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -47,7 +47,8 @@ class Choice:
 class Ops:
     """The model's six ops, each bound to its chosen implementation. `choices` gives the reasons.
 
-        attention(qkv, *, is_causal=True, dropout_p=0.0, scale=None)    (B, T, 3, H, D) -> (B, T, H, D)
+        attention(qkv, *, is_causal=True, dropout_p=0.0, scale=None, starts=None)
+            (B, T, 3, H, D) -> (B, T, H, D); starts: (B, T) int32, the row where each row's document begins
         layer_norm(x, weight, bias, eps=1e-5)                           (..., C), (C,), (C,) -> (..., C)
         add_layer_norm(x, residual, weight, bias, eps=1e-5)             -> layer_norm(summed), summed = x + residual
         gelu(x)                                                         any shape; the tanh form
@@ -87,6 +88,7 @@ def select(
     head_dim: int,
     *,
     dropout_p: float = 0.0,
+    has_documents: bool = False,
     failed: Mapping[str, str] | None = None,
     tuned: Mapping[str, str] | None = None,
 ) -> Ops:
@@ -95,7 +97,8 @@ def select(
     "auto" takes what was found fastest, else Triton where it can run and is not slow by count, else
     PyTorch. dropout_p: of attention, in training. failed: op -> why its Triton kernels are not to
     be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
-    heeds it. Raises ValueError if the backend or the device is unknown. Raises ValueError, with the
+    heeds it. has_documents: attention gets `starts`. Then a tuned SDPA backend does not count: not
+    all take a mask, and each alternative leaves the choice to PyTorch. Raises ValueError if the backend or the device is unknown. Raises ValueError, with the
     reason, if the backend is "triton" and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
@@ -115,7 +118,10 @@ def select(
         slow = None
         if op == "attention" and obstacle is None and not INTERPRETED:
             slow = slow_attention(device, dtype, head_dim, dropout_p)
-        choices.append(_choose(op, backend, device, obstacle, slow, (tuned or {}).get(op)))
+        was_tuned = (tuned or {}).get(op)
+        if has_documents and op == "attention" and was_tuned in ALTERNATIVES[op]:
+            was_tuned = None
+        choices.append(_choose(op, backend, device, obstacle, slow, was_tuned))
     return Ops(
         **{choice.op: implementation(choice.op, choice.implementation) for choice in choices}, choices=tuple(choices)
     )
