@@ -11,9 +11,9 @@ starts: (B, T) int32, contiguous, or None. Row i then sees only the keys starts[
 of its own document, which begins at row starts[b, i]. It needs a causal mask and has no gradient.
 The values are assumed, not checked, since a check would synchronise: 0 <= starts[b, i] <= i, and
 starts do not fall along T. Every row sees itself. A key outside has a weight of exactly 0, and its
-finite values change no bit. (PyTorch's op adds -inf to its score, which must be finite too.) NaN or
-an infinite value outside may spoil a row, since 0 * inf is NaN; in the Triton kernels only within a
-block that some row of the same program needs.
+finite values change no bit (on PyTorch's ops its scores must be finite too). NaN or an infinite
+value outside may spoil a row, since 0 * inf is NaN; in the Triton kernels only within a block that
+some row of the same program needs.
 
 The Triton kernels never store a (T, T) matrix. Let s_ij = scale q_i . k_j be the scores,
 lse_i = log sum_j exp(s_ij), and w_ij = exp(s_ij - lse_i) the weights.
