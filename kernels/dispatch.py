@@ -98,8 +98,8 @@ def select(
     PyTorch. dropout_p: of attention, in training. failed: op -> why its Triton kernels are not to
     be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
     heeds it. has_documents: attention gets `starts`. Then a tuned SDPA backend does not count: not
-    all take a mask, and each alternative leaves the choice to PyTorch. Raises ValueError if the backend or the device is unknown. Raises ValueError, with the
-    reason, if the backend is "triton" and an op cannot run on Triton here.
+    all take a mask, so with `starts` each leaves the choice to PyTorch. Raises ValueError if the
+    backend or the device is unknown. Raises ValueError, with the reason, if the backend is "triton" and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
@@ -144,7 +144,13 @@ def _choose(
 
 
 def implementation(op: str, name: str) -> Callable:
-    """The function of an op's implementation: "reference", "triton", "torch" or an alternative."""
+    """The function of an op's implementation: "reference", "triton", "torch" or an alternative.
+
+    "attention_documents" is attention as a function of qkv and starts, for checks and benchmarks.
+    """
+    if op == "attention_documents":
+        attend = implementation("attention", name)
+        return lambda qkv, starts: attend(qkv, starts=starts)
     module = alternatives if name in ALTERNATIVES.get(op, ()) else MODULES[op]
     return getattr(module, f"{op}_{name}")
 

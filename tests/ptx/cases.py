@@ -50,7 +50,10 @@ def attention_case(
     strided: bool = False,
     lengths: Sequence[int] | None = None,
 ) -> Comparison:
-    """Attention. `scale` multiplies the inputs; if strided, qkv is a view into a tensor of NaN. lengths: of documents."""
+    """Attention. `scale` multiplies the inputs; if strided, qkv is a view into a tensor of NaN.
+
+    lengths: of the documents in each sequence.
+    """
     qkv, dout = (scale * randn(B, T, 3, H, D, seed=0)).to(dtype), randn(B, T, H, D, seed=1, dtype=dtype)
     if strided:
         around = torch.full((B, T + 3, 3, H + 1, D + 8), math.nan, dtype=dtype)
