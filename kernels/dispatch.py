@@ -99,7 +99,8 @@ def select(
     be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
     heeds it. has_documents: attention gets `starts`. Then a tuned SDPA backend does not count: not
     all take a mask, so with `starts` each leaves the choice to PyTorch. Raises ValueError if the
-    backend or the device is unknown. Raises ValueError, with the reason, if the backend is "triton" and an op cannot run on Triton here.
+    backend or the device is unknown. Raises ValueError, with the reason, if the backend is "triton"
+    and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')

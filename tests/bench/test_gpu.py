@@ -24,6 +24,7 @@ OPS = {
     "attention": ("triton", "torch", "compile", "sdpa flash", "sdpa cudnn", "sdpa efficient"),
     **{op: ("triton", "torch", "compile") for op in ("layer_norm", "add_layer_norm", "gelu", "bias_gelu")},
     "linear_cross_entropy": ("triton", "torch", "compile", "plain"),
+    "attention_documents": ("triton", "torch", "compile"),
 }
 STEPS = {
     "gpt2 B=64 bf16": (
