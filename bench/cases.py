@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend
 from bench.measure import Prepare
 from kernels.alternatives import attention_sdpa, linear_cross_entropy_unchunked
 from kernels.cases import TENSORS, Sizes, gradients, inputs_of, outputs_of, relative_error, values, with_gradients
-from kernels.dispatch import MODULES
+from kernels.dispatch import MODULES, implementation
 from kernels.work import work
 
+NAMES = (*MODULES, "attention_documents")
 TRAINING = ("forward", "backward", "both")
 # ||out - exact|| / ||exact|| up to which an implementation may be timed; twice that where "exact" is in its own dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -67,8 +68,7 @@ class Op:
 
 
 def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
-    file, options = MODULES[name], {}
-    plain, others = getattr(file, f"{name}_torch"), {}
+    options, plain, others = {}, implementation(name, "torch"), {}
     if name == "linear_cross_entropy":
         options = {"vocab_size": sizes.V}
         plain = functools.partial(linear_cross_entropy_unchunked, **options)
@@ -76,11 +76,11 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
     if name == "attention":  # a CPU lacks some of the backends: each may fall back to the plain one there
         fallback = () if on_gpu else (SDPBackend.MATH,)
         others = {n: functools.partial(attention_sdpa, backends=(b, *fallback)) for n, b in SDPA_BACKENDS.items()}
-    ours = {way: functools.partial(getattr(file, f"{name}_{way}"), **options) for way in ("triton", "torch")}
+    ours = {way: functools.partial(implementation(name, way), **options) for way in ("triton", "torch")}
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
     inputs, reference = (
         functools.partial(inputs_of, name, sizes),
-        functools.partial(getattr(file, f"{name}_reference"), **options),
+        functools.partial(implementation(name, "reference"), **options),
     )
     # Ours works out the head's gradients in its forward pass.
     phases = ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING
@@ -90,7 +90,7 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
 
 def ops(sizes: Sizes, on_gpu: bool, compiler: str = "inductor") -> dict[str, Op]:
     """Every op at these sizes, by name. compiler: the backend of torch.compile."""
-    return {name: _op(name, sizes, on_gpu, compiler) for name in MODULES}
+    return {name: _op(name, sizes, on_gpu, compiler) for name in NAMES}
 
 
 def phase_of(fn: Callable, inputs: list[Tensor], douts: list[Tensor], phase: str) -> Prepare:

@@ -74,6 +74,8 @@ PLAN = (
     *(Part(MODULES[op].__name__.rpartition(".")[2], op, 50 if op in LONG else 25) for op in MODULES),
     Part("step", "bf16 eager", 80),
     *(Part("step", name, 80) for name in [*STEPS][2:]),
+    Part("accuracy", "attention_documents", 25),
+    Part("attention", "attention_documents", 50),
     Part("sizes", "gpt2-medium", 120),
     Part("sizes", "gpt2-large", 160),
     Part("sizes", "gpt2-xl", 210),

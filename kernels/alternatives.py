@@ -23,13 +23,15 @@ def attention_sdpa(
     is_causal: bool = True,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """PyTorch's attention by one of these backends. qkv: (B, T, 3, H, D); out: (B, T, H, D).
 
-    One position, as a prompt may have, is left to PyTorch's choice: cuDNN refuses it.
+    One position, as a prompt may have, is left to PyTorch's choice: cuDNN refuses it. So are
+    documents, whose mask FlashAttention refuses.
     """
-    if qkv.shape[1] == 1:
-        return attention_torch(qkv, is_causal=is_causal, dropout_p=dropout_p, scale=scale)
+    if qkv.shape[1] == 1 or starts is not None:
+        return attention_torch(qkv, is_causal=is_causal, dropout_p=dropout_p, scale=scale, starts=starts)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     with sdpa_kernel(list(backends)):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p, scale=scale)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import attention, cross_entropy, gelu, layer_norm
+from kernels import attention, cross_entropy, gelu, layer_norm, tiles
 from kernels.launch import HAS_TRITON, INTERPRETED, triton
 
 SHARED_LIMIT = {  # KiB per program
@@ -68,11 +68,12 @@ class Row:
         )
 
 
-def _attention(D: int, dtype: torch.dtype, dropout_p: float = 0.0, is_causal: bool = True, tf32: bool = False) -> None:
+def _attention(D: int, dtype: torch.dtype, dropout_p=0.0, is_causal=True, tf32=False, has_documents=False) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     qkv = torch.zeros(1, 1024, 3, 2, D, dtype=dtype, requires_grad=True)
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p else None
-    attention._attention(qkv, seed, is_causal, dropout_p, D**-0.5)[0].sum().backward()
+    starts = torch.zeros(1, 1024, dtype=torch.int32) if has_documents else None
+    attention._attention(qkv, seed, is_causal, dropout_p, D**-0.5, starts)[0].sum().backward()
 
 
 def _layer_norm(C: int, dtype: torch.dtype) -> None:
@@ -101,6 +102,7 @@ CASES: dict[str, Callable] = {
     "attention D=64 fp16": functools.partial(_attention, 64, FP16),
     "attention D=64 bf16 full": functools.partial(_attention, 64, BF16, is_causal=False),
     "attention D=64 bf16 dropout": functools.partial(_attention, 64, BF16, dropout_p=0.1),
+    "attention D=64 bf16 documents": functools.partial(_attention, 64, BF16, has_documents=True),
     **{f"attention D={D} tf32": functools.partial(_attention, D, FP32, tf32=True) for D in (64, 128, 256)},
     **{f"attention D={D} fp32": functools.partial(_attention, D, FP32) for D in (64, 128, 256)},
     **{f"layer_norm C={C} bf16": functools.partial(_layer_norm, C, BF16) for C in (768, 1600, 4096, 12288)},
@@ -149,6 +151,7 @@ def compile_case(target: str, case: str) -> list[Row]:
 
     precision = torch.get_float32_matmul_precision()
     triton.runtime.driver.set_active(_Driver(target))
+    tiles.use({})  # forgets the tiles of the target before
     triton.runtime.JITFunction.run = compile_only
     failure = ""
     try:

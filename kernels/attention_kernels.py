@@ -4,6 +4,11 @@ They read q, k and v in place from qkv. Row t of q begins at
 qkv_ptr + b * b_stride + t * t_stride + h * h_stride; k is one part_stride further on, v two.
 Scores and lse are in base 2, exp(x) = exp2(x / ln 2), because GPUs compute exp2 in hardware.
 
+starts_ptr is None without documents. Else row i of sequence b sees no key before starts[b, i], and
+starts do not fall. So no row of m to n sees a key before starts[m], and each sees those from
+starts[n] to m: only keys from starts[m] to starts[n] need a mask. No row after the document of key n
+sees a key of m to n, and each from n to the end of m's document sees them all.
+
 Two constants, off by default, select another way to compute the same (kernels.tiles, VARIANTS):
 EXP2_POLYNOMIAL and PAIR_BLOCKS. `_attention_bwd_kernel` is a third: both backward kernels in one.
 EXP2_POLYNOMIAL has no effect with dropout, where random numbers keep the arithmetic units busy.
@@ -93,8 +98,39 @@ def _share(T, BLOCK: tl.constexpr, PAIR_BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def _is_seen(starts_ptr, rows, cols, T, IS_CAUSAL: tl.constexpr):
+    """True where a query of `rows` sees a key of `cols`, which are a column and a row, or the reverse."""
+    seen = cols <= rows if IS_CAUSAL else cols < T
+    if starts_ptr is not None:
+        seen &= cols >= tl.load(starts_ptr + rows, mask=rows < T, other=0)
+    return seen
+
+
+@triton.jit
+def _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For rows from start_m: the first key of the first block that a row sees, and of the first without a mask."""
+    if starts_ptr is None:
+        return 0, 0
+    else:
+        first = tl.load(starts_ptr + start_m)
+        last = tl.load(starts_ptr + tl.minimum(start_m + BLOCK_M, T) - 1)
+        return first // BLOCK_N * BLOCK_N, tl.minimum(tl.cdiv(last, BLOCK_N) * BLOCK_N, full_end)
+
+
+@triton.jit
+def _document_end(starts_ptr, T, key):
+    """First row after the document of `key`, T after the last one; by bisection, as starts do not fall."""
+    low, high = key + 1, tl.maximum(T, key + 1)
+    while low < high:
+        middle = (low + high) // 2
+        is_inside = tl.load(starts_ptr + middle) <= key
+        low, high = tl.where(is_inside, middle + 1, low), tl.where(is_inside, high, middle)
+    return low
+
+
+@triton.jit
 def _attention_fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr, seed_ptr, b_stride, t_stride, part_stride, h_stride, T, H,
+    qkv_ptr, out_ptr, lse_ptr, seed_ptr, starts_ptr, b_stride, t_stride, part_stride, h_stride, T, H,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXP2_POLYNOMIAL: tl.constexpr = 0, PAIR_BLOCKS: tl.constexpr = 0,
@@ -104,6 +140,9 @@ def _attention_fwd_kernel(
     head, last, first, count = _share(T, BLOCK_M, PAIR_BLOCKS)
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     q_ptr = qkv_ptr + b * b_stride + h * h_stride
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    if DOCUMENTS:
+        starts_ptr += b * T
     for part in range(count):
         start_m = tl.where(part == 0, first, last) * BLOCK_M  # rows with the most keys first
         rows = start_m + tl.arange(0, BLOCK_M)
@@ -112,18 +151,22 @@ def _attention_fwd_kernel(
 
         end = tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL else T
         full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N  # before this key no row needs a mask
+        begin, full_start = _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M, BLOCK_N)
+        skipped = full_end - full_start  # the blocks with a mask before full_start come after the full ones
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        # A row may see no key of its first blocks, and -inf - -inf is NaN.
+        row_max = tl.full((BLOCK_M,), -3e38 if DOCUMENTS else float("-inf"), dtype=tl.float32)
         for MASKED in tl.static_range(2):
-            for start_n in tl.range(full_end if MASKED else 0, end if MASKED else full_end, BLOCK_N):
+            for key in tl.range(begin + skipped if MASKED else full_start, end if MASKED else full_end, BLOCK_N):
+                start_n = tl.where(key < full_end, key - skipped, key) if MASKED and DOCUMENTS else key
                 k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
                 k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
                 v = _load_rows(k_ptr + part_stride, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 if MASKED:
                     cols = start_n + tl.arange(0, BLOCK_N)
-                    seen = cols[None, :] <= rows[:, None] if IS_CAUSAL else cols[None, :] < T
+                    seen = _is_seen(starts_ptr, rows[:, None], cols[None, :], T, IS_CAUSAL)
                     scores = tl.where(seen, scores, float("-inf"))
                 new_max = tl.maximum(row_max, tl.max(scores, axis=1) * LOG2_SCALE)
                 weights = _exp2(scores * LOG2_SCALE - new_max[:, None], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
@@ -158,7 +201,7 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _dq_rows(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
     b_stride, t_stride, part_stride, h_stride, T, H, head, start_m,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -184,9 +227,15 @@ def _dq_rows(
 
     end = tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL else T
     full_end = (start_m if IS_CAUSAL else T) // BLOCK_N * BLOCK_N
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    if DOCUMENTS:
+        starts_ptr += b * T
+    begin, full_start = _key_starts(starts_ptr, T, start_m, full_end, BLOCK_M, BLOCK_N)
+    skipped = full_end - full_start
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for MASKED in tl.static_range(2):
-        for start_n in tl.range(full_end if MASKED else 0, end if MASKED else full_end, BLOCK_N):
+        for key in tl.range(begin + skipped if MASKED else full_start, end if MASKED else full_end, BLOCK_N):
+            start_n = tl.where(key < full_end, key - skipped, key) if MASKED and DOCUMENTS else key
             k_ptr = q_ptr + part_stride + tl.cast(start_n, tl.int64) * t_stride
             k = _load_rows(k_ptr, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             v = _load_rows(k_ptr + part_stride, t_stride, T - start_n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
@@ -194,13 +243,15 @@ def _dq_rows(
             weights = _exp2(scores * LOG2_SCALE - lse[:, None], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
             if MASKED:
                 cols = start_n + tl.arange(0, BLOCK_N)
-                seen = cols[None, :] <= rows[:, None] if IS_CAUSAL else cols[None, :] < T
+                seen = _is_seen(starts_ptr, rows[:, None], cols[None, :], T, IS_CAUSAL)
                 weights = tl.where(seen, weights, 0.0)
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             if DROPOUT_P > 0.0:
                 kept = _is_kept(seed_ptr, head, start_m, start_n, DROPOUT_P, BLOCK_M, BLOCK_N)
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
             dscores = weights * (dweights - delta[:, None])
+            if MASKED and DOCUMENTS:  # values of another document could make dweights infinite, and 0 * inf is NaN
+                dscores = tl.where(seen, dscores, 0.0)
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_m) * 3 * H * HEAD_DIM + h * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, limit, dq * SCALE, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -208,7 +259,7 @@ def _dq_rows(
 
 @triton.jit
 def _dkdv_rows(
-    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
     b_stride, t_stride, part_stride, h_stride, T, H, head, start_n,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -220,6 +271,11 @@ def _dkdv_rows(
     """
     LOG2_SCALE: tl.constexpr = SCALE * 1.4426950408889634
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    DOCUMENTS: tl.constexpr = starts_ptr is not None
+    if DOCUMENTS:
+        starts_ptr += b * T
+        first_end = _document_end(starts_ptr, T, start_n)
+        last_end = _document_end(starts_ptr, T, tl.minimum(start_n + BLOCK_N, T) - 1)
     q_ptr = qkv_ptr + b * b_stride + h * h_stride
     k_ptr = q_ptr + part_stride + start_n.to(tl.int64) * t_stride
     cols = start_n + tl.arange(0, BLOCK_N)
@@ -235,11 +291,15 @@ def _dkdv_rows(
     full_start = tl.minimum(tl.cdiv(start_n + BLOCK_N, BLOCK_M), tl.cdiv(T, BLOCK_M)) if IS_CAUSAL else 0
     on_diagonal = full_start - first_block
     at_end = tl.where((full_end * BLOCK_M < T) & (full_start <= full_end), 1, 0)
+    if DOCUMENTS:  # the mask is also needed from the end of the first key's document to that of the last key's
+        full_end = tl.maximum(full_start, first_end // BLOCK_M)
+        at_end = tl.cdiv(last_end, BLOCK_M) - full_end
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for MASKED in tl.static_range(2):
         for block in tl.range(0 if MASKED else full_start, on_diagonal + at_end if MASKED else full_end):
-            start_m = (tl.where(block < on_diagonal, first_block + block, full_end) if MASKED else block) * BLOCK_M
+            behind = full_end + (block - on_diagonal if DOCUMENTS else 0)
+            start_m = (tl.where(block < on_diagonal, first_block + block, behind) if MASKED else block) * BLOCK_M
             rows = start_m + tl.arange(0, BLOCK_M)
             start = tl.cast(start_m, tl.int64)
             q = _load_rows(q_ptr + start * t_stride, t_stride, T - start_m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
@@ -251,7 +311,8 @@ def _dkdv_rows(
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             weights = _exp2(scores * LOG2_SCALE - lse[None, :], EXP2_POLYNOMIAL and DROPOUT_P == 0.0)
             if MASKED and IS_CAUSAL:
-                weights = tl.where(cols[:, None] <= rows[None, :], weights, 0.0)
+                seen = _is_seen(starts_ptr, rows[None, :], cols[:, None], T, True)
+                weights = tl.where(seen, weights, 0.0)
             dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept_weights = weights
             if DROPOUT_P > 0.0:
@@ -260,6 +321,8 @@ def _dkdv_rows(
                 dweights = tl.where(kept, dweights * (1.0 / (1.0 - DROPOUT_P)), 0.0)
             dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
             dscores = weights * (dweights - delta[None, :])
+            if MASKED and DOCUMENTS:
+                dscores = tl.where(seen, dscores, 0.0)
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * T + start_n) * 3 * H * HEAD_DIM + h * HEAD_DIM + H * HEAD_DIM
     _store_rows(dqkv_ptr, 3 * H * HEAD_DIM, T - start_n, dk * SCALE, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -268,7 +331,7 @@ def _dkdv_rows(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
     b_stride, t_stride, part_stride, h_stride, T, H,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -282,7 +345,7 @@ def _attention_bwd_dq_kernel(
     for part in range(count):
         start_m = tl.where(part == 0, first, last) * BLOCK_M  # rows with the most keys first
         _dq_rows(
-            dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, start_m,
             SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_M, BLOCK_N, EXP2_POLYNOMIAL, False,
         )  # fmt: skip
@@ -290,7 +353,8 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, b_stride, t_stride, part_stride, h_stride, T, H,
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
+    b_stride, t_stride, part_stride, h_stride, T, H,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EXP2_POLYNOMIAL: tl.constexpr = 0, PAIR_BLOCKS: tl.constexpr = 0,
@@ -300,7 +364,7 @@ def _attention_bwd_dkdv_kernel(
     for part in range(count):
         start_n = tl.where(part == 0, first, last) * BLOCK_N  # keys with the most queries first
         _dkdv_rows(
-            dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+            dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, start_n,
             SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_M, BLOCK_N, EXP2_POLYNOMIAL,
         )  # fmt: skip
@@ -308,7 +372,8 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _attention_bwd_kernel(
-    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, b_stride, t_stride, part_stride, h_stride, T, H,
+    dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
+    b_stride, t_stride, part_stride, h_stride, T, H,
     SCALE: tl.constexpr, DROPOUT_P: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_STEP: tl.constexpr,
 ):  # fmt: skip
@@ -320,13 +385,13 @@ def _attention_bwd_kernel(
     head, block = tl.program_id(0) // (2 * blocks), tl.program_id(0) // 2 % blocks
     if tl.program_id(0) % 2 == 0:
         _dkdv_rows(
-            dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+            dout_ptr, qkv_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, block * BLOCK_ROWS,
             SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_STEP, BLOCK_ROWS, False,
         )  # fmt: skip
     else:
         _dq_rows(
-            dout_ptr, qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,
+            dout_ptr, qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, starts_ptr,
             b_stride, t_stride, part_stride, h_stride, T, H, head, (blocks - 1 - block) * BLOCK_ROWS,
             SCALE, DROPOUT_P, IS_CAUSAL, HEAD_DIM, BLOCK_D, PRECISION, BLOCK_ROWS, BLOCK_STEP, False, True,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from kernels.work import Sizes
 # Names of each op's outputs, then of its gradients, in the order of `values`.
 TENSORS = {
     "attention": "out dqkv",
+    "attention_documents": "out dqkv",
     "layer_norm": "y dx dweight dbias",
     "add_layer_norm": "y summed dx dresidual dweight dbias",
     "gelu": "y dx",
@@ -30,6 +31,8 @@ def inputs_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device)
 
     if name == "attention":
         return [randn(B, T, 3, H, D)]
+    if name == "attention_documents":
+        return [randn(B, T, 3, H, D), document_starts(B, T, device)]
     if name == "linear_cross_entropy":  # logits of variance 1
         targets = torch.randint(sizes.V, (sizes.N,), device=device)
         return [randn(sizes.N, C), randn(sizes.Vp, C, std=C**-0.5), targets]
@@ -37,6 +40,13 @@ def inputs_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device)
         return [randn(B, T, 4 * C)] + [randn(4 * C, std=0.1)] * (name == "bias_gelu")
     streams = [randn(B, T, C) for _ in range(2 if name == "add_layer_norm" else 1)]
     return [*streams, randn(C, mean=1.0, std=0.1), randn(C, std=0.1)]
+
+
+def document_starts(B: int, T: int, device: torch.device) -> Tensor:
+    """First row of each row's document, (B, T) int32. Lengths are geometric with a mean of T / 2."""
+    begins = torch.rand(B, T, device=device) < 2.0 / T
+    rows = torch.arange(T, device=device, dtype=torch.int32)
+    return torch.where(begins, rows, 0).cummax(dim=1).values.contiguous()
 
 
 def outputs_of(fn: Callable, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -47,7 +47,8 @@ class Choice:
 class Ops:
     """The model's six ops, each bound to its chosen implementation. `choices` gives the reasons.
 
-        attention(qkv, *, is_causal=True, dropout_p=0.0, scale=None)    (B, T, 3, H, D) -> (B, T, H, D)
+        attention(qkv, *, is_causal=True, dropout_p=0.0, scale=None, starts=None)
+            (B, T, 3, H, D) -> (B, T, H, D); starts: (B, T) int32, the row where each row's document begins
         layer_norm(x, weight, bias, eps=1e-5)                           (..., C), (C,), (C,) -> (..., C)
         add_layer_norm(x, residual, weight, bias, eps=1e-5)             -> layer_norm(summed), summed = x + residual
         gelu(x)                                                         any shape; the tanh form
@@ -87,6 +88,7 @@ def select(
     head_dim: int,
     *,
     dropout_p: float = 0.0,
+    has_documents: bool = False,
     failed: Mapping[str, str] | None = None,
     tuned: Mapping[str, str] | None = None,
 ) -> Ops:
@@ -95,8 +97,10 @@ def select(
     "auto" takes what was found fastest, else Triton where it can run and is not slow by count, else
     PyTorch. dropout_p: of attention, in training. failed: op -> why its Triton kernels are not to
     be trusted here, from the self-check. tuned: op -> implementation, from `gpt2 tune`; only "auto"
-    heeds it. Raises ValueError if the backend or the device is unknown. Raises ValueError, with the
-    reason, if the backend is "triton" and an op cannot run on Triton here.
+    heeds it. has_documents: attention gets `starts`. Then a tuned SDPA backend does not count: not
+    all take a mask, so with `starts` each leaves the choice to PyTorch. Raises ValueError if the
+    backend or the device is unknown. Raises ValueError, with the reason, if the backend is "triton"
+    and an op cannot run on Triton here.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'kernels: the backend must be "auto", "triton" or "torch", got {backend!r}')
@@ -115,7 +119,10 @@ def select(
         slow = None
         if op == "attention" and obstacle is None and not INTERPRETED:
             slow = slow_attention(device, dtype, head_dim, dropout_p)
-        choices.append(_choose(op, backend, device, obstacle, slow, (tuned or {}).get(op)))
+        was_tuned = (tuned or {}).get(op)
+        if has_documents and op == "attention" and was_tuned in ALTERNATIVES[op]:
+            was_tuned = None
+        choices.append(_choose(op, backend, device, obstacle, slow, was_tuned))
     return Ops(
         **{choice.op: implementation(choice.op, choice.implementation) for choice in choices}, choices=tuple(choices)
     )
@@ -138,7 +145,13 @@ def _choose(
 
 
 def implementation(op: str, name: str) -> Callable:
-    """The function of an op's implementation: "reference", "triton", "torch" or an alternative."""
+    """The function of an op's implementation: "reference", "triton", "torch" or an alternative.
+
+    "attention_documents" is attention as a function of qkv and starts, for checks and benchmarks.
+    """
+    if op == "attention_documents":
+        attend = implementation("attention", name)
+        return lambda qkv, starts: attend(qkv, starts=starts)
     module = alternatives if name in ALTERNATIVES.get(op, ()) else MODULES[op]
     return getattr(module, f"{op}_{name}")
 

@@ -49,11 +49,13 @@ def torch_head_elements(device_type: str) -> tuple[int, int]:
 
 def work(op: str, sizes: Sizes, e: int, p: int | None = None) -> dict[str, Work]:
     """Forward and backward work of an op. e: bytes of an element; p: of an element of weight and bias, e by default."""
+    op = "attention" if op == "attention_documents" else op
     p, B, T, C, Vp = p or e, sizes.B, sizes.T, sizes.C, sizes.Vp
     x, f = sizes.N * C, sizes.N * 4 * C  # elements of a stream, and inside the MLP
     product, factors = 2 * sizes.N * C * Vp, e * (x + Vp * C)
     forward, backward = {
         # Two products of T x T x D for each of H heads, halved; backward five. qkv -> out; dout, qkv, out -> dqkv.
+        # Documents save some of it, how much depends on their lengths: counted as one document.
         "attention": ((2 * B * T * T * C, e * 4 * x), (5 * B * T * T * C, e * 8 * x)),
         # x, weight, bias -> y; dy, x, weight -> dx, dweight, dbias.
         "layer_norm": ((0, e * 2 * x + p * 2 * C), (0, e * 3 * x + p * 3 * C)),

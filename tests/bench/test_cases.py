@@ -10,7 +10,6 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
 from bench import cases
-from kernels.dispatch import MODULES
 
 SIZES = cases.Sizes(B=3, T=10, H=2, D=5, V=7, Vp=8)  # N = 30, C = 10
 SMALL = cases.Sizes(B=2, T=5, H=1, D=16, V=61, Vp=64)
@@ -36,7 +35,7 @@ def test_work_is_what_a_hand_counts(op, forward, backward):
     assert amounts == [forward, forward, backward, forward + backward]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", cases.NAMES)
 def test_every_implementation_is_right_and_a_wrong_one_is_refused(name):
     definition = cases.ops(SMALL, on_gpu=False, compiler="eager")[name]
     inputs, douts = definition.fresh(torch.float32, torch.device("cpu"))

@@ -24,6 +24,7 @@ OPS = {
     "attention": ("triton", "torch", "compile", "sdpa flash", "sdpa cudnn", "sdpa efficient"),
     **{op: ("triton", "torch", "compile") for op in ("layer_norm", "add_layer_norm", "gelu", "bias_gelu")},
     "linear_cross_entropy": ("triton", "torch", "compile", "plain"),
+    "attention_documents": ("triton", "torch", "compile"),
 }
 STEPS = {
     "gpt2 B=64 bf16": (
@@ -167,7 +168,7 @@ def test_some_sections_and_then_the_rest(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu.Run, "all", measure)
     dry = ["--out", str(tmp_path), "--dry-run", "--commit", "abc"]
     assert gpu.main([*dry, "--only", "ceilings,attention"]) == 0
-    first = ["ceilings: matmul and copy", "attention: attention"]
+    first = ["ceilings: matmul and copy", "attention: attention", "attention: attention_documents"]
     assert asked[0] == first
     assert "- step: bf16 compiled: not among --only" in (tmp_path / "gpu.md").read_text()
     assert gpu.main([*dry, "--resume"]) == 0

@@ -19,12 +19,20 @@ from kernels.launch import HAS_TRITON, INTERPRETED
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton comes for Linux")
 
 TARGETS = ("sm_90",)  # the slow tests compile every case for each target
-HEADS = ["attention D=64 bf16"]
+HEADS = ["attention D=64 bf16", "attention D=64 bf16 documents"]
 REST = ["layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 CHILD = f"""
-import dataclasses, json, os
+import dataclasses, json, os, torch
+from kernels import aot, tiles
 from kernels.aot import compile_all
 if __name__ == "__main__":
+    found = []
+    aot.CASES["tile"] = lambda: tiles.with_config("attention_fwd/16bit", 256, torch.device("cpu"), record)
+    def record(**tile):
+        found.append(tile["BLOCK_N"])
+    for target in ("sm_80", "sm_86"):
+        aot.compile_case(target, "tile")
+    assert found == [64, 32], found  # each target's own, also in one process
     rows = []
     for made in compile_all({TARGETS!r}, {HEADS + REST!r}, os.cpu_count()):
         rows += [dataclasses.asdict(row) for row in made]

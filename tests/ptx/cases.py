@@ -18,6 +18,7 @@ from kernels import attention, cross_entropy, gelu, layer_norm, tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
+DOCUMENTS = (63, 2, 1, 61, 130, 43)  # of 300 tokens: begins at 63, 65, 66, 127 and 257, around blocks of 64 and 128
 
 
 class Comparison(NamedTuple):
@@ -47,17 +48,29 @@ def attention_case(
     is_causal: bool = True,
     scale: float = 1.0,
     strided: bool = False,
+    lengths: Sequence[int] | None = None,
 ) -> Comparison:
-    """Attention. `scale` multiplies the inputs; if strided, qkv is a view into a tensor of NaN."""
+    """Attention. `scale` multiplies the inputs; if strided, qkv is a view into a tensor of NaN.
+
+    lengths: of the documents in each sequence.
+    """
     qkv, dout = (scale * randn(B, T, 3, H, D, seed=0)).to(dtype), randn(B, T, H, D, seed=1, dtype=dtype)
     if strided:
         around = torch.full((B, T + 3, 3, H + 1, D + 8), math.nan, dtype=dtype)
         qkv = around[:, 2 : 2 + T, :, :H, :D].copy_(qkv)
     ops = (attention.attention_triton, attention.attention_torch, attention.attention_reference)
-    return compare([functools.partial(op, is_causal=is_causal) for op in ops], [qkv], [dout], "out dqkv")
+    starts = None if lengths is None else document_starts(lengths).expand(B, T).contiguous()
+    ops = [functools.partial(op, is_causal=is_causal, starts=starts) for op in ops]
+    return compare(ops, [qkv], [dout], "out dqkv")
 
 
-def variant_case(T: int, D: int, **options: int) -> Comparison:
+def document_starts(lengths: Sequence[int]) -> Tensor:
+    """The row where the document of each row begins, (T,) int32."""
+    begins = torch.tensor([0, *lengths[:-1]]).cumsum(0).int()
+    return begins.repeat_interleave(torch.tensor(lengths))
+
+
+def variant_case(T: int, D: int, lengths: Sequence[int] | None = None, **options: int) -> Comparison:
     """Attention whose kernels have these of kernels.tiles.VARIANTS on, those of them that each has."""
     table = tiles.lookup
 
@@ -68,7 +81,7 @@ def variant_case(T: int, D: int, **options: int) -> Comparison:
     with mock.patch.object(tiles, "lookup", lookup):
         tiles.use({})
         try:
-            return attention_case(1, T, 2, D, BF16)
+            return attention_case(1, T, 2, D, BF16, lengths=lengths)
         finally:
             tiles.use({})
 
@@ -199,6 +212,9 @@ def _named() -> dict[str, Callable[[], Comparison]]:
             add(f"attention T=130 D=64 {kind} large", attention_case, 1, 130, 2, 64, dtype, scale=8.0)
         add(f"attention T=100 D=64 {kind} strided", attention_case, 1, 100, 2, 64, dtype, strided=True)
         add(f"attention T=100 D=64 {kind} dropout", dropout_case, 100, 64, dtype, 0.2)
+        add(f"attention T=300 D=64 {kind} documents", attention_case, 1, 300, 2, 64, dtype, lengths=DOCUMENTS)
+        add(f"attention T=300 D=64 {kind} one document", attention_case, 1, 300, 2, 64, dtype, lengths=[300])
+        add(f"attention T=70 D=64 {kind} tokens alone", attention_case, 1, 70, 2, 64, dtype, lengths=[1] * 70)
         add(f"attention T=70 D=64 {kind} full dropout", dropout_case, 70, 64, dtype, 0.5, is_causal=False)
         for rows, C in ((4, 1), (9, 33), (3, 100), (6, 768), (5, 1600), (3, 5000), (5, 12288)):
             add(f"layer_norm {rows}x{C} {kind}", layer_norm_case, rows, C, dtype)
@@ -219,6 +235,7 @@ def _named() -> dict[str, Callable[[], Comparison]]:
         "one launch": {"ONE_LAUNCH": 1},
     }.items():
         add(f"attention T=300 D=64 bf16 {name}", variant_case, 300, 64, **options)
+        add(f"attention T=300 D=64 bf16 documents {name}", variant_case, 300, 64, DOCUMENTS, **options)
     for D in (64, 80, 128):
         add(f"attention T=100 D={D} tf32", tf32_case, 100, D)
     return cases

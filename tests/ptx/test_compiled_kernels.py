@@ -9,6 +9,7 @@ COMMON = [
     ("sm_90", "attention T=100 D=64 bf16"),
     ("sm_90", "attention T=300 D=64 bf16 one launch"),
     ("sm_90", "attention T=300 D=64 bf16 polynomial"),
+    ("sm_90", "attention T=300 D=64 bf16 documents"),
     ("sm_90", "layer_norm 6x768 bf16"),
     ("sm_90", "add_layer_norm 9x33 bf16"),
     ("sm_90", "gelu 5x77 bf16"),
