@@ -48,8 +48,11 @@ def request(config: TrainConfig, precision: str, ops: Ops, device: torch.device,
     T = 304 if config.sequence_length % 16 == 0 else 301
     # FSDP gathers a block's parameters in the compute dtype, and the head's in float32.
     parameters = torch.float32 if config.parallel == "ddp" else COMPUTE_DTYPES[precision]
+    on_triton = [choice.op for choice in ops.choices if choice.implementation == "triton"]
+    if config.document_mask and "attention" in on_triton:
+        on_triton.append("attention_documents")  # other code of the same kernels
     return {
-        "ops": [choice.op for choice in ops.choices if choice.implementation == "triton"],
+        "ops": on_triton,
         "sizes": dataclasses.astuple(Sizes.of(config.model, B=2, T=T)),
         "precision": precision,
         "tiles": tuned or {},
@@ -101,7 +104,7 @@ def check(asked: dict) -> dict[str, str]:
             raise Unavailable(end)
         found = found or dict.fromkeys(left, UNFINISHED)  # an op before has broken the device
         results |= {op: f"does not run here: {end}" if why == UNFINISHED else why for op, why in found.items()}
-    return {op: why for op, why in results.items() if why is not None}
+    return {op.removesuffix("_documents"): why for op, why in results.items() if why is not None}
 
 
 def _child(asked: dict, seconds: float) -> tuple[dict[str, str | None], str]:

@@ -88,11 +88,10 @@ def ops(config: TrainConfig, precision: str, ranks: Ranks, tuned: Setup | None) 
     """
     model, found = config.model, {}
     tuned_ops = dict(tuned.ops) if tuned is not None else {}
-    is_refused = config.deterministic and tuned_ops.get("attention") == "cudnn"  # by PyTorch, in that mode
-    if is_refused or config.document_mask:  # tune times no mask, which cuDNN and flash attention do not take
-        tuned_ops.pop("attention", None)
+    if config.deterministic and tuned_ops.get("attention") == "cudnn":  # PyTorch refuses it in that mode
+        del tuned_ops["attention"]
     inputs = (config.kernels, ranks.device, device.COMPUTE_DTYPES[precision], model.head_dim)
-    options = {"dropout_p": model.dropout, "tuned": tuned_ops}
+    options = {"dropout_p": model.dropout, "has_documents": config.document_mask, "tuned": tuned_ops}
     try:
         chosen = select(*inputs, **options)
         if ranks.local_rank == 0 and ranks.device.type != "cpu":
