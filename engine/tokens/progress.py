@@ -1,26 +1,40 @@
-"""Progress of `gpt2 prepare`, on standard error: a bar on a terminal, else a line now and then."""
+"""Progress of a long reading, on standard error: a bar on a terminal, else a line now and then."""
 
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
 LINE_EVERY = 10.0  # seconds between lines if standard error is not a terminal
 BAR_AFTER = 0.5  # seconds until the bar appears: a short preparation has none
+RATE_OVER = 30.0  # seconds over which the rate is measured: what came before is no sign of what comes
+SAMPLE_EVERY = 1.0  # seconds between the samples that it is measured from
+DUMB = ("dumb", "unknown")  # values of TERM that cannot draw a bar
 
 
 class Progress:
     """Bytes of the sources that are done, and the tokens made of them.
 
-    total: bytes of all sources. clock: seconds, for tests.
+    total: bytes of all sources; None: not known, as of standard input. clock: seconds, for tests.
+    done: of them, bytes that an earlier start has done, which are in no rate. name: what it begins with.
     """
 
     def __init__(
-        self, total: int, note: str = "", stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int | None,
+        note: str = "",
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        done: int = 0,
+        name: str = "prepare",
     ):
-        self.total, self.note, self.stream, self.clock = max(total, 1), note, stream or sys.stderr, clock
-        self.done = self.tokens = 0
+        self.total, self.note, self.stream, self.clock = total, note, stream or sys.stderr, clock
+        self.done, self.tokens, self.name = done, 0, name
         self._began = self._printed = clock()
+        self._samples = deque([(self._began, done)])
+        self._is_bar = self.stream.isatty() and os.environ.get("TERM", "").lower() not in DUMB
         self._bar = None
 
     def advance(self, num_bytes: int, tokens: int) -> None:
@@ -28,22 +42,33 @@ class Progress:
         self.done += num_bytes
         self.tokens += tokens
         now = self.clock()
-        if self.stream.isatty():
+        if now - self._samples[-1][0] >= SAMPLE_EVERY:
+            self._samples.append((now, self.done))
+            while now - self._samples[1][0] >= RATE_OVER:
+                self._samples.popleft()
+        if self._is_bar:
             self._show(now)
         elif now - self._printed >= LINE_EVERY:
             self._printed = now
-            print(f"prepare: {self.line(now)}", file=self.stream, flush=True)
+            print(f"{self.name}: {self.line(now)}", file=self.stream, flush=True)
 
     def line(self, now: float) -> str:
         """Text such as "12 of 48 MB, 5.8 MB/s, 0:06 left, 3.5M tokens". The most wanted comes first."""
-        rate = self.done / max(now - self._began, 1e-9)  # bytes/s
-        left = round(max(self.total - self.done, 0) / max(rate, 1.0))
-        hours, minutes = left // 3600, left // 60 % 60
-        time_left = f"{hours}:{minutes:02d}:{left % 60:02d}" if hours else f"{minutes}:{left % 60:02d}"
-        unit, digits, name = (1e9, 1, "GB") if self.total >= 1e10 else (1e6, 0, "MB")
-        done, total = (f"{size / unit:,.{digits}f}" for size in (min(self.done, self.total), self.total))
+        since, before = self._samples[0]
+        rate = (self.done - before) / max(now - since, 1e-9)  # bytes/s
+        unit, digits, name = (1e9, 1, "GB") if max(self.total or 0, self.done) >= 1e10 else (1e6, 0, "MB")
+        parts = [f"{self._size(self.done, unit, digits)} {name}", f"{rate / 1e6:,.1f} MB/s"]
+        if self.total is not None:
+            whole = max(self.total, 1)
+            done = self._size(min(self.done, whole), unit, digits)
+            parts[0] = f"{done} of {self._size(whole, unit, digits)} {name}"
+            if rate >= 1:
+                parts.append(f"{_clock(max(whole - self.done, 0) / rate)} left")
         tokens = f"{self.tokens / 1e9:,.2f}B" if self.tokens >= 1e9 else f"{self.tokens / 1e6:,.1f}M"
-        return f"{done} of {total} {name}, {rate / 1e6:,.1f} MB/s, {time_left} left, {tokens} tokens{self.note}"
+        return f"{', '.join(parts)}, {tokens} tokens{self.note}"
+
+    def _size(self, num_bytes: int, unit: float, digits: int) -> str:
+        return f"{num_bytes / unit:,.{digits}f}"
 
     def _show(self, now: float) -> None:
         if self._bar is None:
@@ -52,15 +77,26 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
 
             console = Console(file=self.stream, highlight=False)
-            columns = TextColumn("prepare"), BarColumn(bar_width=None), TextColumn("{task.description}", markup=False)
+            words = TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+            )
+            columns = TextColumn(self.name, markup=False), BarColumn(bar_width=None), words
             self._bar = RichProgress(*columns, console=console, transient=True, expand=True)
-            self._task = self._bar.add_task("", total=self.total)
+            self._task = self._bar.add_task("", total=self.total and max(self.total, 1))
             self._bar.start()
-        self._bar.update(self._task, completed=min(self.done, self.total), description=self.line(now))
+        done = self.done if self.total is None else min(self.done, self.total)
+        self._bar.update(self._task, completed=done, description=self.line(now))
 
     def close(self) -> None:
         """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    left = round(seconds)
+    hours, minutes = left // 3600, left // 60 % 60
+    return f"{hours}:{minutes:02d}:{left % 60:02d}" if hours else f"{minutes}:{left % 60:02d}"

@@ -20,9 +20,9 @@ import pytest
 import torch
 from runs import ENVIRONMENT, run
 
-from engine import cli
+from engine import cli, durable
 from engine.errors import BadInput
-from engine.run import durable, export, plots
+from engine.run import export, plots
 from engine.tokens import prepare, workers
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
