@@ -19,11 +19,13 @@ BIT = np.uint64(1)
 
 
 class Seen:
-    """Digests of the documents that are kept. count: those that an earlier start has written."""
+    """Digests of the documents that are kept. count: those that an earlier start has written, all of them."""
 
     def __init__(self, path: Path, count: int = 0):
         self.path, self.count, self.was_kept = path, count, True
         self.file = path.open("r+b" if count else "w+b", buffering=0)
+        if self.file.seek(0, os.SEEK_END) < 16 * count:
+            raise ValueError(f"{path} must have {16 * count} bytes, got {self.file.tell()}")
         self.file.truncate(16 * count)
         self.table = np.zeros((0, 2), dtype=np.uint64)
         self._make_room(0)

@@ -12,7 +12,7 @@ from engine import durable
 
 FILE = "journal.json"
 VERSION = 1
-EVERY = 3.0  # seconds between two writes
+EVERY, AFTER_SHARD = 3.0, 0.2  # least seconds between two writes, and if a shard is finished
 
 
 def write(directory: Path, key: str, state: dict[str, Any]) -> None:

@@ -57,10 +57,10 @@ class ShardWriter:
         self.file: BinaryIO | None = None
         if self.written:
             self.file = self._path().open("r+b")
-            if self.file.seek(0, 2) < HEADER_BYTES + 2 * self.written:
+            if self.file.seek(0, os.SEEK_END) < HEADER_BYTES + 2 * self.written:
                 raise ValueError(f"{self._path()} is too short")
             self.file.truncate(HEADER_BYTES + 2 * self.written)
-            self.file.seek(0, 2)
+            self.file.seek(0, os.SEEK_END)
 
     def _path(self) -> Path:
         return self.stem.with_name(f"{self.stem.name}_{self.num_finished:06d}.bin")
