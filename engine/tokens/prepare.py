@@ -209,8 +209,8 @@ def _move(manifest: dict, out: Path) -> dict:
                 os.replace(_made(manifest, building) / name, out / name)
         durable.fsync(out)
         os.replace(building / MANIFEST, out / MANIFEST)
+        shutil.rmtree(building, ignore_errors=True)
         durable.fsync(out)
-    shutil.rmtree(building, ignore_errors=True)
     return manifest
 
 

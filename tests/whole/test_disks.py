@@ -149,7 +149,7 @@ def test_prepare_fails_at_each_write_and_then_succeeds(text, tmp_path, fault, mo
         tmp_path,
         lambda: prepare.prepare([str(text)], config),
         lambda: shutil.rmtree(tmp_path / "out"),
-        ("out/.building", "out/out_"),
+        ("out/",),
     )
     assert count >= 3 + 2 * len(whole["shards"])  # the directory, the lock, the manifest; each is written and renamed
     assert prepare.prepare([str(text)], config) == whole
