@@ -1,5 +1,6 @@
 """Preparations that fail or are killed: no partial data is visible, and the next goes on and makes the same bytes."""
 
+import contextlib
 import errno
 import json
 import os
@@ -164,23 +165,23 @@ def test_killed_while_it_writes_the_next_keeps_the_finished_shards_and_makes_the
 @pytest.mark.slow
 def test_killed_again_and_again_with_other_workers_the_bytes_are_the_same(big_source, whole, tmp_path):
     random, kills = Random(0), 0
-    for round_ in range(10):
+    for round_ in range(4):
         out = tmp_path / str(round_) / "out"
-        while True:
-            process = start(big_source, out, 0, random.choice((1, 2, 3)))
-            try:
-                process.wait(random.uniform(0.3, 1.2))
-                break
-            except subprocess.TimeoutExpired:
-                victims = [process.pid, *children(process.pid)]
-                os.kill(random.choice(victims), signal.SIGKILL)
-                kills += 1
+        while (process := start(big_source, out, 0, random.choice((1, 2, 3)))).poll() is None:
+            before = journal.read(out / ".building")
+            while random.random() < 0.998 and journal.read(out / ".building") == before and process.poll() is None:
+                time.sleep(0.01)  # mostly until it has got somewhere
+            time.sleep(random.uniform(0, 0.3))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(random.choice([process.pid, *children(process.pid)]), signal.SIGKILL)
             _, error = process.communicate(timeout=60)
+            if process.returncode == 0:
+                break
             assert process.returncode == -signal.SIGKILL or "BadInput: prepare: its" in error
+            kills += 1
             assert_no_data(out)
-        assert process.returncode == 0
         assert files(out) == whole
-    assert kills > 10
+    assert kills >= 10
 
 
 @pytest.mark.parametrize("move", [1, 3, -1], ids=["before the first", "between two shards", "before the manifest"])
@@ -306,7 +307,10 @@ def test_tails_that_are_cut_after_a_stop_are_the_same(tmp_path, monkeypatch):
 
 def children(pid: int) -> list[int]:
     """Process ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes under /proc")
