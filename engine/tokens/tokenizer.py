@@ -35,6 +35,8 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 LONG = 100_000
 SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 LONG_SPACE = re.compile(f"{SPACES}{{{LONG},}}+")
+STRIDE = 100  # a long run has LONG / STRIDE of every STRIDE-th characters: no other text needs the whole search
+LONG_SAMPLE = re.compile(f"{SPACES}{{{LONG // STRIDE}}}")
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +85,8 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, (n,) uint16. A lone surrogate becomes U+FFFD."""
-        runs = LONG_SPACE.finditer(text) if len(text) > LONG else ()
+        has_long = len(text) > LONG and LONG_SAMPLE.search(text[::STRIDE])
+        runs = LONG_SPACE.finditer(text) if has_long else ()
         cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
         ids = [self._encode(text[start:end]) for start, end in pairwise(cuts)]
         return ids[0] if len(ids) == 1 else np.concatenate(ids)

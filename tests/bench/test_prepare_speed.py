@@ -17,7 +17,7 @@ def test_it_times_both_sides_on_the_same_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results.machine, "RESULTS", tmp_path / "results")
     for number in range(9):
         (tmp_path / "text" / f"{number}").parent.mkdir(exist_ok=True)
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} <|endoftext|> is text\n" * 9)
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} <|endoftext|> is text\n" * 99)
     assert prepare.main(["text", "--rounds", "1", "--save"]) == 0
     assert "0 MB in 9 files, 2 workers" in capsys.readouterr().out
     (saved,) = (tmp_path / "results").rglob("prepare.json")
