@@ -171,7 +171,7 @@ def _replace(
     finally:
         for descriptor in spare:
             os.close(descriptor)
-        if journal.read(building) is None:
+        if journal.read(building) is None and not (building / MANIFEST).exists():
             shutil.rmtree(building, ignore_errors=True)
 
 
@@ -208,6 +208,9 @@ def _move(manifest: dict, out: Path) -> dict:
             if (_made(manifest, building) / name).exists():
                 os.replace(_made(manifest, building) / name, out / name)
         durable.fsync(out)
+        for rest in building.iterdir():
+            if rest.name != MANIFEST:
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         os.replace(building / MANIFEST, out / MANIFEST)
         shutil.rmtree(building, ignore_errors=True)
         durable.fsync(out)

@@ -175,12 +175,12 @@ def test_killed_again_and_again_with_other_workers_the_bytes_are_the_same(big_so
             with contextlib.suppress(ProcessLookupError):
                 os.kill(random.choice([process.pid, *children(process.pid)]), signal.SIGKILL)
             _, error = process.communicate(timeout=60)
-            if process.returncode == 0:
+            if process.returncode == 0 or (out / "manifest.json").exists():  # killed when all was in place
                 break
             assert process.returncode == -signal.SIGKILL or "BadInput: prepare: its" in error
             kills += 1
             assert_no_data(out)
-        assert files(out) == whole
+        assert {name: sum_ for name, sum_ in files(out).items() if name != ".lock"} == whole
     assert kills >= 10
 
 
