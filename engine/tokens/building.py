@@ -132,7 +132,8 @@ class Build:
                 self.place = self.ends.popleft()
                 progress.advance(encoded.source_bytes, num_tokens)
                 now = time.monotonic()
-                if now - saved >= (journal.AFTER_SHARD if self._num_finished() > finished else journal.EVERY):
+                after_shard = self._num_finished() > finished
+                if now - saved >= (min(journal.AFTER_SHARD, journal.EVERY) if after_shard else journal.EVERY):
                     self._save()
                     saved, finished = now, self._num_finished()
         for writer in self.writers.values():
