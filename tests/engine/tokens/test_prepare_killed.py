@@ -284,7 +284,7 @@ def test_a_bad_row_is_named_with_its_file_and_the_rest_is_made_without_it(big_so
 
 def test_tails_that_are_cut_after_a_stop_are_the_same(tmp_path, monkeypatch):
     for number in range(6):
-        (tmp_path / f"{number}.txt").write_text(f"{number} " * (2 + 40 * number))
+        (tmp_path / f"{number}.txt").write_text(f"{number}" * (9 + 40 * number))
     source, options = tmp_path, {"val_fraction": 0.1, "shard_tokens": 60}
     monkeypatch.setattr(encode, "is_validation", lambda *_: False)
     monkeypatch.setattr(tails, "PIECE", 7)
