@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from engine import system
+from engine import durable, system
 from engine.comparison import compare
 from engine.comparison.records import AXES, PARTS, SCORES, Record, check_tokenizers
 from engine.comparison.references import NOTE, Reference
 from engine.errors import BadInput
-from engine.run import durable, rows
+from engine.run import rows
 from engine.run.progress import words
 from engine.run.repair import SAMPLE_HEADING
 from model.files import few

@@ -17,9 +17,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from engine import durable
 from engine.errors import BadInput
 from engine.run import checkpoint as checkpoints
-from engine.run import durable, metrics
+from engine.run import metrics
 from engine.run.checkpoint import Checkpoint
 from engine.run.verify import CHECKPOINTS, LATEST
 from model import files

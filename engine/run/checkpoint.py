@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine import durable
 from engine.distributed import local
 from engine.errors import BadInput, Diverged
 from engine.optim import allocate_state
-from engine.run import durable
 from engine.run.tensors import check_sizes, fill
 from engine.run.verify import (
     LATEST,

@@ -7,13 +7,13 @@ import shlex
 import shutil
 from pathlib import Path
 
-from engine import config, lock, output
+from engine import config, durable, lock, output
 from engine.config import CONFIG_FILE, TrainConfig
 from engine.device import format_bytes
 from engine.errors import BadInput
 from engine.lock import Lock
 from engine.run import checkpoint as checkpoints
-from engine.run import durable, metrics, plots
+from engine.run import metrics, plots
 from engine.run.verify import CHECKPOINTS
 from model.files import check_present, read_json
 from model.presets import GPT2Config, parameter_shapes

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from engine import config, device, lock, system
+from engine import config, device, durable, lock, system
 from engine.config import TrainConfig
 from engine.errors import BadInput, warn
 from engine.run import checkpoint as checkpoints
 from engine.run import directory as directories
-from engine.run import durable, resume, settings, vocabulary
+from engine.run import resume, settings, vocabulary
 from engine.run.checkpoint import Checkpoint
 from engine.run.vocabulary import byte_characters
 from engine.tokens import foreign, mixture

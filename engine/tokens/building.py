@@ -1,115 +1,238 @@
-"""The shards of a preparation, from files to a directory of .bin files and what the manifest says of them."""
+"""The shards of a preparation, from files to a directory of .bin files and what the manifest says of them.
+
+Everything comes in the order of the files, whatever the number of workers. The journal is written now
+and then, and the same request goes on from there.
+"""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from engine import system
 from engine.errors import BadInput
-from engine.tokens import tokenizer, workers
-from engine.tokens.documents import Losses, parts
-from engine.tokens.encode import Encoded, encode_batch
+from engine.tokens import duplicates, journal, tails, tokenizer, workers
+from engine.tokens.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
+from engine.tokens.documents import parts
+from engine.tokens.encode import encode_batch
 from engine.tokens.options import PrepareConfig
 from engine.tokens.progress import Progress
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
-from engine.tokens.shards import sha256, write_shard
 from engine.tokens.sources import Selection
+from engine.tokens.writer import Behind, ShardWriter
 
 BATCH_BYTES = 1 << 20  # bytes of the sources per batch handed to a worker
+BATCH_PARTS = 4096
 LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
+SPLITS = ("train", "val")
+TAILS = "tails"  # directory in .building of the shards that are cut again
+SEEN = "seen"  # file in .building of the digests of all documents, for --dedup
+TAIL, OWN = "the tail of each document", "sources of its own"  # how a validation set is made, in the manifest
 
 
-def _batches(found: Iterable[Part]) -> Iterator[list[Part]]:
-    batch, size = [], 0
-    for part in found:
-        batch.append(part)
-        size += len(part.content) if isinstance(part, Raw) else part.num_bytes
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+class Build:
+    """One preparation: what is written, and how far it has come. Goes on where the journal says, if it is of this key.
 
-
-class ShardWriter:
-    """Writer of one split's shards.
-
-    Each has shard_tokens tokens, except the last, which may have fewer.
+    num_train: number of the files that are for training, if the others are for validation; None: the hash decides.
     """
 
-    def __init__(self, directory: Path, name: str, split: str, shard_tokens: int):
-        self.directory, self.name, self.split, self.shard_tokens = directory, name, split, shard_tokens
-        self.pieces: list[np.ndarray] = []  # of the next shard
-        self.buffered = 0  # tokens in pieces
-        self.records: list[dict] = []  # manifest entries
+    def __init__(self, found: Selection, num_train: int | None, config: PrepareConfig, directory: Path, key: str):
+        self.found, self.num_train, self.config, self.directory = found, num_train, config, directory
+        self.name = _stem(Path(config.out).name) or "data"
+        self.key = f"{key} {self.name}"
+        self.options = ReadOptions(config.text_field, config.split_on, config.on_bad_text == "replace")
+        self.behind = Behind()
+        self.ends: deque[tuple[int, int]] = deque()  # where each batch that is under way ends
+        state = journal.read(directory, self.key)
+        try:
+            self._open(state)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if state is None:
+                raise
+            print(f"prepare: begins anew, what was left cannot be used: {error}", file=sys.stderr, flush=True)
+            clear(directory)
+            self._open(None)
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends tokens (n,) uint16 and writes each shard that becomes full."""
-        while len(tokens):
-            piece, tokens = np.split(tokens, [self.shard_tokens - self.buffered])
-            self.pieces.append(piece)
-            self.buffered += len(piece)
-            if self.buffered == self.shard_tokens:
-                self.flush()
+    def _open(self, state: dict | None) -> None:
+        """Opens the files that are written to. state: the journal's."""
+        state = state or {"place": [0, 0], "tokens": dict.fromkeys(SPLITS, 0), "shards": [], "seen": [0, True, 0, 0, 0]}
+        self.totals = Totals.from_json(state["totals"]) if "totals" in state else Totals()
+        self.place = tuple(state["place"])  # the next file, and the position in it
+        for record in state["shards"]:
+            if (path := self.directory / record["file"]).stat().st_size != record["bytes"]:
+                raise ValueError(f"{path} must have {record['bytes']} bytes, got {path.stat().st_size}")
+        self.writers = {}
+        for split in SPLITS:
+            records = tuple(record for record in state["shards"] if record["split"] == split)
+            total = state["tokens"][split]
+            self.writers[split] = self._writer(self.directory, split, total, records)
+        count, self.was_kept, *self.dropped = state["seen"]  # kept; was the last; duplicates, their bytes, leaks
+        self.seen = duplicates.Seen(self.directory / SEEN, count) if self.config.dedup else None
 
-    def flush(self) -> None:
-        """Writes the buffered tokens, if any, as a shard."""
-        if not self.buffered:
-            return
-        path = self.directory / f"{self.name}_{self.split}_{len(self.records):06d}.bin"
-        with system.naming(path):
-            write_shard(path, np.concatenate(self.pieces))
-        self.records.append(
-            {
-                "file": path.name,
-                "split": self.split,
-                "tokens": self.buffered,
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
+    def _writer(self, directory: Path, split: str, total: int = 0, records: tuple[dict, ...] = ()) -> ShardWriter:
+        stem = directory / f"{self.name}_{split}"
+        return ShardWriter(stem, self.config.shard_tokens, self.behind, total, records)
+
+    # ---- Files to batches
+
+    def _parts(self) -> Iterator[tuple[Part, tuple[int, int]]]:
+        """Yields the parts of all files from `place` on, each with the place after it."""
+        first, start = self.place
+        for index in range(first, len(self.found.files)):
+            before = None
+            for part, position in parts(self.found.files[index], self.options, start):
+                if before is not None:
+                    yield before
+                if self.num_train is not None:
+                    part = part._replace(split="train" if index < self.num_train else "val")
+                before = part, (index, position)
+            if before is not None:
+                yield before[0], (index + 1, 0)
+            start = 0
+
+    def _batches(self) -> Iterator[list[Part]]:
+        batch, size, end = [], 0, self.place
+        for part, end in self._parts():
+            batch.append(part)
+            size += len(part.content) if isinstance(part, Raw) else part.num_bytes
+            if size >= BATCH_BYTES or len(batch) >= BATCH_PARTS:
+                self.ends.append(end)
+                yield batch
+                batch, size = [], 0
+        if batch:
+            self.ends.append(end)
+            yield batch
+
+    # ---- Batches to shards
+
+    def run(self) -> None:
+        """Writes all shards."""
+        config, done = self.config, self.totals.source_bytes
+        if done:
+            print(f"prepare: goes on after {done:,} of {self.found.num_bytes:,} bytes", file=sys.stderr, flush=True)
+        encode = partial(
+            encode_batch,
+            name=config.tokenizer,
+            val_fraction=config.val_fraction,
+            options=self.options,
+            dedup=config.dedup,
         )
-        self.pieces, self.buffered = [], 0
+        count, saved, finished = config.workers or os.cpu_count() or 1, time.monotonic(), self._num_finished()
+        with ExitStack() as stack:
+            progress = stack.enter_context(closing(Progress(self.found.num_bytes, done=done)))
+            results = workers.map_in_order(encode, self._batches(), count, workers.max_pending(count))
+            for encoded in stack.enter_context(closing(results)):
+                num_tokens = self._take(encoded)
+                self.place = self.ends.popleft()
+                progress.advance(encoded.source_bytes, num_tokens)
+                now = time.monotonic()
+                after_shard = self._num_finished() > finished
+                if now - saved >= (min(journal.AFTER_SHARD, journal.EVERY) if after_shard else journal.EVERY):
+                    self._save()
+                    saved, finished = now, self._num_finished()
+        for writer in self.writers.values():
+            writer.finish()
+        self._save()
+        self.behind.wait()
+
+    def _num_finished(self) -> int:
+        return sum(writer.num_finished for writer in self.writers.values())
+
+    def _take(self, encoded: Encoded) -> int:
+        """Writes a batch. Returns the number of its tokens."""
+        if encoded.losses and self.config.on_bad_text == "fail":
+            loss = encoded.losses[0].locate()
+            raise BadInput(
+                f"prepare: every document must be text, got {loss.file}: {loss.first}; mend it, or see --on-bad-text"
+            )
+        if self.seen is not None:
+            self._drop_duplicates(encoded)
+        for split, tokens in encoded.tokens.items():
+            self.writers[split].add(tokens)
+        self.totals.add(encoded)
+        return sum(map(len, encoded.tokens.values()))
+
+    def _drop_duplicates(self, encoded: Encoded) -> None:
+        """Removes the documents that are equal to one before. Parts of a long one share its fate."""
+        rows = encoded.rows
+        is_first, is_val = rows[:, IS_FIRST].astype(bool), rows[:, IS_VAL].astype(bool)
+        is_new, is_leak = self.seen.add(encoded.digests, is_val[is_first])
+        kept = np.concatenate([[self.was_kept], is_new])[np.cumsum(is_first)]
+        for split, tokens in encoded.tokens.items():
+            of_split = is_val == (split == "val")
+            encoded.tokens[split] = tokens[np.repeat(kept[of_split], rows[of_split, TOKENS])]
+        encoded.rows = rows[kept]
+        self.was_kept = bool(kept[-1]) if len(kept) else self.was_kept
+        dropped = int((~is_new).sum()), int(rows[~kept, TEXT_BYTES].sum()), int(is_leak.sum())
+        self.dropped = [before + more for before, more in zip(self.dropped, dropped, strict=True)]
+
+    def _save(self) -> None:
+        """Has the journal written once all that was added by now is on the disk."""
+        open_files = [writer.file for writer in self.writers.values() if writer.file is not None]
+        for writer in self.writers.values():
+            writer.flush()
+        state = {
+            "place": self.place,
+            "tokens": {split: writer.total for split, writer in self.writers.items()},
+            "seen": [self.seen.count if self.seen is not None else 0, self.was_kept, *self.dropped],
+            "totals": self.totals.to_json(),
+        }
+        self.behind.do(self._write_journal, open_files, state)
+
+    def _write_journal(self, open_files: list, state: dict) -> None:
+        for file in open_files:
+            os.fsync(file.fileno())
+        if self.seen is not None:
+            self.seen.sync()
+        records = [record for writer in self.writers.values() for record in writer.records]
+        journal.write(self.directory, self.key, state | {"shards": records})
+
+    def cut_tails(self) -> bool:
+        """Whether one split has all documents, whose tails then become the other, in a directory of their own."""
+        if self.num_train is not None or all(w.total for w in self.writers.values()) or not self._num_finished():
+            return False
+        shutil.rmtree(self.directory / TAILS, ignore_errors=True)
+        (self.directory / TAILS).mkdir()
+        paths = [self.directory / record["file"] for writer in self.writers.values() for record in writer.records]
+        self.writers = {split: self._writer(self.directory / TAILS, split) for split in SPLITS}
+        end_of_text = tokenizer.TOKENIZERS[self.config.tokenizer].end_of_text
+        self.totals.documents = tails.cut(paths, self.config.val_fraction, end_of_text, self.writers)
+        for writer in self.writers.values():
+            writer.finish()
+        self.behind.wait()
+        return True
+
+    def close(self) -> None:
+        """Closes all files, which stay."""
+        self.behind.close()
+        for file in (*self.writers.values(), self.seen):
+            if file is not None:
+                file.close()
 
 
-def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool) -> dict:
-    """Writes all shards into `building`. Returns the manifest, which it does not write."""
-    count = config.workers or os.cpu_count() or 1
-    name = _stem(Path(config.out).name) or "data"
-    writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
-    totals, losses = Encoded({}, Counter(), Counter()), Losses()
-    options = ReadOptions(config.text_field, is_replacing=config.on_bad_text == "replace")
-    encode = partial(
-        encode_batch, name=config.tokenizer, val_fraction=config.val_fraction, options=options, by_tail=by_tail
-    )
-    progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
-    batches = _batches(part for path in found.files for part, _ in parts(path, options))
-    with closing(progress), closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
-        for encoded in results:
-            for split, tokens in encoded.tokens.items():
-                writers[split].add(tokens)
-            totals.add(encoded, losses)
-            progress.advance(encoded.source_bytes, sum(map(len, encoded.tokens.values())))
-            if encoded.losses and config.on_bad_text == "fail":
-                raise BadInput(
-                    f"prepare: every document must be text, got {encoded.losses[0].file}: {encoded.losses[0].first}; "
-                    "mend it, or see --on-bad-text"
-                )
-    for writer in writers.values():
-        writer.flush()
-    chosen = tokenizer.load(config.tokenizer)
-    return {
+def build(found: Selection, num_train: int | None, config: PrepareConfig, directory: Path, key: str) -> dict:
+    """Writes all shards into `directory`, or into its TAILS. Returns the manifest, which it does not write.
+
+    num_train, key: as of Build.
+    """
+    with closing(Build(found, num_train, config, directory, key)) as made:
+        made.run()
+        split = TAIL if made.cut_tails() else OWN if num_train is not None else "hash of the document"
+    chosen, totals, losses = tokenizer.TOKENIZERS[config.tokenizer], made.totals, made.totals.losses
+    manifest = {
         "version": 1,
         "tokenizer": chosen.name,
         "vocab_size": chosen.vocab_size,
-        "split": "the tail of each document" if by_tail else "hash of the document",
+        "split": split,
         "val_fraction": config.val_fraction,
-        "documents": {split: totals.documents[split] for split in writers},
-        "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
+        "documents": {split: totals.documents[split] for split in SPLITS},
+        "tokens": {split: writer.total for split, writer in made.writers.items()},
         "text_bytes": totals.text_bytes,
         "files": dict(Counter(path.suffix.lower() for path in found.files)),
         "source_bytes": totals.source_bytes,
@@ -118,8 +241,17 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
         "replaced": totals.replaced,
         "markers": totals.markers,
         "with_nul": totals.with_nul,
-        "shards": [record for writer in writers.values() for record in writer.records],
+        "shards": [record for writer in made.writers.values() for record in writer.records],
     }
+    if config.dedup:
+        manifest["duplicates"] = dict(zip(("documents", "bytes", "leaked"), made.dropped, strict=True))
+    return manifest
+
+
+def clear(directory: Path) -> None:
+    """Removes what a preparation has made."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _stem(name: str) -> str:

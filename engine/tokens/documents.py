@@ -1,4 +1,4 @@
-"""Files to documents: the bytes of each document, the text in them, and an account of what is no text.
+"""Files to documents: the bytes of each document, and the text in them.
 
 The parent process cuts the files into parts; a worker reads a part's documents. See
 engine/tokens/reading for what reads which file.
@@ -7,58 +7,13 @@ engine/tokens/reading for what reads which file.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.tokens import formats
 from engine.tokens.reading import records, text
 from engine.tokens.reading.parts import NotText, Part, Raw, ReadOptions
 from engine.tokens.sources import unreadable
 from model.files import BadFile
-
-MOST_FILES = 3  # files that are named of those that lose most
-
-
-@dataclass
-class Loss:
-    """Documents of one file that are left out."""
-
-    file: str
-    bytes: int
-    documents: int
-    first: str  # where the first of them is, and why
-
-
-@dataclass
-class Losses:
-    """Account of all documents that are left out: their bytes, and the files that lose most."""
-
-    bytes: int = 0
-    files: list[Loss] = field(default_factory=list)  # those that lose most, without the last
-    last: Loss | None = None
-
-    def add(self, loss: Loss) -> None:
-        """Adds a loss. Those of one file must follow each other. One of no bytes is none."""
-        if not loss.bytes:
-            return
-        self.bytes += loss.bytes
-        if self.last is None or self.last.file != loss.file:
-            self._keep_largest()
-            self.last = loss
-        else:
-            self.last.bytes += loss.bytes
-            self.last.documents += loss.documents
-
-    def _keep_largest(self) -> None:
-        files = [*self.files, self.last] if self.last is not None else self.files
-        self.files = sorted(files, key=lambda one: -one.bytes)[:MOST_FILES]  # stable: the first of equals stays
-        self.last = None
-
-    def largest(self) -> list[dict[str, Any]]:
-        """The files that lose most, for the manifest."""
-        self._keep_largest()
-        return [{"file": one.file, "bytes": one.bytes, "first": one.first} for one in self.files]
 
 
 def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Part, int]]:

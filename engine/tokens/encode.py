@@ -4,49 +4,13 @@ Runs in the worker processes of `gpt2 prepare`.
 """
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.tokens import tokenizer
-from engine.tokens.documents import Loss, Losses, parse, read
+from engine.tokens.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
+from engine.tokens.documents import parse, read
 from engine.tokens.reading.parts import NotText, Part, ReadOptions
-
-
-@dataclass
-class Encoded:
-    """A tokenised batch: tokens of each split, in the order of the documents, and counts."""
-
-    tokens: dict[str, np.ndarray]  # by split, (n,) uint16
-    documents: Counter  # by split
-    skipped: Counter  # by reason
-    text_bytes: int = 0
-    source_bytes: int = 0  # of the files, text or not
-    replaced: int = 0  # characters put in place of bad bytes
-    markers: int = 0  # literal <|endoftext|> in the text
-    with_nul: int = 0  # documents with NUL bytes
-    losses: list[Loss] = field(default_factory=list)  # of each file in turn
-
-    def leave_out(self, file: str, place: str, num_bytes: int, error: NotText) -> None:
-        """Counts a document that is not text."""
-        self.skipped[error.reason] += 1
-        if not self.losses or self.losses[-1].file != file:
-            self.losses.append(Loss(file, 0, 0, place + str(error)))
-        self.losses[-1].bytes += num_bytes
-        self.losses[-1].documents += 1
-
-    def add(self, other: "Encoded", losses: Losses) -> None:
-        """Adds the counts of another batch, and its losses to the account of them."""
-        self.documents += other.documents
-        self.skipped += other.skipped
-        self.text_bytes += other.text_bytes
-        self.source_bytes += other.source_bytes
-        self.replaced += other.replaced
-        self.markers += other.markers
-        self.with_nul += other.with_nul
-        for loss in other.losses:
-            losses.add(loss)
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
@@ -55,43 +19,59 @@ def is_validation(text: str, val_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-_worker_tokenizer = None  # one per worker process, built for its first batch
+def text_digest(text: str) -> bytes:
+    """Digest of a document's text, 16 bytes: documents of equal digests are duplicates."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=DIGEST).digest()
 
 
-def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: ReadOptions, by_tail: bool) -> Encoded:
-    """Reads, splits and tokenises the documents of a batch.
+_worker_tokenizer = None  # one per worker process
 
-    name: the tokenizer's. by_tail: take the last val_fraction of every document's tokens for
-    validation, not whole documents.
-    """
+
+def load_tokenizer(name: str) -> tokenizer.Tokenizer:
+    """The tokenizer of this process, loaded once."""
     global _worker_tokenizer
     if _worker_tokenizer is None or _worker_tokenizer.name != name:
         _worker_tokenizer = tokenizer.load(name)
-    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    result = Encoded({}, Counter(), Counter())
-    end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
-    for kind, raw, file, place, num_bytes, *_ in (raw for part in batch for raw in read(part, options)):
-        result.source_bytes += num_bytes
+    return _worker_tokenizer
+
+
+def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: ReadOptions, dedup: bool) -> Encoded:
+    """Reads and tokenises the documents of a batch, and decides the split of those that have none.
+
+    name: the tokenizer's. dedup: digests too.
+    """
+    texts, rows, digests, result = [], [], [], Encoded({}, _table([]))
+    for part, raw in ((one, raw) for one in batch for raw in read(one, options)):
+        result.source_bytes += raw.num_bytes
         try:
-            text, replaced = parse(kind, raw, options.text_field, options.is_replacing)
+            text, replaced = parse(raw.kind, raw.content, options.text_field, options.is_replacing)
         except NotText as error:
-            where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
-            result.leave_out(file, where, num_bytes, error)
+            result.leave_out(part, raw, error)
             continue
-        result.text_bytes += len(raw)
-        result.replaced += replaced
-        result.markers += text.count(tokenizer.END_OF_TEXT)
-        result.with_nul += "\0" in text
-        if by_tail:
-            tokens = _worker_tokenizer.encode(text)
-            cut = len(tokens) - int(len(tokens) * val_fraction)
-            parts = {"train": tokens[:cut], "val": tokens[cut:]}
-        else:
-            split = "val" if is_validation(text, val_fraction) else "train"
-            parts = {split: _worker_tokenizer.encode(text)}
-        for split, tokens in parts.items():
-            if len(tokens):
-                pieces[split] += [end_of_text, tokens]
-                result.documents[split] += 1
-    result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
+        split = raw.split or part.split or ("val" if is_validation(text, val_fraction) else "train")
+        markers, with_nul = text.count(tokenizer.END_OF_TEXT), "\0" in text
+        rows.append((split == "val", raw.is_first, 0, len(raw.content), replaced, markers, with_nul))
+        texts.append(text)
+        if dedup and raw.is_first:
+            digests.append(raw.digest.ljust(DIGEST, b"\0")[-DIGEST:] if raw.digest else text_digest(text))
+    encoder = load_tokenizer(name)
+    ids = [encoder.encode(text) for text in texts]
+    result.rows = _table(rows)
+    result.rows[:, TOKENS] = [len(one) for one in ids]
+    result.rows[:, TOKENS] += result.rows[:, IS_FIRST]
+    result.tokens = _by_split(ids, result.rows, encoder.end_of_text)
+    result.digests = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2) if dedup else None
     return result
+
+
+def _table(rows: list[tuple]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64).reshape(-1, WITH_NUL + 1)
+
+
+def _by_split(ids: list[np.ndarray], rows: np.ndarray, end_of_text: int) -> dict[str, np.ndarray]:
+    """The tokens of each split that has some, with an end-of-text token before each document."""
+    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    separator = np.array([end_of_text], dtype=np.uint16)
+    for one, is_val, is_first in zip(ids, rows[:, IS_VAL].tolist(), rows[:, IS_FIRST].tolist(), strict=True):
+        pieces["val" if is_val else "train"] += [separator, one] if is_first else [one]
+    return {split: np.concatenate(parts) for split, parts in pieces.items() if parts}

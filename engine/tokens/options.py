@@ -39,6 +39,8 @@ class PrepareConfig:
                 f"--shard-tokens must be from 1 to {MOST_TOKENS:,}, the int32 of a shard's header, "
                 f"got {self.shard_tokens}"
             )
+        if self.val and self.val_fraction != PrepareConfig.val_fraction:
+            wrong.append(f"--val-fraction must be left out where --val names the documents, got {self.val_fraction}")
         if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
             wrong.append(f"--workers must be from 1 to {MOST_WORKERS:,}, got {self.workers}")
         if wrong:

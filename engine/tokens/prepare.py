@@ -5,11 +5,12 @@ See engine/tokens/sources.py for the files of a source, and documents.py for wha
 Each document is written as the end-of-text token, then its text's tokens. A hash of the text
 decides whether a document is for validation, so documents stay in their split when the corpus
 grows. If that leaves a split empty, as with a single book, the tail of every document is for
-validation instead.
+validation instead. --val names documents for validation instead of the hash.
 The same sources make the same bytes with any number of workers.
 
 Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest
-last. An interrupted preparation leaves nothing that could be mistaken for data.
+last. An interrupted preparation leaves nothing that could be mistaken for data, and a journal: the
+same command goes on from there.
 """
 
 import hashlib
@@ -17,13 +18,16 @@ import json
 import os
 import shutil
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from engine import lock, system
+from engine import durable, lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.tokens.building import build
+from engine.tokens import journal
+from engine.tokens.building import TAIL, TAILS, build, clear
 from engine.tokens.names import NUMBERED
 from engine.tokens.options import PrepareConfig as PrepareConfig
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
@@ -33,16 +37,21 @@ from engine.tokens.summary import left_out
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
+NEW = ("val", "split_on", "dedup")  # options of which other values than the default are in the request
+STDIN = "-"
 RULES = 2  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule_1
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> dict:
     """Tokenises the sources into config.out and returns the manifest.
 
-    Data already made by the same request is left as it is. Raises BadInput if a source cannot be
-    read, the directory cannot be used, or a split would be empty.
+    Data already made by the same request is left as it is, and what it had begun is completed. Raises
+    BadInput if a source cannot be read, the directory cannot be used, or a split would be empty.
     """
     found, out = find(sources), Path(config.out)
+    num_train = len(found.files) if config.val else None
+    if config.val:
+        _add(found, find(config.val))
     request = _request(sources, found, config)
     if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
@@ -50,10 +59,29 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     if warning := require_text(found, config.text_field):
         print(f"prepare: {warning}", file=sys.stderr, flush=True)
     with lock.acquire(out, "prepare") as held:
-        _remove_orphans(out, out / BUILDING)
+        unmoved = _unmoved(out, request, config)
+        if unmoved is None:
+            _remove_orphans(out, out / BUILDING)
         if (existing := _existing(out, request, config)) is not None:
             return existing  # another process made it meanwhile
-        return _replace(sources, found, request, config, held)
+        return _replace(sources, found, num_train, request, config, held) if unmoved is None else _move(unmoved, out)
+
+
+def _add(found: Selection, val: Selection) -> None:
+    """Adds the files of the validation sources. Raises BadInput if one is a training file too."""
+    train = {os.path.realpath(path) for path in found.files}
+    for path in val.files:
+        if os.path.realpath(path) in train:
+            raise BadInput(
+                f"prepare: --val must name other files than the sources for training, got {path} in both; "
+                "name files or directories that do not overlap"
+            )
+    found.files += val.files
+    found.not_read += val.not_read
+    found.linked += val.linked
+    found.examples = val.examples | found.examples
+    named = {parent for path in val.files for parent in (path, *path.parents)}
+    found.held_out = [path for path in (*found.held_out, *val.held_out) if path not in named]
 
 
 def _existing(out: Path, request: str, config: PrepareConfig) -> dict | None:
@@ -104,7 +132,9 @@ def _refuse_older(out: Path, sources: list[str], found: Selection, config: Prepa
     )
 
 
-def _replace(sources: list[str], found: Selection, request: str, config: PrepareConfig, held: Lock) -> dict:
+def _replace(
+    sources: list[str], found: Selection, num_train: int | None, request: str, config: PrepareConfig, held: Lock
+) -> dict:
     """Makes the data and moves it into place. Returns the manifest."""
     out = Path(config.out)
     building = out / BUILDING
@@ -116,50 +146,110 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
         )
     spare: list[int] = []  # file descriptors to clean up with, should the process have no more
     try:
-        spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        manifest = build(found, config, building, by_tail=False)
-        if not all(manifest["tokens"].values()):
-            manifest = build(found, config, building, by_tail=True)
-        if not all(manifest["tokens"].values()):
-            raise BadInput(
-                f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
-                f"{manifest['tokens']['val']} validation tokens from {len(found.files)} "
-                f"files{_left_out_note(manifest, ', ')}; give more text or a larger --val-fraction"
-            )
-        manifest |= {"request": request, "rules": RULES, "sources": sources, **_account(found)}
-        with system.naming(building / MANIFEST):
-            (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        held.check()
-        if config.overwrite:
-            (out / MANIFEST).unlink(missing_ok=True)
-            for stale in out.iterdir():
-                if stale.suffix == ".bin" and NUMBERED.fullmatch(stale.name):
-                    stale.unlink()
-        for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
-            os.replace(building / name, out / name)
-    except OSError as error:  # of a source it is BadInput already
+        with _refusals(out):
+            spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
+            _begin(building, request)
+            manifest = build(found, num_train, config, building, request)
+            if not all(manifest["tokens"].values()):
+                (building / journal.FILE).unlink()
+                raise BadInput(
+                    f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
+                    f"{manifest['tokens']['val']} validation tokens from {len(found.files)} "
+                    f"files{_left_out_note(manifest, ', ')}; give more text or "
+                    f"{'other sources' if config.val else 'a larger --val-fraction'}"
+                )
+            manifest |= {"request": request, "rules": RULES, "sources": sources, **_account(found, sources, config)}
+            durable.write(building / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            held.check()
+        return _move(manifest, out)
+    except BadInput as error:
+        state = journal.read(building)
+        if state is None or not sum(state["tokens"].values()):
+            raise
+        done = state["totals"]["source_bytes"]
+        raise BadInput(f"{error}; the same command goes on after {done:,} of {found.num_bytes:,} bytes") from error
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+        if journal.read(building) is None and not (building / MANIFEST).exists():
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _begin(building: Path, request: str) -> None:
+    """Makes the directory to build in, without what another request has left there."""
+    state = journal.read(building)
+    if state is not None and state["key"].partition(" ")[0] != request:
+        print(f"prepare: removes {building}, which another request has left", file=sys.stderr, flush=True)
+    if state is None or state["key"].partition(" ")[0] != request or (building / MANIFEST).exists():
+        clear(building)
+
+
+@contextmanager
+def _refusals(out: Path) -> Iterator[None]:
+    """BadInput for what the disk refuses. Of a source it is BadInput already."""
+    try:
+        yield
+    except OSError as error:
         raise BadInput(
             f"prepare: --out must be a directory that can be written, got {error.filename or out}: "
             f"{system.reason(error)}; {system.advice(error, 'another --out')}"
         ) from error
-    finally:
-        for descriptor in spare:
-            os.close(descriptor)
-        with suppress(OSError):  # what cannot be removed now, the same command removes when it begins
-            _remove_orphans(out, building)
+
+
+def _move(manifest: dict, out: Path) -> dict:
+    """Moves what is built into place, the manifest last, also if a part of it has been moved. Returns the manifest."""
+    building, shards = out / BUILDING, [shard["file"] for shard in manifest["shards"]]
+    with _refusals(out):
+        (out / MANIFEST).unlink(missing_ok=True)
+        for stale in out.iterdir():
+            if stale.suffix == ".bin" and NUMBERED.fullmatch(stale.name) and stale.name not in shards:
+                stale.unlink()
+        for name in shards:
+            if (_made(manifest, building) / name).exists():
+                os.replace(_made(manifest, building) / name, out / name)
+        durable.fsync(out)
+        for rest in building.iterdir():
+            if rest.name != MANIFEST:
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        os.replace(building / MANIFEST, out / MANIFEST)
         shutil.rmtree(building, ignore_errors=True)
+        durable.fsync(out)
     return manifest
 
 
-def _account(found: Selection) -> dict:
-    """What of the sources is read and what is not, for the manifest."""
+def _made(manifest: dict, building: Path) -> Path:
+    """Where the shards of a manifest lie before they are moved."""
+    return building / TAILS if manifest["split"] == TAIL else building
+
+
+def _unmoved(out: Path, request: str, config: PrepareConfig) -> dict | None:
+    """The manifest of data of this request that was being moved into place when it was stopped, or None."""
+    if (out / MANIFEST).exists() and not config.overwrite:
+        return None
+    try:
+        manifest = read_manifest(out / BUILDING)
+        if manifest is None or manifest.get("request") != request:
+            return None
+    except BadInput:
+        return None
+    for shard in manifest["shards"]:
+        path = _made(manifest, out / BUILDING) / shard["file"]
+        path = path if path.exists() else out / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            return None
+    return manifest
+
+
+def _account(found: Selection, sources: list[str], config: PrepareConfig) -> dict:
+    """What of the sources is read and what is not, and with which options, for the manifest."""
     account = {"not_read": dict(found.not_read.most_common(MOST_KINDS)), "linked": found.linked}
     if found.held_out:
         first = found.held_out[0]
         account["held_out"] = {"count": len(found.held_out), "first": f"{first}/" if first.is_dir() else str(first)}
-    return account
+    if config.val:
+        account["val_sources"] = list(config.val)
+    names = ("shard_tokens", "text_field", "on_bad_text", "split_on", "dedup", *(["format"] if "-" in sources else []))
+    return account | {"options": {name: getattr(config, name) for name in names}}
 
 
 def _remove_orphans(out: Path, building: Path) -> None:
@@ -171,7 +261,7 @@ def _remove_orphans(out: Path, building: Path) -> None:
     except BadInput:  # interrupted while it wrote the manifest: it moved nothing
         return
     for shard in shards:
-        if not (building / shard["file"]).exists():
+        if not (building / shard["file"]).exists() and not (building / TAILS / shard["file"]).exists():
             (out / shard["file"]).unlink(missing_ok=True)
 
 
@@ -189,6 +279,9 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
+    options += [[name, getattr(config, name)] for name in NEW if getattr(config, name) != getattr(PrepareConfig, name)]
+    if STDIN in sources:  # which cannot be known again
+        options.append(time.time_ns())
     stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
     found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # prepare, its workers and --help import this file and must n
     from torch import Tensor
 
 HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
 MAGIC = 20240520
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -141,12 +142,17 @@ def open_tokens(path: Path) -> np.ndarray:
     return tokens
 
 
+def shard_header(count: int) -> bytes:
+    """The bytes before the tokens of a shard that has `count` of them."""
+    values = np.zeros(HEADER_INTS, dtype="<i4")
+    values[:3] = MAGIC, VERSION, count
+    return values.tobytes()
+
+
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Writes tokens (n,) uint16 as a shard."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
     with path.open("wb") as file:
-        file.write(header.tobytes())
+        file.write(shard_header(len(tokens)))
         file.write(tokens.astype("<u2").tobytes())
 
 

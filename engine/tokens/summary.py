@@ -53,6 +53,10 @@ def describe(manifest: dict[str, Any], out: str) -> str:
         )
     if with_nul := manifest.get("with_nul"):
         lines.append(f"  {with_nul:,} with NUL bytes, which are text like any other")
+    if duplicates := manifest.get("duplicates"):
+        lines.append(f"  duplicates left out: {duplicates['documents']:,} documents, {_size(duplicates['bytes'])}")
+        if duplicates["leaked"]:
+            lines.append(f"  {duplicates['leaked']:,} of them are validation documents that are for training too")
     if linked := manifest.get("linked"):
         lines.append(f"  linked directories that were read: {linked:,}")
     lines += [f"  {line}" for line in left_out(manifest)]

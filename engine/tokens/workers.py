@@ -37,6 +37,11 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
+def max_pending(workers: int) -> int:
+    """Batches under way, so many that no worker waits for this process, and so few that they fit into memory."""
+    return max(2 * workers, min(16 * workers, 64))
+
+
 def map_in_order(
     encode: Callable[[Item], Result], batches: Iterable[Item], workers: int, max_pending: int
 ) -> Iterator[Result]:

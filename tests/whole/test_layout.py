@@ -20,7 +20,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 LAYERS = (
     {"errors", "output", "packages", "sizes", "chips"},
     {"system", "flags"},
-    {"lock"},
+    {"lock", "durable"},
     {"tokens"},
     {"config"},
     {"optim", "device", "rendezvous"},
@@ -37,12 +37,12 @@ LAYERS = (
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
-FILES |= {"rehearsal"}
+FILES |= {"rehearsal", "durable"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables"}
-    | {"options", "building", "mixture", "weights"},
-    "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
+    | {"options", "building", "account", "writer", "journal", "duplicates", "tails", "mixture", "weights"},
+    "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor", "network"},

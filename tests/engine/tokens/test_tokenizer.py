@@ -142,3 +142,21 @@ def test_the_lengths_of_tokens_are_those_of_their_bytes(chosen):
     assert lengths.shape == (chosen.end_of_text,)
     for token in range(0, chosen.end_of_text, 97):
         assert lengths[token] == len(chosen.decode_bytes([token]))
+
+
+@pytest.mark.parametrize("before", [0, 1, 57, 99, 150])
+def test_a_long_run_is_found_wherever_it_begins(before):
+    text = "x" * before + " " * tokenizer.LONG + "y"
+    assert tokenizer.LONG_SPACE.search(text)
+    assert tokenizer.LONG_SAMPLE.search(text[:: tokenizer.STRIDE])
+
+
+@pytest.mark.parametrize("text", ["", "a <|endoftext|> b", "Übung \ud800 macht", "x\0y", "日本語 's " * 99])
+def test_ids_are_those_of_encode_ordinary(text):
+    gpt2 = tokenizer.load("gpt2")
+    expected = gpt2._encoding.encode_ordinary(text)
+    assert gpt2._to_numpy is not None
+    assert gpt2.encode(text).tolist() == expected
+    gpt2._to_numpy = None  # as with an older tiktoken
+    assert gpt2.encode(text).tolist() == expected
+    assert gpt2.encode(text).dtype == np.uint16
