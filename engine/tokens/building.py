@@ -16,6 +16,7 @@ from engine.tokens.documents import Losses, parts
 from engine.tokens.encode import Encoded, encode_batch
 from engine.tokens.options import PrepareConfig
 from engine.tokens.progress import Progress
+from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
 from engine.tokens.shards import sha256, write_shard
 from engine.tokens.sources import Selection
@@ -82,7 +83,7 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
     name = _stem(Path(config.out).name) or "data"
     writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
     totals, losses = Encoded({}, Counter(), Counter()), Losses()
-    options = ReadOptions(config.text_field, is_replacing=config.on_bad_text == "replace")
+    options = ReadOptions(config.text_field, is_replacing=config.on_bad_text == "replace", format=config.format)
     encode = partial(
         encode_batch, name=config.tokenizer, val_fraction=config.val_fraction, options=options, by_tail=by_tail
     )
@@ -111,7 +112,7 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
         "documents": {split: totals.documents[split] for split in writers},
         "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
         "text_bytes": totals.text_bytes,
-        "files": dict(Counter(path.suffix.lower() for path in found.files)),
+        "files": dict(Counter("".join(suffixes(path)) or str(path) for path in found.files)),
         "source_bytes": totals.source_bytes,
         "skipped": dict(totals.skipped),
         "left_out": {"bytes": losses.bytes, "files": losses.largest()},

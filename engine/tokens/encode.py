@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.tokens import tokenizer
 from engine.tokens.documents import Loss, Losses, parse, read
-from engine.tokens.reading.parts import NotText, Part, ReadOptions
+from engine.tokens.reading.parts import UNITS, NotText, Part, ReadOptions
 
 
 @dataclass
@@ -75,7 +75,7 @@ def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: 
         try:
             text, replaced = parse(kind, raw, options.text_field, options.is_replacing)
         except NotText as error:
-            where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
+            where = f"{UNITS.get(kind, 'row')} {place:,}, " if place else ""
             result.leave_out(file, where, num_bytes, error)
             continue
         result.text_bytes += len(raw)
