@@ -17,8 +17,8 @@ def prepare(args: list[str], prog: str) -> None:
     class Prepare(preparation.PrepareConfig):
         """Turns text into token shards. A document is a file of text, a record of JSON, or a row of a table."""
 
-        # .txt .md .py .json .jsonl .ndjson, each also as .gz .zst .bz2 .xz; .parquet .arrow; directories of them; stdlib
-        # (Python's library); - (standard input)
+        # .txt .md .py .json .jsonl .ndjson, each also as .gz .zst .bz2 .xz; .parquet .arrow; directories of them; or:
+        # stdlib, or - for standard input
         sources: tyro.conf.Positional[tuple[str, ...]]
 
     asked = flags.checked(Prepare, args, prog)

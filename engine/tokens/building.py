@@ -112,7 +112,7 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
         "documents": {split: totals.documents[split] for split in writers},
         "tokens": {split: sum(shard["tokens"] for shard in w.records) for split, w in writers.items()},
         "text_bytes": totals.text_bytes,
-        "files": dict(Counter("".join(suffixes(path)) or str(path) for path in found.files)),
+        "files": dict(Counter("".join(suffixes(path)) or "standard input" for path in found.files)),
         "source_bytes": totals.source_bytes,
         "skipped": dict(totals.skipped),
         "left_out": {"bytes": losses.bytes, "files": losses.largest()},

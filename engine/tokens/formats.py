@@ -55,8 +55,8 @@ BOM = b"\xef\xbb\xbf"
 def foreign(head: bytes, path: Path, file: BinaryIO | None = None) -> str | None:
     """What lies in a file of text or records that is neither, and the way in; or None.
 
-    head: the first bytes, at most HEAD. file: to look at its end, which moves its position; None for
-    a stream, such as what lies in a packed file, which has no way in.
+    head: the first bytes, at most HEAD. file: to look at its end; None for a stream, such as what lies
+    in a packed file, which has no way in.
     """
     where = path if file is not None else None
     for first, name, command in FORMATS:
@@ -96,8 +96,11 @@ def _is_array(head: bytes, file: BinaryIO | None) -> bool:
             return True
         if file is None:  # a stream: a line without an end tells by its begin
             return not rest and first.lstrip(b"[ \t").startswith(b"{")
+        position = file.tell()
         file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        return file.read(TAIL).rstrip().endswith(b"]")
+        end = file.read(TAIL)
+        file.seek(position)
+        return end.rstrip().endswith(b"]")
     return not rest.strip()
 
 

@@ -32,6 +32,7 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests",
 TRAIN, TESTS = {"train", "training"}, {"test", "validation", "valid", "val", "dev", "eval"}
 PROGRAMS = {".py", ".ipynb", ".sh", ".js", ".ts", ".java", ".go", ".rs", ".c", ".h", ".cc", ".cpp"}
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation"}
+INFO = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of the datasets library
 UPWARDS = "linked directory that leads upwards"
 LOOKED_AT = 16  # files that are looked into before anything is read
 
@@ -230,7 +231,7 @@ def _walk(root: Path, found: Selection, rule: Rule) -> list[Path]:
             elif (kind := _special(path)) is not None:
                 found.leave_out(kind, path)
             else:
-                if _is_card(path) and path.suffix.lower() in (".md", ".txt"):
+                if (_is_card(path) and path.suffix.lower() in (".md", ".txt")) or name in INFO:
                     cards.append(path)
                 files.append(path)
     records = tuple(one for one in rule.records if one != ".json" or not has_programs)  # package.json is no data set

@@ -16,7 +16,8 @@ from engine.errors import BadInput
 from model.files import BadFile, open_file
 
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".bz2": "bzip2", ".xz": "xz"}
-BLOCK = 1 << 20  # bytes of content that a reader takes at once
+BUFFER = 1 << 20  # bytes that a stream reads ahead, of which its head can be seen
+BLOCK = 1 << 20  # bytes of lines that become one part
 INPUT = 1 << 15  # packed bytes that are unpacked at once: Zstandard has no bound on what becomes of them
 WIDEST = 31  # log2 of the largest window of Zstandard, as `zstd --long=31` writes it
 
@@ -39,7 +40,7 @@ def open_stream(path: Path) -> io.BufferedReader:
     """Opens a file for reading what is in it. Its `raw` is an Unpacked. Raises BadFile or FileNotFoundError."""
     packing = suffixes(path)[1]
     make = _unpacker(path, packing) if packing else None
-    return io.BufferedReader(Unpacked(open_file(path), packing, make), BLOCK)
+    return io.BufferedReader(Unpacked(open_file(path), packing, make), BUFFER)
 
 
 class Unpacked(io.RawIOBase):

@@ -58,7 +58,7 @@ def check_standard_input(is_given: bool) -> None:
 
 def standard_input(options: ReadOptions) -> Iterator[tuple[Part, int]]:
     """Yields what comes from standard input, each part with the position after it. Raises BadFile or OSError."""
-    with io.BufferedReader(packed.Unpacked(open(0, "rb", buffering=0, closefd=False)), packed.BLOCK) as file:
+    with io.BufferedReader(packed.Unpacked(open(0, "rb", buffering=0, closefd=False)), packed.BUFFER) as file:
         yield from _stream(file, NAME.with_suffix(f".{options.format}"), options)
 
 

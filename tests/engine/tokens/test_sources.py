@@ -37,7 +37,7 @@ def test_bad_sources_are_sentences(tmp_path):
         ("nowhere", "must be a file, a directory or the word stdlib, got .*nowhere"),
         (
             "x.pdf",
-            "a source must end in .txt, .md, .py, .json, .jsonl, .*.gz.*, got .*x.pdf, which holds a PDF document",
+            "a source must end in .txt, .*, .arrow, .* with .gz, .*, got .*x.pdf, which holds a PDF document",
         ),
         ("empty", "the sources must hold files in .txt, .*, got none"),
     ):
