@@ -110,7 +110,7 @@ def has_lines(head: bytes) -> bool:
     try:
         parse_json(first)
     except BadFile:  # also a line that is longer than the head
-        return not first.startswith(b"[") and (not rest or first.endswith(b"}"))
+        return not first.startswith(b"[") and (not rest or (first.endswith(b"}") and rest.startswith(b"{")))
     return not first.startswith(b"[") or bool(rest)
 
 

@@ -18,7 +18,7 @@ from model.files import BadFile, open_file
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".bz2": "bzip2", ".xz": "xz"}
 BUFFER = 1 << 20  # bytes that a stream reads ahead, of which its head can be seen
 BLOCK = 1 << 20  # bytes of lines that become one part
-INPUT = 1 << 15  # packed bytes that are unpacked at once: Zstandard has no bound on what becomes of them
+INPUT = 1 << 12  # packed bytes that are unpacked at once: the package zstandard bounds not what becomes of them
 WIDEST = 31  # log2 of the largest window of Zstandard, as `zstd --long=31` writes it
 
 
@@ -52,6 +52,7 @@ class Unpacked(io.RawIOBase):
         self.consumed = self.produced = 0  # bytes of the file, and of what is in it
         self.is_at_end = False
         self._streams = 0  # that have begun
+        self._is_packed = False  # whether the first bytes could be unpacked
         self._unpacker: Any = None
         self._packed = b""  # read, and not given to the unpacker
         self._ready = memoryview(b"")  # unpacked, and not given to the caller
@@ -102,9 +103,9 @@ class Unpacked(io.RawIOBase):
             try:
                 content = self._unpacker.decompress(self._packed, most)
             except Exception as error:  # each library has its own
-                what = f"{name} data that is damaged" if self.produced else f"no {name} data, or it is damaged"
+                what = f"{name} data that is damaged" if self._is_packed else f"no {name} data, or damaged"
                 raise BadFile(f"{what}, {self._where()}") from error
-            self._packed = b""
+            self._packed, self._is_packed = b"", True
             if self._unpacker.eof:
                 self._packed, self._unpacker = self._unpacker.unused_data, None
             if content:
@@ -115,8 +116,11 @@ class Unpacked(io.RawIOBase):
 
     def _begin(self) -> bool:
         """Begins the next stream of the file. Returns whether there is one."""
-        while not self._packed and (packed := self._read(INPUT)):
-            self._packed = packed.lstrip(b"\0") if self._streams else packed  # tapes and .xz pad with zeros
+        while True:
+            self._packed = self._packed.lstrip(b"\0") if self._streams else self._packed  # tapes and .xz pad with zeros
+            if self._packed or not (packed := self._read(INPUT)):
+                break
+            self._packed = packed
         if not self._packed and not self._streams:
             raise BadFile(f"no {PACKINGS[self.packing]} data: the file is empty")
         if self._packed:

@@ -6,7 +6,7 @@ hands out what is in it.
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 
 STDIN = Path("-")  # the source
 NAME = Path("standard input")  # in messages
+Reopen = Callable[[], io.BufferedReader] | None
 
 
 def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Part, int]]:
@@ -32,7 +33,7 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
             yield Span("whole", str(path), 0, size, size), max(size, 1)
         return
     with packed.open_stream(path) as file:
-        for raw, position in _stream(file, path, options, partial(packed.open_stream, path)):
+        for raw, position in _stream(file, path, packed.suffixes(path)[0], options, partial(packed.open_stream, path)):
             if position > start:  # all is unpacked again, and counted as before
                 yield raw, position
 
@@ -41,7 +42,7 @@ def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
     """Yields the documents of a whole file. Raises BadInput, BadFile or OSError."""
     path = Path(span.file)
     with packed.open_stream(path) as file:
-        for raw, _ in _stream(file, path, options):
+        for raw, _ in _stream(file, path, packed.suffixes(path)[0], options):
             yield from records.split(raw) if raw.kind == "lines" else (raw,)
 
 
@@ -59,15 +60,17 @@ def check_standard_input(is_given: bool) -> None:
 def standard_input(options: ReadOptions) -> Iterator[tuple[Part, int]]:
     """Yields what comes from standard input, each part with the position after it. Raises BadFile or OSError."""
     with io.BufferedReader(packed.Unpacked(open(0, "rb", buffering=0, closefd=False)), packed.BUFFER) as file:
-        yield from _stream(file, NAME.with_suffix(f".{options.format}"), options)
+        yield from _stream(file, NAME, f".{options.format}", options)
 
 
-def _stream(file: io.BufferedReader, path: Path, options: ReadOptions, reopen=None) -> Iterator[tuple[Raw, int]]:
+def _stream(
+    file: io.BufferedReader, path: Path, suffix: str, options: ReadOptions, reopen: Reopen = None
+) -> Iterator[tuple[Raw, int]]:
     """Yields what a stream holds: blocks of lines, records or texts, each with the position after it.
 
-    reopen: opens the stream again from its begin.
+    suffix: of what it holds. reopen: opens the stream again from its begin.
     """
-    head, suffix = file.peek(formats.HEAD)[: formats.HEAD], packed.suffixes(path)[0]
+    head = file.peek(formats.HEAD)[: formats.HEAD]
     if (found := formats.foreign(head, path)) is not None:
         size = max(file.raw.size, 1)
         yield Raw("foreign", found.encode("utf-8", "replace"), str(path), 0, size), size
