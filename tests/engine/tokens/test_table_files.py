@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from corpora import files, run, texts
-from test_record_files import after_each_part, read
+from test_record_files import OPTIONS, after_each_part, read
 
 from engine.errors import BadInput
 from engine.tokens import documents
@@ -43,11 +43,14 @@ def test_rows_are_the_same_documents_with_the_same_numbers_wherever_a_table_is_c
     monkeypatch.setattr(tables, "ROWS", 4)
     path = write(tmp_path / name, pyarrow.array(ROWS), stream=stream)
     assert read(path) == EXPECTED
-    found = [part for part, _ in documents.parts(path, ReadOptions())]
+    found = [part for part, _ in documents.parts(path, OPTIONS)]
     assert len(found) == (len(ROWS) if large == 1 else {1 << 20: 1, 1: 6}.get(span, len(found)))
     assert {isinstance(part, Span) for part in found} == {large > 1}
     assert sum(part.num_bytes for part in found) == path.stat().st_size
     assert all(left == right for left, right in after_each_part(path))
+    for start in (3, 25, 57):  # also within a row group or record batch
+        rows = [raw.place for part, _ in documents.parts(path, OPTIONS, start) for raw in documents.read(part, OPTIONS)]
+        assert rows == list(range(start + 1, 58))
 
 
 TEXTS = ["string", "large_string", "string_view", "binary", "large_binary", "binary_view", "dictionary"]
