@@ -15,9 +15,11 @@ def prepare(args: list[str], prog: str) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(preparation.PrepareConfig):
-        """Turns text into token shards. A document is a file, a .jsonl line or a .parquet row."""
+        """Turns text into token shards. A document is a file of text, a record of JSON, or a row of a table."""
 
-        sources: tyro.conf.Positional[tuple[str, ...]]  # .txt .md .py .jsonl .parquet, directories of them; or: stdlib
+        # .txt .md .py .json .jsonl .ndjson, each also as .gz .zst .bz2 .xz; .parquet .arrow; directories of them; or:
+        # stdlib, or - for standard input
+        sources: tyro.conf.Positional[tuple[str, ...]]
 
     asked = flags.checked(Prepare, args, prog)
     if not asked.sources:

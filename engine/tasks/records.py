@@ -1,4 +1,4 @@
-"""Examples of a .jsonl file, checked line by line."""
+"""Examples of a .jsonl file, plain or packed, checked line by line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from engine.errors import BadInput
 from engine.tokens import formats
-from model.files import BadFile, check_fields, open_file, parse_json
+from engine.tokens.reading import packed
+from model.files import BadFile, check_fields, parse_json
 
 Example = TypeVar("Example")
 
@@ -23,10 +24,10 @@ def read(path: str, kind: str, make: Callable[[dict[str, Any]], Example], limit:
     """
     made: list[Example] = []
     try:
-        with open_file(path) as file:
-            if (found := formats.foreign(file.read(formats.HEAD), Path(path), file)) is not None:
+        with packed.open_stream(Path(path)) as file:
+            plain = None if packed.suffixes(path)[1] else file.raw.file
+            if (found := formats.foreign(file.peek(formats.HEAD)[: formats.HEAD], Path(path), plain)) is not None:
                 raise BadFile(found)
-            file.seek(0)
             for number, line in enumerate(file, 1):
                 if limit is not None and len(made) == limit:
                     break

@@ -11,15 +11,15 @@ import numpy as np
 from engine.errors import BadInput
 from engine.tasks.scoring import Request
 from engine.tokens.documents import parse, raw_documents
-from engine.tokens.reading.parts import NotText, ReadOptions
+from engine.tokens.reading.parts import UNITS, NotText, ReadOptions
 from engine.tokens.tokenizer import Tokenizer
 
-TEXT_FIELD = "text"  # field or column of .jsonl and .parquet files
+TEXT_FIELD = "text"  # field of records, column of tables
 EMPTY = ("empty", "null")  # reasons of documents without text
 
 
 def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens of a file, (n,) uint16: of all its lines or rows if it is .jsonl or .parquet, else of one document.
+    """Tokens of a file, (n,) uint16: of all its records or rows if it is one of JSON or a table, else of one document.
 
     Empty documents are left out, as by `gpt2 prepare`. Raises BadInput if nothing else is there, or
     if the file cannot be read or is not text.
@@ -31,7 +31,7 @@ def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
         except NotText as error:
             if error.reason in EMPTY:
                 continue
-            where = f"{'line' if kind == 'json' else 'row'} {place:,}: " if place else ""
+            where = f"{UNITS.get(kind, 'row')} {place:,}: " if place else ""
             raise BadInput(f"{path}: must hold text in UTF-8, got {where}{error}") from error
         pieces += [[tokenizer.end_of_text], tokenizer.encode(text)]
     if not pieces:

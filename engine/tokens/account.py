@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.tokens.reading.parts import NotText, Part, Raw, Span
+from engine.tokens.reading.parts import UNITS, NotText, Part, Raw, Span
 from engine.tokens.sources import unreadable
 from model.files import open_file
 
@@ -106,7 +106,7 @@ class Encoded:
         """Counts a document that is not text."""
         self.skipped[error.reason] += 1
         if not self.losses or self.losses[-1].file != raw.file:
-            unit = "line" if raw.kind == "json" else "row"
+            unit = UNITS.get(raw.kind, "row")
             before = part.start if isinstance(part, Span) and part.kind == "lines" else 0
             self.losses.append(Loss(raw.file, 0, 0, str(error), unit, raw.place, before))
         self.losses[-1].bytes += raw.num_bytes

@@ -23,6 +23,7 @@ from engine.tokens.documents import parts
 from engine.tokens.encode import encode_batch
 from engine.tokens.options import PrepareConfig
 from engine.tokens.progress import Progress
+from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
 from engine.tokens.sources import Selection
 from engine.tokens.writer import Behind, ShardWriter
@@ -46,7 +47,9 @@ class Build:
         self.found, self.num_train, self.config, self.directory = found, num_train, config, directory
         self.name = _stem(Path(config.out).name) or "data"
         self.key = f"{key} {self.name}"
-        self.options = ReadOptions(config.text_field, config.split_on, config.on_bad_text == "replace")
+        self.options = ReadOptions(
+            config.text_field, config.split_on, is_replacing=config.on_bad_text == "replace", format=config.format
+        )
         self.behind = Behind()
         self.ends: deque[tuple[int, int]] = deque()  # where each batch that is under way ends
         state = journal.read(directory, self.key)
@@ -234,7 +237,7 @@ def build(found: Selection, num_train: int | None, config: PrepareConfig, direct
         "documents": {split: totals.documents[split] for split in SPLITS},
         "tokens": {split: writer.total for split, writer in made.writers.items()},
         "text_bytes": totals.text_bytes,
-        "files": dict(Counter(path.suffix.lower() for path in found.files)),
+        "files": dict(Counter("".join(suffixes(path)) or "standard input" for path in found.files)),
         "source_bytes": totals.source_bytes,
         "skipped": dict(totals.skipped),
         "left_out": {"bytes": losses.bytes, "files": losses.largest()},

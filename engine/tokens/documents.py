@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.tokens import formats
-from engine.tokens.reading import records, text
-from engine.tokens.reading.parts import NotText, Part, Raw, ReadOptions
+from engine.tokens.reading import packed, records, sequential, tables, text
+from engine.tokens.reading.parts import NotText, Part, Raw, ReadOptions, Span
 from engine.tokens.sources import unreadable
 from model.files import BadFile
+
+READERS = {"text": text, "lines": records, "rows": tables, "whole": sequential}  # by kind of span
+RECORDS = ("json", "record")  # kinds of documents
 
 
 def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Part, int]]:
@@ -22,20 +25,28 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
     A position is what the file's reader makes of it; 0 is the begin. Raises BadInput if the file
     cannot be read.
     """
-    reader = records if path.suffix.lower() in records.SUFFIXES else text
     try:
-        yield from reader.parts(path, options, start)
+        if path == sequential.STDIN:
+            yield from sequential.standard_input(options)
+            return
+        suffix, packing = packed.suffixes(path)
+        if suffix in formats.TABLES:
+            yield from tables.parts(path, options, start)
+        elif packing or (suffix == ".json" and not records.is_cut_between_lines(path)):
+            yield from sequential.parts(path, options, start)
+        else:
+            yield from (records if suffix in formats.JSON else text).parts(path, options, start)
     except (BadFile, OSError) as error:
         raise unreadable(path, error) from error
 
 
 def read(part: Part, options: ReadOptions) -> Iterator[Raw]:
     """Yields the documents of a part. Raises BadInput if its file cannot be read."""
-    if isinstance(part, Raw):
-        yield part
-        return
     try:
-        yield from (text if part.kind == "text" else records).read(part, options)
+        if isinstance(part, Raw):
+            yield from records.split(part) if part.kind == "lines" else (part,)
+        else:
+            yield from READERS[part.kind].read(part, options)
     except (BadFile, OSError) as error:
         raise unreadable(Path(part.file), error) from error
 
@@ -43,8 +54,12 @@ def read(part: Part, options: ReadOptions) -> Iterator[Raw]:
 def raw_documents(files: Iterable[Path], options: ReadOptions) -> Iterator[Raw]:
     """Yields every document of the files, for `parse`. Raises BadInput if a file cannot be read."""
     for path in files:
+        begin = lines = 0  # lines that end before a span
         for part, _ in parts(path, options):
-            yield from read(part, options)
+            if isinstance(part, Span) and part.kind == "lines":
+                begin, lines = part.start, lines + records.count_lines(path, begin, part.start)
+            for raw in read(part, options):
+                yield raw._replace(place=raw.place + lines) if raw.place else raw
 
 
 def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) -> tuple[str, int]:
@@ -55,13 +70,15 @@ def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) ->
     """
     if kind == "foreign":
         raise NotText("of another format", f"({raw.decode()})")
+    if kind == "broken":
+        raise NotText("not JSON", raw.decode())
     if kind == "null":
         raise NotText("null")
     text, replaced = _decode(raw, is_replacing), 0
-    if kind == "json":
+    if kind in RECORDS:
         text = _field(text, text_field)
     try:
-        if kind == "json" or is_replacing:
+        if kind in RECORDS or is_replacing:
             text.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON escapes a lone surrogate, and _decode makes one of a bad byte
         if not is_replacing:

@@ -1,5 +1,6 @@
 """File formats by their first bytes: what lies under a name, and the command that makes text of it."""
 
+import io
 import json
 import os
 import shlex
@@ -7,25 +8,31 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.output import program
+from engine.tokens.reading import packed, values
 from engine.tokens.shards import MAGIC
 from model.files import BadFile, few, open_file, parse_json
 
 HEAD = 1 << 16  # bytes of a file that are looked at
 TAIL = 1 << 12  # bytes at its end, to tell a JSON array from JSON lines
 MOST_NAMED = 8  # fields or columns that a message names
-TABLES = (".csv", ".tsv")
-UNPACKED = (".gz", ".zst", ".xz", ".bz2")  # suffixes that the unpacked file does not have
+SHEETS = (".csv", ".tsv")
+TABLES = (".parquet", ".arrow")
+LINES = (".jsonl", ".ndjson")
+JSON = (*LINES, ".json")
+TAR = (".tar", ".tgz")
+UNPACK = {".gz": "gunzip -c", ".zst": "zstd -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc"}
 
 # First bytes, name, and command: {old} is the file, {new} a file of text, {stem} the name without its suffix,
 # {gpt2} this program.
 FORMATS = (
-    (b"\x1f\x8b", "gzip data", "gunzip -c {old} > {new}"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard data", "zstd -dc {old} > {new}"),
-    (b"\xfd7zXZ\0", "xz data", "xz -dc {old} > {new}"),
-    (b"BZh", "bzip2 data", "bzip2 -dc {old} > {new}"),
+    (b"\x1f\x8b", "gzip data", "mv {old} {old}.gz"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard data", "mv {old} {old}.zst"),
+    (b"\xfd7zXZ\0", "xz data", "mv {old} {old}.xz"),
+    (b"BZh", "bzip2 data", "mv {old} {old}.bz2"),
     (b"PK\x03\x04", "a zip archive", "unzip {old} -d {stem}"),
     (b"PAR1", "a parquet file", "mv {old} {stem}.parquet"),
-    (b"ARROW1", "an Arrow file", None),
+    (b"ARROW1", "an Arrow file", "mv {old} {stem}.arrow"),
+    (b"\xff\xff\xff\xff", "an Arrow stream", "mv {old} {stem}.arrow"),
     (b"%PDF", "a PDF document", "pdftotext {old} {new}"),
     (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {old} > {new}"),
     (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {old} > {new}"),
@@ -42,45 +49,69 @@ FORMATS = (
     ),
 )
 ARRAY = "a JSON array"
+BOM = b"\xef\xbb\xbf"
 
 
-def foreign(head: bytes, path: Path, file: BinaryIO) -> str | None:
-    """What lies in a .txt, .md, .py or .jsonl file that cannot be text, and the way in; or None.
+def foreign(head: bytes, path: Path, file: BinaryIO | None = None) -> str | None:
+    """What lies in a file of text or records that is neither, and the way in; or None.
 
-    head: the file's first bytes, at most HEAD. Moves the file's position.
+    head: the first bytes, at most HEAD. file: to look at its end; None for a stream, such as what lies
+    in a packed file, which has no way in.
     """
+    where = path if file is not None else None
     for first, name, command in FORMATS:
         if head.startswith(first) and (first != b"BZh" or head[4:7] == b"1AY"):
-            return _with_command(name, command, path)
+            return _with_command(name, command, where)
     if head[257:262] == b"ustar":
-        return _with_command("a tar archive", "tar -xf {old}", path)
+        return _with_command("a tar archive", "tar -xf {old}", where)
     if head.count(0) > 8 + len(head) // 20:
         return "binary data, or UTF-16 text without a byte-order mark"
-    if path.suffix.lower() == ".jsonl" and _is_array(head, file):
-        return _with_command(ARRAY, "jq -c '.[]' {old} > {new}", path)
+    if packed.suffixes(path)[0] in LINES and _is_array(head, file):
+        return _with_command(ARRAY, "mv {old} {stem}.json", where)
     return None
 
 
-def _with_command(name: str, command: str | None, path: Path) -> str:
-    if command is None:
+def _with_command(name: str, command: str | None, path: Path | None) -> str:
+    if command is None or path is None:
         return name.format(gpt2=program())
-    bare = path.with_suffix("")
-    new = bare if path.suffix.lower() in UNPACKED else path.with_name(f"{bare.name}_text{path.suffix or '.txt'}")
-    old, new, stem = (shlex.quote(str(one)) for one in (path, new, bare))
+    new, old, stem = (shlex.quote(str(one)) for one in (_new(path), path, path.with_suffix("")))
     return f"{name}; try: {command.format(old=old, new=new, stem=stem)}"
 
 
-def _is_array(head: bytes, file: BinaryIO) -> bool:
-    """Whether a .jsonl file is one JSON array, and not lines of which the first is a list or is odd."""
-    first, _, rest = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+def _new(path: Path) -> Path:
+    """Name for the text of a file: that of the packed file, or another with the same suffix."""
+    bare = path.with_suffix("")
+    return bare if path.suffix.lower() in UNPACK else path.with_name(f"{bare.name}_text{path.suffix or '.txt'}")
+
+
+def _is_array(head: bytes, file: BinaryIO | None) -> bool:
+    """Whether a file of lines is one JSON array, and not lines of which the first is a list or is odd."""
+    first, _, rest = head.removeprefix(BOM).lstrip().partition(b"\n")
     if not first.startswith(b"["):
         return False
     try:
         parse_json(first)
     except BadFile:
+        if first.rstrip().endswith((b"[", b",")):
+            return True
+        if file is None:  # a stream: a line without an end tells by its begin
+            return not rest and first.lstrip(b"[ \t").startswith(b"{")
+        position = file.tell()
         file.seek(-min(TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        return file.read(TAIL).rstrip().endswith(b"]") or first.rstrip().endswith((b"[", b","))
+        end = file.read(TAIL)
+        file.seek(position)
+        return end.rstrip().endswith(b"]")
     return not rest.strip()
+
+
+def has_lines(head: bytes) -> bool:
+    """Whether a .json file holds lines of JSON, by its first bytes, and not an array or values of several lines."""
+    first, _, rest = (one.strip() for one in head.removeprefix(BOM).lstrip().partition(b"\n"))
+    try:
+        parse_json(first)
+    except BadFile:  # also a line that is longer than the head
+        return not first.startswith(b"[") and (not rest or (first.endswith(b"}") and rest.startswith(b"{")))
+    return not first.startswith(b"[") or bool(rest)
 
 
 def unread(path: Path) -> str:
@@ -88,12 +119,17 @@ def unread(path: Path) -> str:
     with open_file(path) as file:
         head = file.read(HEAD)
         found = foreign(head, path, file)
-    if path.suffix.lower() in TABLES:
+    suffix, packing = packed.suffixes(path)
+    if suffix in SHEETS and not packing:
         return "a table; write one column of it as .jsonl or .parquet"
+    if suffix in TAR and (packing or suffix == ".tgz"):
+        return _with_command("a packed tar archive", "tar -xf {old}", path)
+    if packing and suffix:
+        return _with_command(f"{packed.PACKINGS[packing]} data", UNPACK[packing] + " {old} > {new}", path)
+    if packing:
+        return _with_command(f"{packed.PACKINGS[packing]} data", "mv {old} {stem}.txt" + packing, path)
     if found is not None:
         return found
-    if head.lstrip().startswith(b"[") and path.suffix.lower() == ".json":
-        return _with_command(ARRAY, "jq -c '.[]' {old} > {stem}.jsonl", path)
     if (records := _records(head)) and all(isinstance(record, dict) for record in records):
         return _with_command("JSON lines", "mv {old} {stem}.jsonl", path)
     try:
@@ -105,7 +141,7 @@ def unread(path: Path) -> str:
 
 def _records(head: bytes) -> list[Any]:
     """Values of the whole lines of JSON in a file's first bytes; None for a line that is no JSON."""
-    lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = head.removeprefix(BOM).split(b"\n")
     records = []
     for line in lines[:-1] if len(head) == HEAD else lines:
         if line.strip():
@@ -125,23 +161,36 @@ def text_fields(record: Any) -> str:
 def look(path: Path, text_field: str) -> tuple[str | None, bool]:
     """Why a file with one of the suffixes seems to give no text at all, and whether that is sure; or (None, True).
 
-    The records at the head of a longer file do not tell what follows them. A .parquet file is left
-    to its reader. Raises BadFile or FileNotFoundError.
+    The records at the head of a longer file do not tell what follows them. A table is left to its
+    reader. Raises BadInput, BadFile or FileNotFoundError.
     """
-    if path.suffix.lower() == ".parquet":
+    suffix, packing = packed.suffixes(path)
+    if suffix in TABLES:
         return None, True
-    with open_file(path) as file:
-        head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
-        found = foreign(head, path, file)
-    if found is not None or path.suffix.lower() != ".jsonl":
+    with packed.open_stream(path) if packing else open_file(path) as file:
+        head = file.peek(HEAD)[:HEAD] if packing else file.read(HEAD)
+        found = foreign(head, path, None if packing else file)
+        is_whole = len(head) < HEAD if packing else len(head) == os.fstat(file.fileno()).st_size
+    if found is not None or suffix not in JSON:
         return found, True
-    return _problem(_records(head), text_field), size == len(head)
+    return _problem(_records(head) if suffix in LINES or has_lines(head) else _values(head), text_field), is_whole
+
+
+def _values(head: bytes) -> list[Any]:
+    """The first values of a .json file that holds no lines."""
+    found = []
+    try:
+        for value in values.read(io.BytesIO(head)):
+            found.append(parse_json(value.content))
+    except (values.Broken, BadFile):
+        pass
+    return found
 
 
 def _problem(records: list[Any], text_field: str) -> str | None:
     objects = [record for record in records if isinstance(record, dict)]
     if records and not objects:
-        return "lines that are no JSON objects; write one object a line, or name the file .txt if it is plain text"
+        return "records that are no JSON objects; write one object a line, or name the file .txt if it is plain text"
     if not objects or any(text_field in record for record in objects):
         return None
     fields = text_fields(objects[0])

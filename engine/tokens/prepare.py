@@ -1,6 +1,6 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
-Sources are files and directories of .txt, .md, .py, .jsonl and .parquet, and the word `stdlib`.
+Sources are files and directories of text, JSON and tables, `-` for standard input, and the word `stdlib`.
 See engine/tokens/sources.py for the files of a source, and documents.py for what lies in them.
 Each document is written as the end-of-text token, then its text's tokens. A hash of the text
 decides whether a document is for validation, so documents stay in their split when the corpus
@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,16 +29,16 @@ from engine.tokens import journal
 from engine.tokens.building import TAIL, TAILS, build, clear
 from engine.tokens.names import NUMBERED
 from engine.tokens.options import PrepareConfig as PrepareConfig
+from engine.tokens.reading.sequential import STDIN
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
-from engine.tokens.sources import Selection, find, find_by_rule_1, require_text, unreadable
+from engine.tokens.sources import Selection, find, find_by_rule, require_text, unreadable
 from engine.tokens.summary import describe as describe
 from engine.tokens.summary import left_out
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
 NEW = ("val", "split_on", "dedup")  # options of which other values than the default are in the request
-STDIN = "-"
-RULES = 2  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule_1
+RULES = 3  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule
 
 
 def prepare(sources: list[str], config: PrepareConfig) -> dict:
@@ -117,9 +116,9 @@ def _refuse_older(out: Path, sources: list[str], found: Selection, config: Prepa
     """Raises BadInput if the same sources and options made the data when other files of them were read."""
     try:
         manifest = read_manifest(out)
-        if manifest is None or "rules" in manifest or config.overwrite:
+        if manifest is None or (rules := manifest.get("rules", 1)) not in range(1, RULES) or config.overwrite:
             return
-        older = Selection(find_by_rule_1(sources))
+        older = find_by_rule(sources, rules)
         if manifest.get("request") != _request(sources, older, config):
             return
     except BadInput:  # what is wrong is said where it matters
@@ -280,8 +279,8 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
     options += [[name, getattr(config, name)] for name in NEW if getattr(config, name) != getattr(PrepareConfig, name)]
-    if STDIN in sources:  # which cannot be known again
-        options.append(time.time_ns())
+    if STDIN in found.files:  # nobody knows whether it is the same as before
+        options.append(os.urandom(16).hex())
     stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
     found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
@@ -289,7 +288,7 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
 
 def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        return os.stat(0) if path == STDIN else path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
 

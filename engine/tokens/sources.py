@@ -1,4 +1,4 @@
-"""Sources to files: what `gpt2 prepare` reads of files, of directories, and of the word `stdlib`.
+"""Sources to files: what `gpt2 prepare` reads of files, of directories, of `stdlib`, and of standard input, `-`.
 
 `stdlib` names the source files of the running Python's standard library, without its tests. Of a
 directory every file with one of the suffixes is read, also in linked directories, each once. Left
@@ -20,19 +20,45 @@ from pathlib import Path
 from engine.errors import BadInput
 from engine.output import program
 from engine.tokens import foreign, formats
+from engine.tokens.reading import packed, sequential
 from model.files import BadFile, few, kind_of
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-RECORDS = (".jsonl", ".parquet")  # beside them a README is the card of the data set
+TEXT = (".txt", ".md", ".py")
+SUFFIXES = (*TEXT, *formats.JSON, *formats.TABLES)
+PACKED = tuple(suffix + packing for suffix in (*TEXT, *formats.JSON) for packing in packed.PACKINGS)
+ENDINGS = f"{', '.join(SUFFIXES)}, and text and JSON also with {', '.join(packed.PACKINGS)}"
 STDLIB = "stdlib"
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-TOOLS = {"__MACOSX", "__pycache__", "node_modules"}  # directories; .git, .venv and the like are hidden
 TRAIN, TESTS = {"train", "training"}, {"test", "validation", "valid", "val", "dev", "eval"}
-SETS = (".txt", *RECORDS)  # suffixes of the files of train and test sets
 PROGRAMS = {".py", ".ipynb", ".sh", ".js", ".ts", ".java", ".go", ".rs", ".c", ".h", ".cc", ".cpp"}
 CARDS = {"readme", "license", "licence", "copying", "notice", "citation"}
+INFO = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of the datasets library
 UPWARDS = "linked directory that leads upwards"
 LOOKED_AT = 16  # files that are looked into before anything is read
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which files of a directory are read."""
+
+    suffixes: tuple[str, ...]
+    records: tuple[str, ...]  # beside files of these a README is the card of the data set
+    tools: tuple[str, ...]  # directories that are not read; .git, .venv and the like are hidden
+    marks: tuple[str, ...] = ()  # nor are those that hold such a file
+
+    @property
+    def sets(self) -> set[str]:
+        """Suffixes of the files of train and test sets."""
+        return {one for one in self.suffixes if one.startswith((".txt", *self.records))}
+
+    def is_tool(self, path: Path) -> bool:
+        """Whether a directory is made by a tool, such as a virtual environment."""
+        return path.name in self.tools or any((path / mark).exists() for mark in self.marks)
+
+
+OLD_TOOLS = ("__MACOSX", "__pycache__", "node_modules")
+RULE_2 = Rule((*TEXT, ".jsonl", ".parquet"), (".jsonl", ".parquet"), OLD_TOOLS)
+RULE_3 = Rule((*SUFFIXES, *PACKED), (*formats.JSON, *formats.TABLES), (*OLD_TOOLS, "_temporary"), ("pyvenv.cfg",))
 
 
 @dataclass
@@ -52,30 +78,38 @@ class Selection:
         self.examples.setdefault(why, path)
 
 
-def find(sources: Iterable[str]) -> Selection:
+def find(sources: Iterable[str], rule: Rule = RULE_3) -> Selection:
     """Every file of the sources. Raises BadInput for a bad source."""
     found = Selection()
     for source in sources:
         path = Path(source)
+        if path == sequential.STDIN:
+            sequential.check_standard_input(path in found.files)
+            found.files.append(path)
+            continue
         if source == STDLIB and not path.exists():
             found.files += _library(Path(sysconfig.get_path("stdlib")))
             continue
         if _is_directory(source):
-            found.files += _walk(path, found)
-        elif path.suffix.lower() in SUFFIXES:
+            found.files += _walk(path, found, rule)
+        elif _kind(path) in rule.suffixes:
             found.files.append(path)
         else:
-            raise BadInput(f"prepare: a source must end in {', '.join(SUFFIXES)}, got {source}, {_unread(path)}")
+            raise BadInput(f"prepare: a source must end in {ENDINGS}, got {source}, {_unread(path)}")
     if not found.files:
         raise BadInput(
-            f"prepare: the sources must hold files in {', '.join(SUFFIXES)}, got none in {list(sources)}"
-            f"{_got(sources, found)}"
+            f"prepare: the sources must hold files in {ENDINGS}, got none in {list(sources)}{_got(sources, found)}"
         )
     return found
 
 
-def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
-    """What versions before `prepare.RULES` read of sources that can be read: all with a suffix, but through no link."""
+def find_by_rule(sources: Iterable[str], number: int) -> Selection:
+    """What versions with the rule of this number read of sources that can be read, see `prepare.RULES`."""
+    return find(sources, RULE_2) if number == 2 else Selection(_find_by_rule_1(sources))
+
+
+def _find_by_rule_1(sources: Iterable[str]) -> list[Path]:
+    """All files with a suffix in lower case, but through no link."""
     files: list[Path] = []
     for source in sources:
         if source == STDLIB and not os.path.exists(source):
@@ -83,7 +117,7 @@ def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
         elif os.path.isdir(source):
             for directory, children, names in os.walk(source):
                 children.sort()
-                files += [Path(directory, name) for name in sorted(names) if Path(name).suffix in SUFFIXES]
+                files += [Path(directory, name) for name in sorted(names) if Path(name).suffix in RULE_2.suffixes]
         else:
             files.append(Path(source))
     return files
@@ -129,6 +163,8 @@ def _unread(path: Path) -> str:
 
 
 def _look(path: Path, text_field: str) -> tuple[str | None, bool]:
+    if path == sequential.STDIN:
+        return None, True
     try:
         return formats.look(path, text_field)
     except (BadFile, OSError) as error:
@@ -175,24 +211,31 @@ def _library(root: Path) -> list[Path]:
     return files
 
 
-def _walk(root: Path, found: Selection) -> list[Path]:
+def _kind(path: str | Path) -> str:
+    """Suffixes of a file in lower case: ".json.gz" of a.JSON.gz."""
+    return "".join(packed.suffixes(path))
+
+
+def _walk(root: Path, found: Selection, rule: Rule) -> list[Path]:
     """The files of a directory that are to be read. Counts the others in `found`."""
-    files, cards, has_packed = [], [], False
-    for directory, names in _directories(root, found):
+    files, cards, has_packed, has_programs = [], [], False, False
+    for directory, names in _directories(root, found, rule):
         for name in names:
             path = Path(directory, name)
+            has_programs |= path.suffix.lower() in PROGRAMS
             if name.startswith("."):
                 found.leave_out("hidden", path)
-            elif path.suffix.lower() not in SUFFIXES:
+            elif _kind(path) not in rule.suffixes:
                 found.leave_out(_suffix(path), path)
-                has_packed |= path.suffix.lower() in formats.UNPACKED
+                has_packed |= path.suffix.lower() in packed.PACKINGS
             elif (kind := _special(path)) is not None:
                 found.leave_out(kind, path)
             else:
-                if _is_card(path) and path.suffix.lower() in (".md", ".txt"):
+                if (_is_card(path) and path.suffix.lower() in (".md", ".txt")) or name in INFO:
                     cards.append(path)
                 files.append(path)
-    with_records = {path.parent for path in files if path.suffix.lower() in RECORDS}
+    records = tuple(one for one in rule.records if one != ".json" or not has_programs)  # package.json is no data set
+    with_records = {path.parent for path in files if packed.suffixes(path)[0] in records}
     with_records |= {directory.parent for directory in with_records}  # of data/a.jsonl
     is_packed = has_packed and len(files) == len(cards)
     left = {card for card in cards if is_packed or card.parent in with_records}
@@ -205,7 +248,7 @@ def _is_card(path: Path) -> bool:
     return path.stem.lower() in CARDS
 
 
-def _directories(root: Path, found: Selection) -> Iterator[tuple[str, list[str]]]:
+def _directories(root: Path, found: Selection, rule: Rule) -> Iterator[tuple[str, list[str]]]:
     """Yields each directory once, with the names of its files. Linked directories come last."""
 
     def refuse(error: OSError) -> None:
@@ -230,12 +273,12 @@ def _directories(root: Path, found: Selection) -> Iterator[tuple[str, list[str]]
                 continue
             seen.add((identity.st_dev, identity.st_ino))
             found.linked += directory == start and len(chain) > 1
-            held_out = _held_out(directory, children, names)
+            held_out = _held_out(directory, children, names, rule)
             found.held_out += [Path(directory, name) for name in sorted(held_out)]
-            for name in sorted(children):
-                if name.startswith(".") or name in TOOLS:
-                    found.leave_out(f"{name}/", Path(directory, name))
-            children[:] = sorted({name for name in children if not name.startswith(".")} - TOOLS - held_out)
+            tools = {name for name in children if name.startswith(".") or rule.is_tool(Path(directory, name))}
+            for name in sorted(tools):
+                found.leave_out(f"{name}/", Path(directory, name))
+            children[:] = sorted(set(children) - tools - held_out)
             for link in filter(os.path.islink, (os.path.join(directory, name) for name in children)):
                 if _leads_up(link, (*chain, Path(os.path.realpath(directory)))):
                     found.leave_out(UPWARDS, Path(link))
@@ -250,39 +293,39 @@ def _leads_up(link: str, lower: Iterable[Path]) -> bool:
     return any(target == one or target in one.parents for one in lower)
 
 
-def _held_out(directory: str, children: list[str], names: list[str]) -> set[str]:
+def _held_out(directory: str, children: list[str], names: list[str], rule: Rule) -> set[str]:
     """Names of the test and validation sets that lie beside a train set.
 
     A file is one if the name of a train file differs from its own in the word alone, or in numbers:
     c4-validation.00000-of-00008 beside c4-train.00000-of-01024. A directory is one if it has the
     word for a name and lies beside `train`, and neither holds a program.
     """
-    files = [name for name in names if Path(name).suffix.lower() in SETS and not name.startswith(".")]
+    files = [name for name in names if _kind(name) in rule.sets and not name.startswith(".")]
     train = {rest for name in files for rest in _without(name, TRAIN)}
     held_out = {name for name in files if train.intersection(_without(name, TESTS))} if train else set()
     tests = TESTS.intersection(children)
-    if tests and "train" in children and _is_set(Path(directory, "train")):
-        held_out |= {name for name in tests if _is_set(Path(directory, name))}
+    if tests and "train" in children and _is_set(Path(directory, "train"), rule):
+        held_out |= {name for name in tests if _is_set(Path(directory, name), rule)}
     return held_out
 
 
 def _without(name: str, split: set[str]) -> list[tuple[str, ...]]:
-    """The words of a file's name without its suffix, less one of a split, for each that it has."""
-    words = re.findall(r"[^\W\d_]+", re.sub(r"\d+[-_. ]?of[-_. ]?\d+", " ", Path(name).stem.lower()))
+    """The words of a file's name without its suffixes, less one of a split, for each that it has."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\d+[-_. ]?of[-_. ]?\d+", " ", packed.stem(name).lower()))
     return [(*words[:i], *words[i + 1 :]) for i, word in enumerate(words) if word in split]
 
 
-def _is_set(root: Path) -> bool:
+def _is_set(root: Path, rule: Rule) -> bool:
     """Whether a directory holds text or records, and no program."""
     suffixes: set[str] = set()
     for _, children, names in os.walk(root):
-        children[:] = [name for name in children if not name.startswith(".") and name not in TOOLS]
-        suffixes |= {Path(name).suffix.lower() for name in names}
-    return bool(suffixes.intersection(SETS)) and not suffixes & PROGRAMS
+        children[:] = [name for name in children if not name.startswith(".") and name not in rule.tools]
+        suffixes |= {_kind(name) for name in names}
+    return bool(suffixes & rule.sets) and not suffixes & PROGRAMS
 
 
 def _suffix(path: Path) -> str:
-    suffixes = path.suffixes[-2:] if path.suffix.lower() in formats.UNPACKED else path.suffixes[-1:]
+    suffixes = path.suffixes[-2:] if path.suffix.lower() in packed.PACKINGS else path.suffixes[-1:]
     return "".join(one for one in suffixes if re.fullmatch(r"\.[A-Za-z]\w{0,7}", one)) or "without a suffix"
 
 

@@ -21,15 +21,16 @@ class ReadOptions:
     text_field: str = "text"  # field of records, column of tables
     split_on: str | None = None  # string that ends a document of a text file; None: a text file is one document
     is_replacing: bool = False  # U+FFFD for bytes that are not UTF-8
+    format: str = "jsonl"  # of standard input: jsonl or txt
 
 
 class Raw(NamedTuple):
     """One document in memory, for `documents.parse`; or, in the middle of a long text, a part of one."""
 
-    kind: str  # file, json, row, null or foreign
+    kind: str  # file, json (a line), record, row, null, foreign or broken; or lines: several, which a worker splits
     content: bytes
     file: str  # the path
-    place: int  # line or row from 1; 0: the whole file
+    place: int  # line, record or row from 1, of a span of lines within it; 0: the whole file
     num_bytes: int  # of the file that this document stands for
     split: Split | None = None  # where it is known before; None: the hash of the text decides
     is_first: bool = True  # False: it goes on where the document before it ended, without an end-of-text token
@@ -39,9 +40,9 @@ class Raw(NamedTuple):
 class Span(NamedTuple):
     """Documents of a file that lie from `start` to `end`: a worker reads them."""
 
-    kind: str  # what reads it: text, lines, parquet or arrow
+    kind: str  # what reads it: text, lines, rows, or whole: records or packed text, from the file's begin
     file: str  # the path
-    start: int  # byte, or row group or record batch
+    start: int  # byte, or row of a table
     end: int  # exclusive
     num_bytes: int  # of the file that the span stands for
     split: Split | None = None  # as of Raw; so are the next two
@@ -50,3 +51,4 @@ class Span(NamedTuple):
 
 
 Part = Raw | Span
+UNITS = {"json": "line", "record": "record", "broken": "record"}  # what a place counts, by kind; else rows

@@ -1,104 +1,125 @@
-"""Files of records: each line of a .jsonl file is a document, and each row of a .parquet file."""
+"""Records: the lines of .jsonl and .ndjson files, and the values of .json files, each a document.
 
+Each element of a .json array is one. A .json file that is no array holds lines, or values that go
+over several lines.
+"""
+
+import io
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from engine.errors import BadInput
 from engine.tokens import formats
+from engine.tokens.reading import packed, values
 from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
-from model.files import few, open_file
+from model.files import open_file
 
-SUFFIXES = (".jsonl", ".parquet")
+SPAN = 1 << 20  # bytes of a span of lines
+SMALL = 2 << 20  # bytes of a .json or packed file that a worker reads from its begin
 
 
 def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Part, int]]:
-    """Yields the parts of a file of records from position `start` on, each with the position after it.
+    """Yields the lines of a plain file from byte `start` on as spans, each with the byte after it.
 
-    A position is a byte of a .jsonl file, of the text in it if it is packed, and a row otherwise.
-    Raises BadInput, BadFile or OSError.
+    Raises BadFile or OSError.
     """
-    if path.suffix.lower() == ".parquet":
-        for number, raw in enumerate(islice(_rows(path, options.text_field), start, None), start + 1):
-            yield raw, number
-        return
+    size = os.stat(path).st_size
+    if size > SPAN:
+        with open_file(path) as file:
+            if (found := _foreign(file, path)) is not None:
+                yield found, size
+                return
+    for begin in range(start, size, SPAN):
+        end = min(begin + SPAN, size)
+        yield Span("lines", str(path), begin, end, end - begin), end
+
+
+def is_cut_between_lines(path: Path) -> bool:
+    """Whether a plain .json file is large and holds lines. Raises BadFile or OSError."""
+    if os.stat(path).st_size <= SMALL:
+        return False
     with open_file(path) as file:
-        head = file.read(formats.HEAD)
-        if (found := formats.foreign(head, path, file)) is not None:
-            size = os.fstat(file.fileno()).st_size
-            yield Raw("foreign", found.encode("utf-8", "replace"), str(path), 0, size), max(size, 1)
-            return
-        file.seek(0)
-        position = 0
-        for number, line in enumerate(file, 1):
-            position += len(line)
-            if line.strip() and position > start:
-                yield Raw("json", line, str(path), number, len(line)), position
+        return formats.has_lines(file.read(formats.HEAD))
+
+
+def _foreign(file: BinaryIO, path: Path) -> Raw | None:
+    """The whole file as one document, if it cannot be records."""
+    found = formats.foreign(file.read(formats.HEAD), path, file)
+    if found is None:
+        return None
+    return Raw("foreign", found.encode("utf-8", "replace"), str(path), 0, os.fstat(file.fileno()).st_size)
 
 
 def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
-    """Yields the documents of a span. Raises BadInput, BadFile or OSError."""
-    raise NotImplementedError(span.kind)
+    """Yields the documents of the lines that begin in a span.
 
-
-def _rows(path: Path, column: str) -> Iterator[Raw]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadInput(f"prepare: {path} needs pyarrow; install it with: pip install pyarrow") from error
-    with open_file(path) as file:
-        try:
-            size, number = os.fstat(file.fileno()).st_size, 0
-            with pyarrow.parquet.ParquetFile(file) as parquet:
-                _check_column(path, parquet.schema_arrow, column)
-                rows = max(parquet.metadata.num_rows, 1)
-                for batch in parquet.iter_batches(batch_size=1024, columns=[column]):
-                    for value in _as_bytes(batch.column(0)).to_pylist():
-                        share = size * (number + 1) // rows - size * number // rows
-                        number += 1
-                        yield Raw("null" if value is None else "row", value or b"", str(path), number, share)
-        except (pyarrow.ArrowException, ValueError, OSError) as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BadInput(f"{path}: must be a parquet file, got {why}; copy it again") from error
-
-
-def _check_column(path: Path, schema: Any, column: str) -> None:
-    """Raises BadInput if the column is missing or holds no text."""
-    texts = [f"{one.name} ({one.type})" for one in schema if _is_text(one.type)]
-    if column in schema.names:
-        kind = schema.types[schema.names.index(column)]
-        if _is_text(kind) or str(kind) == "null":
+    Places are without the lines that end before the span. Raises BadFile or OSError.
+    """
+    with open_file(span.file) as file:
+        if span.start == 0 and (found := _foreign(file, Path(span.file))) is not None:
+            yield found
             return
-        problem = f"column {column} must hold text, got {_short(kind)}"
-    else:
-        columns = [f"{one.name} ({_short(one.type)})" for one in schema]
-        problem = f"must have a column {column}, got {few(columns, formats.MOST_NAMED)}"
-    way = "name one with --text-field" if texts else "write the text into a column of strings"
-    raise BadInput(f"{path}: {problem}; columns with text: {few(texts, formats.MOST_NAMED) or 'none'}; {way}")
+        position, number = max(span.start - 1, 0), 0
+        file.seek(position)
+        if span.start:  # to the end of the line that begins before the span, or to the span's end in it
+            before = file.readline(span.end - position)
+            position, number = position + len(before), int(before != b"\n")
+        while position < span.end and (line := file.readline()):
+            position += len(line)
+            number += 1
+            if line.strip():
+                yield Raw("json", line, span.file, number, len(line))
 
 
-def _short(kind: Any) -> str:
-    return text if len(text := str(kind)) <= 80 else f"{text[:77]}..."
+def count_lines(path: str | Path, start: int, end: int) -> int:
+    """Number of lines of a file that end in the bytes from `start` to `end`."""
+    with open_file(path) as file:
+        file.seek(start)
+        count, left = 0, end - start
+        while left > 0 and (block := file.read(min(left, packed.BLOCK))):
+            count, left = count + block.count(b"\n"), left - len(block)
+    return count
 
 
-def _is_text(kind: Any) -> bool:
-    import pyarrow
+def blocks(file: io.BufferedReader, path: Path) -> Iterator[tuple[Raw, int]]:
+    """Yields the content of a stream in blocks of whole lines, each with the byte after it.
 
-    return str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) in (
-        *("string", "large_string", "string_view"),
-        *("binary", "large_binary", "binary_view"),
-    )
+    file: its `raw` is a packed.Unpacked.
+    """
+    number, position, given = 1, 0, 0
+    while block := file.read(packed.BLOCK):
+        if not block.endswith(b"\n"):
+            block += file.readline()
+        position += len(block)
+        share = file.raw.share(position) - given
+        given += share
+        yield Raw("lines", block, str(path), number, share), position
+        number += block.count(b"\n")
 
 
-def _as_bytes(values: Any) -> Any:
-    """An arrow array of text as one of bytes, which need not be UTF-8."""
-    import pyarrow
+def split(block: Raw) -> Iterator[Raw]:
+    """Yields the documents of a block of lines, each with its share of the file."""
+    position, given, size = 0, 0, len(block.content)
+    for number, line in enumerate(io.BytesIO(block.content), block.place):
+        position += len(line)
+        if line.strip():
+            share = max(block.num_bytes * position // size - given, 1)
+            yield Raw("json", line, block.file, number, share)
+        given = block.num_bytes * position // size
 
-    if pyarrow.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kinds = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}  # the last from 16 on
-    name = kinds.get(str(values.type))
-    return values if name is None else values.cast(getattr(pyarrow, name)())
+
+def of_values(file: io.BufferedReader, path: Path) -> Iterator[tuple[Raw, int]]:
+    """Yields the values of a stream, each with its number.
+
+    file: its `raw` is a packed.Unpacked.
+    """
+    number, given = 0, 0
+    try:
+        for number, (content, part) in enumerate(values.read(file), 1):
+            share = max(int(file.raw.consumed * part) - given, 1)
+            given += share
+            yield Raw("record", content, str(path), number, share), number
+    except values.Broken as error:
+        share = max(file.raw.size - given, 1)
+        yield Raw("broken", str(error).encode(), str(path), number + 1, share), number + 1

@@ -200,7 +200,7 @@ def test_files_and_flags_that_cannot_be_used_are_sentences(trained, tmp_path, ca
         (["--hellaswag", "nowhere.jsonl"], "one JSON object a line, got No such file"),
         (["--hellaswag", str(tmp_path)], "got a directory"),
         (["--hellaswag", str(tmp_path / "empty.jsonl")], "must hold at least one HellaSwag example, got none"),
-        (["--lambada", str(tmp_path / "packed.jsonl")], "got gzip data; try: gunzip -c"),
+        (["--lambada", str(tmp_path / "packed.jsonl")], "got gzip data; try: mv "),
         (["--data", "nowhere.txt"], "--data must be a directory of token shards or a text file, got nowhere.txt"),
         (["--data", str(tmp_path / "one_bad_byte.txt")], r"must hold text in UTF-8, got not UTF-8 at byte 5 of 6"),
         (["--data", str(tmp_path / "empty.txt")], "must hold text, got no document that is not empty"),

@@ -56,15 +56,15 @@ def found(root: Path) -> tuple[list[str], dict[str, int]]:
 
 def test_a_directory_says_what_of_it_is_not_read(tmp_path):
     hidden = ".git/a.txt", "sub/.venv/b.py", "node_modules/c.md", "__MACOSX/d.txt", "sub/__pycache__/e.py", ".f.txt"
-    root = tree(tmp_path / "in", "a.TXT", "sub/b.Jsonl", "c.csv", "x.json.gz", "y.json.gz", "LICENSE", *hidden)
+    root = tree(tmp_path / "in", "a.TXT", "sub/b.Jsonl", "c.csv", "x.csv.gz", "y.csv.gz", "LICENSE", *hidden)
     tree(root, "two/train/a.txt", "two/val/b.txt")
     files, not_read = found(root)
     assert files == ["a.TXT", "sub/b.Jsonl", "two/train/a.txt"]
     directories = dict.fromkeys([".git/", ".venv/", "node_modules/", "__MACOSX/", "__pycache__/"], 1)
-    assert not_read == {".csv": 1, ".json.gz": 2, "without a suffix": 1, "hidden": 1, **directories}
+    assert not_read == {".csv": 1, ".csv.gz": 2, "without a suffix": 1, "hidden": 1, **directories}
     text = prepare.describe(run(root, tmp_path / "out", val_fraction=0.5), "out")
     assert "of text from 2 .txt, 1 .jsonl, " in text
-    assert "\n  not read: 2 .json.gz, 1 .csv, 1 .git/, " in text
+    assert "\n  not read: 2 .csv.gz, 1 .csv, 1 .git/, " in text
     assert f"\n  held out: {root}/two/val/, test or validation sets beside a train set; name them as sources" in text
 
 
@@ -97,7 +97,9 @@ def test_held_out_sets_beside_train_sets_are_left_out_with_a_word(tmp_path, name
     ("names", "read"),
     [
         (["README.md", "LICENSE.txt", "en/a.jsonl"], ["en/a.jsonl"]),
-        (["README.md", "a.md", "src/b.py", "src/package.json"], ["README.md", "a.md", "src/b.py"]),
+        (["README.md", "en/a.json.gz"], ["en/a.json.gz"]),
+        (["README.md", "a.json"], ["a.json"]),
+        (["README.md", "b.py", "package.json"], ["README.md", "b.py", "package.json"]),
         (["README.md", "LICENSE"], ["README.md"]),
         (["README.md", ".git/config"], ["README.md"]),
         (["README.md", "tests/fixtures/a.jsonl"], ["README.md", "tests/fixtures/a.jsonl"]),
@@ -112,10 +114,10 @@ def test_the_card_of_a_data_set_is_no_corpus(tmp_path, names, read):
 
 
 def test_a_card_beside_packed_data_is_refused_with_the_way_to_unpack_it(tmp_path):
-    root = tree(tmp_path / "c4", "README.md", "en/c4-train.json.gz")
-    (root / "en" / "c4-train.json.gz").write_bytes(b"\x1f\x8b\x08 packed")
+    root = tree(tmp_path / "c4", "README.md", "en/c4-train.csv.gz")
+    (root / "en" / "c4-train.csv.gz").write_bytes(b"\x1f\x8b\x08 packed")
     (root / ".gitattributes").touch()
-    with pytest.raises(BadInput, match=r"not read: 1 .json.gz, 1 README.md .*gzip data; try: gunzip -c .*json"):
+    with pytest.raises(BadInput, match=r"not read: 1 .csv.gz, 1 README.md .*gzip data; try: gunzip -c .*csv"):
         found(root)
 
 
@@ -257,16 +259,20 @@ def test_an_edited_manifest_is_a_sentence(tmp_path):
 # ---- Formats ------------------------------------------------------------------------------------------------------
 
 FOREIGN = [
-    ("data.txt", b"\x1f\x8b\x08 and more", "gzip data; try: gunzip -c .*data.txt > .*data_text.txt"),
-    ("data.jsonl", b"\x28\xb5\x2f\xfd and more", "Zstandard data; try: zstd -dc .*data.jsonl > .*data_text.jsonl"),
+    ("data.txt", b"\x1f\x8b\x08 and more", "gzip data; try: mv .*data.txt .*data.txt.gz"),
+    ("data.jsonl", b"\x28\xb5\x2f\xfd and more", "Zstandard data; try: mv .*data.jsonl .*data.jsonl.zst"),
     ("data.txt", b"PK\x03\x04 and more", "a zip archive; try: unzip"),
     ("data.txt", b"PAR1 and more", "a parquet file; try: mv .*data.txt .*data.parquet"),
     ("data.md", b"%PDF-1.7 and more", "a PDF document; try: pdftotext"),
     ("data.txt", WORDS.encode("utf-16"), "UTF-16 text; try: iconv -f UTF-16 -t UTF-8 .*data.txt > .*data_text.txt"),
     ("data.txt", WORDS.encode("utf-16-le"), "binary data, or UTF-16 text without a byte-order mark"),
-    ("data.jsonl", b'[\n{"text": "a"},\n{"text": "b"}]', "a JSON array; try: jq -c '.\\[\\]' .*data_text.jsonl"),
-    ("data.json", b'[{"text": "a"}]', "a JSON array; try: jq -c '.\\[\\]' .*data.json > .*data.jsonl"),
-    ("data.json", b'{"text": "a"}\n{"text": "b"}\n', "JSON lines; try: mv .*data.json .*data.jsonl"),
+    ("data.jsonl", b'[\n{"text": "a"},\n{"text": "b"}]', "a JSON array; try: mv .*data.jsonl .*data.json"),
+    ("data.log", b'{"text": "a"}\n{"text": "b"}\n', "JSON lines; try: mv .*data.log .*data.jsonl"),
+    ("data.json", b'[\n {"content": "a"}]', 'without the field "text", .* are: content; add --text-field content'),
+    ("data.txt", b"ARROW1 and more", "an Arrow file; try: mv .*data.txt .*data.arrow"),
+    ("data.tar.gz", b"\x1f\x8b\x08", "a packed tar archive; try: tar -xf .*data.tar.gz"),
+    ("data.csv.xz", b"\xfd7zXZ\0", "xz data; try: xz -dc .*data.csv.xz > .*data.csv"),
+    ("data.gz", b"\x1f\x8b\x08", "gzip data; try: mv .*data.gz .*data.txt.gz"),
     ("data.tex", b"Plain words.", "text; try: cp .*data.tex .*data.txt"),
     ("data.csv", b"a,b\n1,2\n", "a table; write one column"),
     (
@@ -274,7 +280,7 @@ FOREIGN = [
         b'{"content": "a", "id": 7}\n',
         'without the field "text", .* are: content; add --text-field content',
     ),
-    ("data.jsonl", b"Plain words.\n", "lines that are no JSON objects"),
+    ("data.jsonl", b"Plain words.\n", "records that are no JSON objects"),
     ("data.bin", MAGIC.to_bytes(4, "little") + bytes(100), "a token shard, which needs no preparation"),
 ]
 

@@ -133,14 +133,18 @@ def test_changed_sources_are_another_request(source, tmp_path):
     assert "changed" in texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
 
 
-def test_data_of_an_older_version_that_read_other_files_is_a_sentence_of_its_own(source, tmp_path):
-    (source / ".hidden.txt").write_text("read once")
-    manifest = run(source, tmp_path / "out")
-    del manifest["rules"]
-    older = prepare.Selection([*sources.find_by_rule_1([str(source)])])
+@pytest.mark.parametrize(("rule", "name"), [(1, ".hidden.txt"), (2, "env/lib/a.py"), (2, "a.json")])
+def test_data_of_an_older_version_that_read_other_files_is_a_sentence_of_its_own(source, tmp_path, rule, name):
+    (source / "env/lib").mkdir(parents=True)
+    (source / "env/pyvenv.cfg").touch()
+    (source / name).write_text('{"text": "read by one of them"}')
+    manifest = run(source, tmp_path / "out") | {"rules": rule}
+    if rule == 1:
+        del manifest["rules"]
+    older = sources.find_by_rule([str(source)], rule)
     manifest["request"] = prepare._request([str(source)], older, config(tmp_path / "out"))
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BadInput, match=r"a version that read other files of them \(.*/.hidden.txt ...\); train on it"):
+    with pytest.raises(BadInput, match=rf"a version that read other files of them \(.*/{name} ...\); train on it"):
         run(source, tmp_path / "out")
     assert run(source, tmp_path / "out", overwrite=True)["rules"] == prepare.RULES
 

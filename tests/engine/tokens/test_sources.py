@@ -35,7 +35,10 @@ def test_bad_sources_are_sentences(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, sentence in (
         ("nowhere", "must be a file, a directory or the word stdlib, got .*nowhere"),
-        ("x.pdf", "a source must end in .txt, .md, .py, .jsonl, .parquet, got .*x.pdf, which holds a PDF document"),
+        (
+            "x.pdf",
+            "a source must end in .txt, .*, .arrow, .* with .gz, .*, got .*x.pdf, which holds a PDF document",
+        ),
         ("empty", "the sources must hold files in .txt, .*, got none"),
     ):
         with pytest.raises(BadInput, match=sentence):
