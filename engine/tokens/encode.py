@@ -51,7 +51,11 @@ class Encoded:
 
 def is_validation(text: str, val_fraction: float) -> bool:
     """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return in_validation(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), val_fraction)
+
+
+def in_validation(digest: bytes, val_fraction: float) -> bool:
+    """Whether the document with this hash of 8 bytes is in the validation split."""
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
@@ -70,28 +74,31 @@ def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: 
     pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     result = Encoded({}, Counter(), Counter())
     end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
-    for kind, raw, file, place, num_bytes, *_ in (raw for part in batch for raw in read(part, options)):
+    documents = (raw for part in batch for raw in read(part, options))
+    for kind, raw, file, place, num_bytes, split, is_first, digest, has_nul in documents:
         result.source_bytes += num_bytes
         try:
             text, replaced = parse(kind, raw, options.text_field, options.is_replacing)
         except NotText as error:
-            where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
+            name = {"json": "line", "file": "document at byte", "refused": "document at byte"}.get(kind, "row")
+            where = f"{name} {place:,}, " if place else ""
             result.leave_out(file, where, num_bytes, error)
             continue
         result.text_bytes += len(raw)
         result.replaced += replaced
         result.markers += text.count(tokenizer.END_OF_TEXT)
-        result.with_nul += "\0" in text
+        result.with_nul += has_nul if digest else "\0" in text
         if by_tail:
             tokens = _worker_tokenizer.encode(text)
             cut = len(tokens) - int(len(tokens) * val_fraction)
             parts = {"train": tokens[:cut], "val": tokens[cut:]}
         else:
-            split = "val" if is_validation(text, val_fraction) else "train"
-            parts = {split: _worker_tokenizer.encode(text)}
+            is_val = in_validation(digest, val_fraction) if digest else is_validation(text, val_fraction)
+            parts = {split or ("val" if is_val else "train"): _worker_tokenizer.encode(text)}
         for split, tokens in parts.items():
-            if len(tokens):
-                pieces[split] += [end_of_text, tokens]
+            if is_first and (len(tokens) or digest):
+                pieces[split].append(end_of_text)
                 result.documents[split] += 1
+            pieces[split].append(tokens)
     result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
     return result

@@ -26,14 +26,15 @@ class ReadOptions:
 class Raw(NamedTuple):
     """One document in memory, for `documents.parse`; or, in the middle of a long text, a part of one."""
 
-    kind: str  # file, json, row, null or foreign
+    kind: str  # file, json, row, null, foreign, part or refused; see documents.parse
     content: bytes
     file: str  # the path
-    place: int  # line or row from 1; 0: the whole file
+    place: int  # line or row from 1, byte of a document of a text; 0: the whole file, or its begin
     num_bytes: int  # of the file that this document stands for
     split: Split | None = None  # where it is known before; None: the hash of the text decides
     is_first: bool = True  # False: it goes on where the document before it ended, without an end-of-text token
     digest: bytes = b""  # of the whole document's text, where this is a part of it; see encode
+    has_nul: bool = False  # of the first part: whether the whole document has NUL bytes
 
 
 class Span(NamedTuple):
@@ -44,9 +45,10 @@ class Span(NamedTuple):
     start: int  # byte, or row group or record batch
     end: int  # exclusive
     num_bytes: int  # of the file that the span stands for
-    split: Split | None = None  # as of Raw; so are the next two
+    split: Split | None = None  # as of Raw; so are the next three
     is_first: bool = True
     digest: bytes = b""
+    has_nul: bool = False
 
 
 Part = Raw | Span
