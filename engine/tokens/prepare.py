@@ -189,6 +189,8 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
+    if config.separator is not None:
+        options.append(["split_on", config.separator])
     stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
     found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
