@@ -20,7 +20,7 @@ from engine.tokens.reading.parts import NotText
 
 LONG = 8 << 20  # bytes of a document from which on it is read in parts
 PART = 1 << 20  # bytes of a part, which goes on from there to the next place for a cut
-BLOCK = 1 << 20  # bytes that are read at a time
+BLOCK = 1 << 18  # bytes that are read at a time
 SPLIT_HASH = 8  # bytes of the hash that decides a document's split
 
 # White space as in tokenizer.SPACES, which is one to three bytes in UTF-8.

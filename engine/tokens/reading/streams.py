@@ -66,6 +66,9 @@ def groups(file: BinaryIO, options: ReadOptions, most: float | None = None) -> I
         if whole:
             yield Group(begin, begin + whole, held[:whole])
             begin, held = begin + whole, held[whole:]
+        if options.is_sample and (place := cuts.PLACE.search(held, cuts.PART)):
+            yield Group(begin, begin + place.start(), held[: place.start()])
+            begin, held = begin + place.start(), held[place.start() :]
         if len(held) > most:
             long, held = _long(begin, held + block, file, options)
             begin = long.after
@@ -151,7 +154,9 @@ def documents_of_stream(
 
 def _parts(file: BinaryIO, long: Long, path: str) -> Iterator[tuple[Raw, int]]:
     scan, after = long.scan, long.begin
-    file.seek(scan.start)
+    position = 0
+    while position < scan.start:  # an unpacked stream cannot seek
+        position += len(read_exactly(file, min(cuts.BLOCK, scan.start - position)))
     for (begin, end), num_bytes in zip(scan.parts(), long.lengths(), strict=True):
         after, is_first = after + num_bytes, begin == scan.start
         content = read_exactly(file, end - begin)

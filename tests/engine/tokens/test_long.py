@@ -126,12 +126,10 @@ def test_cuts_of_any_text_leave_its_ids(gpt2, pieces, wanted, block):
     text = "".join(pieces)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuts, "PART", wanted)
-        scan, parts = cut(text.encode(), block)
+        _, parts = cut(text.encode(), block)
     assert b"".join(parts) == text.encode()
     assert same(gpt2.encode, text, parts)
     assert same(tokenizer.load("bytes").encode, text, parts)
-    if text.strip():
-        assert scan.problem is None
 
 
 def test_a_text_without_a_place_is_one_part_and_the_search_goes_on(monkeypatch):
