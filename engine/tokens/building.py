@@ -82,7 +82,7 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
     name = _stem(Path(config.out).name) or "data"
     writers = {split: ShardWriter(building, name, split, config.shard_tokens) for split in ("train", "val")}
     totals, losses = Encoded({}, Counter(), Counter()), Losses()
-    options = ReadOptions(config.text_field, config.separator, config.on_bad_text == "replace")
+    options = ReadOptions(config.text_field, config.separator, config.on_bad_text == "replace", is_cut=not by_tail)
     encode = partial(
         encode_batch, name=config.tokenizer, val_fraction=config.val_fraction, options=options, by_tail=by_tail
     )

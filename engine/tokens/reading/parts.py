@@ -21,6 +21,7 @@ class ReadOptions:
     text_field: str = "text"  # field of records, column of tables
     split_on: str | None = None  # string that ends a document of a text file; None: a text file is one document
     is_replacing: bool = False  # U+FFFD for bytes that are not UTF-8
+    is_cut: bool = True  # long texts come in parts; False: a worker holds them whole
     is_sample: bool = (
         False  # for an estimate: some parts of a long text as documents, so that it is not read to its end first
     )

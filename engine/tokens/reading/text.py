@@ -25,7 +25,7 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
     Raises BadFile or OSError.
     """
     size = os.stat(path).st_size
-    if size <= cuts.LONG:
+    if size <= cuts.LONG or not options.is_cut:
         found = iter([(Span("text", str(path), 0, size, size), max(size, 1))])
     else:
         found = _parts_of_long(path, options)
