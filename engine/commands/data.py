@@ -24,6 +24,11 @@ def prepare(args: list[str], prog: str) -> None:
     asked = flags.checked(Prepare, args, prog)
     if not asked.sources:
         raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {STDLIB}")
+    if asked.dry_run:
+        from engine.tokens.estimate import estimate
+
+        print(estimate(list(asked.sources), asked))
+        return
     print(preparation.describe(preparation.prepare(list(asked.sources), asked), asked.out))
 
 

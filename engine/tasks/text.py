@@ -25,7 +25,7 @@ def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
     if the file cannot be read or is not text.
     """
     pieces = []
-    for kind, raw, _, place, *_ in raw_documents([Path(path)], ReadOptions(TEXT_FIELD)):
+    for kind, raw, _, place, _, _, is_first, *_ in raw_documents([Path(path)], ReadOptions(TEXT_FIELD)):
         try:
             text, _ = parse(kind, raw, TEXT_FIELD)
         except NotText as error:
@@ -33,7 +33,7 @@ def load(path: str, tokenizer: Tokenizer) -> np.ndarray:
                 continue
             where = f"{UNITS.get(kind, 'row')} {place:,}: " if place else ""
             raise BadInput(f"{path}: must hold text in UTF-8, got {where}{error}") from error
-        pieces += [[tokenizer.end_of_text], tokenizer.encode(text)]
+        pieces += [[tokenizer.end_of_text]] * is_first + [tokenizer.encode(text)]
     if not pieces:
         raise BadInput(f"{path}: must hold text, got no document that is not empty")
     return np.concatenate(pieces).astype(np.uint16)

@@ -48,7 +48,7 @@ class Build:
         self.name = _stem(Path(config.out).name) or "data"
         self.key = f"{key} {self.name}"
         self.options = ReadOptions(
-            config.text_field, config.split_on, is_replacing=config.on_bad_text == "replace", format=config.format
+            config.text_field, config.separator, is_replacing=config.on_bad_text == "replace", format=config.format
         )
         self.behind = Behind()
         self.ends: deque[tuple[int, int]] = deque()  # where each batch that is under way ends

@@ -66,8 +66,11 @@ def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) ->
     """(text, characters put in place of bad bytes) of a document. Raises NotText.
 
     kind, raw: as from raw_documents. is_replacing: U+FFFD for each byte that is not UTF-8, unless
-    those are more than a quarter of the text.
+    those are more than a quarter of the text. A part of a long text may be white space alone, or bad
+    bytes: the whole text has been checked.
     """
+    if kind == "refused":
+        raise NotText(*raw.decode().split("\n", 1))
     if kind == "foreign":
         raise NotText("of another format", f"({raw.decode()})")
     if kind == "broken":
@@ -84,6 +87,8 @@ def parse(kind: str, raw: bytes, text_field: str, is_replacing: bool = False) ->
         if not is_replacing:
             raise NotText("not UTF-8", f"at character {error.start:,} of the field, a lone surrogate") from error
         text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+    if kind == "part":
+        return text, replaced
     if 4 * replaced > len(text):
         raise NotText("mostly not UTF-8", f"in {replaced:,} of {len(text):,} characters")
     if not text.strip():

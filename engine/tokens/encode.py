@@ -10,18 +10,25 @@ import numpy as np
 from engine.tokens import tokenizer
 from engine.tokens.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
 from engine.tokens.documents import parse, read
+from engine.tokens.reading.cuts import LONG
 from engine.tokens.reading.parts import NotText, Part, ReadOptions
+
+SPLIT_DIGEST = 8  # bytes of the digest that decides a document's split; a text of over LONG bytes has no other
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
     """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return in_validation(hashlib.blake2b(text.encode("utf-8"), digest_size=SPLIT_DIGEST).digest(), val_fraction)
+
+
+def in_validation(digest: bytes, val_fraction: float) -> bool:
+    """Whether the document with this hash of 8 bytes is in the validation split."""
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-def text_digest(text: str) -> bytes:
+def full_digest(content: bytes) -> bytes:
     """Digest of a document's text, 16 bytes: documents of equal digests are duplicates."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=DIGEST).digest()
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
 _worker_tokenizer = None  # one per worker process
@@ -48,12 +55,14 @@ def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: 
         except NotText as error:
             result.leave_out(part, raw, error)
             continue
-        split = raw.split or part.split or ("val" if is_validation(text, val_fraction) else "train")
-        markers, with_nul = text.count(tokenizer.END_OF_TEXT), "\0" in text
-        rows.append((split == "val", raw.is_first, 0, len(raw.content), replaced, markers, with_nul))
+        content = text.encode("utf-8")
+        digest = raw.digest or hashlib.blake2b(content, digest_size=SPLIT_DIGEST).digest()
+        split = raw.split or part.split or ("val" if in_validation(digest, val_fraction) else "train")
+        markers, with_nul = text.count(tokenizer.END_OF_TEXT), raw.has_nul if raw.digest else "\0" in text
+        rows.append((split == "val", raw.is_first, 0, len(content), replaced, markers, with_nul))
         texts.append(text)
         if dedup and raw.is_first:
-            digests.append(raw.digest.ljust(DIGEST, b"\0")[-DIGEST:] if raw.digest else text_digest(text))
+            digests.append(full_digest(content) if len(content) <= LONG and not raw.digest else digest.ljust(DIGEST))
     encoder = load_tokenizer(name)
     ids = [encoder.encode(text) for text in texts]
     result.rows = _table(rows)

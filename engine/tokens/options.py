@@ -1,5 +1,6 @@
 """Options of `gpt2 prepare`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ from engine.errors import BadInput
 MOST_TOKENS = 2**31 - 1  # of a shard: its header counts them in an int32
 MOST_WORKERS = 1024
 LEAST_VAL_FRACTION = 1e-9
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}  # in --split-on
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,22 @@ class PrepareConfig:
     on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
     overwrite: bool = False  # replace other data in the same directory
     val: tuple[str, ...] = ()  # sources of a validation set of its own; then none of the others is for validation
-    split_on: str | None = None  # string in .txt, .md and .py files that ends a document, such as "<|endoftext|>"
+    # String in .txt, .md and .py files that ends a document, such as "<|endoftext|>". In it \n, \r and \t stand for a
+    # line end, a return and a tab, and \\ for one backslash. Line ends around a document are no part of it, and white
+    # space alone is no document.
+    split_on: str | None = None
     format: Literal["txt", "jsonl"] = "jsonl"  # of standard input, the source -
     dedup: bool = False  # keep the first of documents with equal text
     fast: bool = True  # tokenise with gigatoken where it is installed, compared with tiktoken on a sample
     keep: bool = False  # keep the files that are fetched for an hf: source
     dry_run: bool = False  # read a sample and print an estimate of tokens, bytes and time, and write nothing
+
+    @property
+    def separator(self) -> str | None:
+        """split_on with its escapes replaced."""
+        if self.split_on is None:
+            return None
+        return re.sub(r"\\([nrt\\])", lambda found: ESCAPES[found[1]], self.split_on)
 
     def __post_init__(self) -> None:
         wrong = []
@@ -43,5 +55,9 @@ class PrepareConfig:
             wrong.append(f"--val-fraction must be left out where --val names the documents, got {self.val_fraction}")
         if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
             wrong.append(f"--workers must be from 1 to {MOST_WORKERS:,}, got {self.workers}")
+        if self.split_on is not None and not self.separator:
+            wrong.append("--split-on must be a string of at least one character, got none")
+        elif re.search("[\ud800-\udfff]", self.separator or ""):  # an argument of other bytes
+            wrong.append(f"--split-on must be UTF-8, got {self.split_on!r}")
         if wrong:
             raise BadInput("prepare: " + "; ".join(wrong))

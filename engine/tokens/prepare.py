@@ -37,7 +37,7 @@ from engine.tokens.summary import left_out
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
-NEW = ("val", "split_on", "dedup")  # options of which other values than the default are in the request
+NEW = ("val", "dedup")  # options of which other values than the default are in the request
 RULES = 3  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule
 
 
@@ -279,6 +279,8 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
     options += [[name, getattr(config, name)] for name in NEW if getattr(config, name) != getattr(PrepareConfig, name)]
+    if config.separator is not None:
+        options.append(["split_on", config.separator])
     if STDIN in found.files:  # nobody knows whether it is the same as before
         options.append(os.urandom(16).hex())
     stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]

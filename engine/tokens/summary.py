@@ -48,8 +48,8 @@ def describe(manifest: dict[str, Any], out: str) -> str:
         lines.append(f"  U+FFFD in place of bad bytes: {replaced:,}")
     if markers := manifest.get("markers"):
         lines.append(
-            f"  {markers:,} literal {END_OF_TEXT} are text like any other; to end documents at them, write one a line "
-            "as .jsonl"
+            f"  {markers:,} literal {END_OF_TEXT} are text like any other; --split-on '{END_OF_TEXT}' ends documents "
+            "of text files there"
         )
     if with_nul := manifest.get("with_nul"):
         lines.append(f"  {with_nul:,} with NUL bytes, which are text like any other")

@@ -40,7 +40,7 @@ FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts
 FILES |= {"rehearsal", "durable"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
-    | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables"}
+    | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables", "estimate"}
     | {"options", "building", "account", "writer", "journal", "duplicates", "tails", "mixture", "weights"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}

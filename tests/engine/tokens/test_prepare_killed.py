@@ -286,7 +286,7 @@ def test_tails_that_are_cut_after_a_stop_are_the_same(tmp_path, monkeypatch):
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"{number}" * (9 + 40 * number))
     source, options = tmp_path, {"val_fraction": 0.1, "shard_tokens": 60}
-    monkeypatch.setattr(encode, "is_validation", lambda *_: False)
+    monkeypatch.setattr(encode, "in_validation", lambda *_: False)
     monkeypatch.setattr(tails, "PIECE", 7)
     with monkeypatch.context() as patch:
         patch.setattr(tails, "cut", fail_at(1, tails.cut, Killed()))

@@ -11,6 +11,7 @@ from corpora import documents, run, texts, write_library
 from engine.errors import BadInput
 from engine.tokens import prepare, sources, tokenizer
 from engine.tokens.documents import raw_documents
+from engine.tokens.reading.parts import ReadOptions
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_column_that_is_not_utf_8_is_left_out_by_row(tmp_path):
 def test_a_file_is_held_in_memory_once(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"x" * 4_000_000)
     tracemalloc.start()
-    (document,) = raw_documents([tmp_path / "x.txt"], "text")
+    (document,) = raw_documents([tmp_path / "x.txt"], ReadOptions())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(document[1]) == 4_000_000
