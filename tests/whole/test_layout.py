@@ -41,7 +41,7 @@ FILES |= {"rehearsal"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign"}
-    | {"options", "building"},
+    | {"options", "building", "fast"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "durable", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},
