@@ -11,7 +11,7 @@ import numpy as np
 
 from engine import system
 from engine.errors import BadInput
-from engine.tokens import tokenizer, workers
+from engine.tokens import fast, tokenizer, workers
 from engine.tokens.documents import Losses, parts
 from engine.tokens.encode import Encoded, encode_batch
 from engine.tokens.options import PrepareConfig
@@ -84,7 +84,12 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
     totals, losses = Encoded({}, Counter(), Counter()), Losses()
     options = ReadOptions(config.text_field, is_replacing=config.on_bad_text == "replace")
     encode = partial(
-        encode_batch, name=config.tokenizer, val_fraction=config.val_fraction, options=options, by_tail=by_tail
+        encode_batch,
+        name=config.tokenizer,
+        is_fast=config.fast,
+        val_fraction=config.val_fraction,
+        options=options,
+        by_tail=by_tail,
     )
     progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
     batches = _batches(part for path in found.files for part, _ in parts(path, options))
@@ -105,6 +110,7 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
     return {
         "version": 1,
         "tokenizer": chosen.name,
+        "encoder": fast.version(config.tokenizer, config.fast),
         "vocab_size": chosen.vocab_size,
         "split": "the tail of each document" if by_tail else "hash of the document",
         "val_fraction": config.val_fraction,

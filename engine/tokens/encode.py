@@ -6,10 +6,11 @@ Runs in the worker processes of `gpt2 prepare`.
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-from engine.tokens import tokenizer
+from engine.tokens import fast, tokenizer
 from engine.tokens.documents import Loss, Losses, parse, read
 from engine.tokens.reading.parts import NotText, Part, ReadOptions
 
@@ -55,43 +56,62 @@ def is_validation(text: str, val_fraction: float) -> bool:
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
-_worker_tokenizer = None  # one per worker process, built for its first batch
+@lru_cache(maxsize=1)
+def _encoder(name: str, is_fast: bool) -> fast.BatchEncoder:
+    """This worker's encoder, built for its first batch."""
+    return fast.batch_encoder(name, is_fast)
 
 
-def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: ReadOptions, by_tail: bool) -> Encoded:
+def encode_batch(
+    batch: list[Part], *, name: str, is_fast: bool, val_fraction: float, options: ReadOptions, by_tail: bool
+) -> Encoded:
     """Reads, splits and tokenises the documents of a batch.
 
-    name: the tokenizer's. by_tail: take the last val_fraction of every document's tokens for
-    validation, not whole documents.
+    name: the tokenizer's. is_fast: with gigatoken, if it is installed. by_tail: take the last
+    val_fraction of every document's tokens for validation, not whole documents.
+    Raises fast.Unusable, which names the document, if gigatoken and tiktoken differ.
     """
-    global _worker_tokenizer
-    if _worker_tokenizer is None or _worker_tokenizer.name != name:
-        _worker_tokenizer = tokenizer.load(name)
-    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    texts: list[str] = []
+    places: list[str] = []  # of each text, for a message
     result = Encoded({}, Counter(), Counter())
-    end_of_text = np.array([_worker_tokenizer.end_of_text], dtype=np.uint16)
     for kind, raw, file, place, num_bytes, *_ in (raw for part in batch for raw in read(part, options)):
         result.source_bytes += num_bytes
+        where = f"{'line' if kind == 'json' else 'row'} {place:,}" if place else ""
         try:
             text, replaced = parse(kind, raw, options.text_field, options.is_replacing)
         except NotText as error:
-            where = f"{'line' if kind == 'json' else 'row'} {place:,}, " if place else ""
-            result.leave_out(file, where, num_bytes, error)
+            result.leave_out(file, f"{where}, " if where else "", num_bytes, error)
             continue
         result.text_bytes += len(raw)
         result.replaced += replaced
         result.markers += text.count(tokenizer.END_OF_TEXT)
         result.with_nul += "\0" in text
+        texts.append(text)
+        places.append(f"{file}, {where}" if where else file)
+    try:
+        ids = _encoder(name, is_fast).encode_batch(texts)
+    except fast.Unusable as error:
+        place = "" if error.document is None else f" in {places[error.document]}"
+        raise fast.Unusable(f"{error}{place}") from error
+    end_of_text = tokenizer.TOKENIZERS[name].end_of_text
+    _split(texts, ids, result, end_of_text=end_of_text, val_fraction=val_fraction, by_tail=by_tail)
+    return result
+
+
+def _split(
+    texts: list[str], ids: list[np.ndarray], result: Encoded, *, end_of_text: int, val_fraction: float, by_tail: bool
+) -> None:
+    """Puts the documents of each split, each after an end-of-text token, into the result."""
+    pieces: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    separator = np.array([end_of_text], dtype=np.uint16)
+    for text, tokens in zip(texts, ids, strict=True):
         if by_tail:
-            tokens = _worker_tokenizer.encode(text)
             cut = len(tokens) - int(len(tokens) * val_fraction)
             parts = {"train": tokens[:cut], "val": tokens[cut:]}
         else:
-            split = "val" if is_validation(text, val_fraction) else "train"
-            parts = {split: _worker_tokenizer.encode(text)}
-        for split, tokens in parts.items():
-            if len(tokens):
-                pieces[split] += [end_of_text, tokens]
+            parts = {"val" if is_validation(text, val_fraction) else "train": tokens}
+        for split, part in parts.items():
+            if len(part):
+                pieces[split] += [separator, part]
                 result.documents[split] += 1
     result.tokens = {split: np.concatenate(parts) for split, parts in pieces.items() if parts}
-    return result

@@ -18,11 +18,13 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from engine import lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
+from engine.tokens import fast
 from engine.tokens.building import build
 from engine.tokens.names import NUMBERED
 from engine.tokens.options import PrepareConfig as PrepareConfig
@@ -119,9 +121,13 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
         spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        manifest = build(found, config, building, by_tail=False)
-        if not all(manifest["tokens"].values()):
-            manifest = build(found, config, building, by_tail=True)
+        try:
+            manifest = _build(found, config, building)
+        except fast.Unusable as error:  # what it has made by then is not to be trusted either
+            print(f"prepare: {error}; all documents are tokenised again, with tiktoken", file=sys.stderr, flush=True)
+            shutil.rmtree(building)
+            building.mkdir()
+            manifest = _build(found, replace(config, fast=False), building) | {"not_fast": str(error)}
         if not all(manifest["tokens"].values()):
             raise BadInput(
                 f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
@@ -151,6 +157,12 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
             _remove_orphans(out, building)
         shutil.rmtree(building, ignore_errors=True)
     return manifest
+
+
+def _build(found: Selection, config: PrepareConfig, building: Path) -> dict:
+    """The shards, with whole documents for validation if there are enough. Returns the manifest."""
+    manifest = build(found, config, building, by_tail=False)
+    return manifest if all(manifest["tokens"].values()) else build(found, config, building, by_tail=True)
 
 
 def _account(found: Selection) -> dict:
