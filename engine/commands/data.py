@@ -17,7 +17,9 @@ def prepare(args: list[str], prog: str) -> None:
     class Prepare(preparation.PrepareConfig):
         """Turns text into token shards. A document is a file, a .jsonl line or a .parquet row."""
 
-        sources: tyro.conf.Positional[tuple[str, ...]]  # .txt .md .py .jsonl .parquet, directories of them; or: stdlib
+        sources: tyro.conf.Positional[
+            tuple[str, ...]
+        ]  # .txt .md .py .jsonl .parquet, directories; stdlib; hf:OWNER/NAME
 
     asked = flags.checked(Prepare, args, prog)
     if not asked.sources:

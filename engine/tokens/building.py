@@ -1,7 +1,7 @@
 """The shards of a preparation, from files to a directory of .bin files and what the manifest says of them."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -16,12 +16,39 @@ from engine.tokens.documents import Losses, parts
 from engine.tokens.encode import Encoded, encode_batch
 from engine.tokens.options import PrepareConfig
 from engine.tokens.progress import Progress
+from engine.tokens.reading.hub import DOWNLOADS, Downloads
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
 from engine.tokens.shards import sha256, write_shard
 from engine.tokens.sources import Selection
 
 BATCH_BYTES = 1 << 20  # bytes of the sources per batch handed to a worker
 LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
+
+
+class Files:
+    """Batches of the sources' parts. Remembers with which batch each file ends."""
+
+    def __init__(self, found: Selection, options: ReadOptions, downloads: Downloads):
+        self._found, self._options, self._downloads = found, options, downloads
+        self._num_batches = 0
+        self._ends: deque[tuple[int, Path]] = deque()  # number of the file's last batch, from 1
+
+    def batches(self) -> Iterator[list[Part]]:
+        """Yields the batches, in order."""
+        for batch in _batches(self._parts()):
+            self._num_batches += 1
+            yield batch
+
+    def release(self, number: int) -> None:
+        """Removes downloaded files that no batch after this one needs."""
+        while self._ends and self._ends[0][0] <= number:
+            self._downloads.done(self._ends.popleft()[1])
+
+    def _parts(self) -> Iterator[Part]:
+        for path in self._found.files:
+            for part, _ in parts(self._downloads.fetch(path), self._options):
+                yield part
+            self._ends.append((self._num_batches + 1, path))
 
 
 def _batches(found: Iterable[Part]) -> Iterator[list[Part]]:
@@ -92,12 +119,14 @@ def build(found: Selection, config: PrepareConfig, building: Path, by_tail: bool
         by_tail=by_tail,
     )
     progress = Progress(found.num_bytes, " of the second pass" if by_tail else "")
-    batches = _batches(part for path in found.files for part, _ in parts(path, options))
+    files = Files(found, options, Downloads(found.remote, Path(config.out) / DOWNLOADS, config.keep))
+    batches = files.batches()
     with closing(progress), closing(workers.map_in_order(encode, batches, count, max_pending=2 * count)) as results:
-        for encoded in results:
+        for number, encoded in enumerate(results, 1):
             for split, tokens in encoded.tokens.items():
                 writers[split].add(tokens)
             totals.add(encoded, losses)
+            files.release(number)
             progress.advance(encoded.source_bytes, sum(map(len, encoded.tokens.values())))
             if encoded.losses and config.on_bad_text == "fail":
                 raise BadInput(

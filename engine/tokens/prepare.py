@@ -28,6 +28,7 @@ from engine.tokens import fast
 from engine.tokens.building import build
 from engine.tokens.names import NUMBERED
 from engine.tokens.options import PrepareConfig as PrepareConfig
+from engine.tokens.reading import hub
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
 from engine.tokens.sources import Selection, find, find_by_rule_1, require_text, unreadable
 from engine.tokens.summary import describe as describe
@@ -145,6 +146,7 @@ def _replace(sources: list[str], found: Selection, request: str, config: Prepare
                     stale.unlink()
         for name in [*(shard["file"] for shard in manifest["shards"]), MANIFEST]:
             os.replace(building / name, out / name)
+        shutil.rmtree(out / hub.DOWNLOADS, ignore_errors=True)  # after the manifest: until then they may be needed
     except OSError as error:  # of a source it is BadInput already
         raise BadInput(
             f"prepare: --out must be a directory that can be written, got {error.filename or out}: "
@@ -201,9 +203,17 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
-    stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
+    stats = [_identity(path, found) for path in found.files]
     found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
+
+
+def _identity(path: Path, found: Selection) -> tuple[str, int, int | str]:
+    """Path, size and time of a file, or its commit if it is on the hub."""
+    if path in found.remote:
+        return str(path), found.remote[path].size, found.remote[path].commit
+    one = _stat(path)
+    return str(path), one.st_size, one.st_mtime_ns
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -20,6 +20,7 @@ from pathlib import Path
 from engine.errors import BadInput
 from engine.output import program
 from engine.tokens import foreign, formats
+from engine.tokens.reading import hub
 from model.files import BadFile, few, kind_of
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -45,6 +46,7 @@ class Selection:
     held_out: list[Path] = field(default_factory=list)  # test and validation sets, files or directories
     linked: int = 0  # linked directories that are read
     num_bytes: int = 0  # of the files to read
+    remote: dict[Path, hub.Remote] = field(default_factory=dict)  # those of `files` that are to be downloaded
 
     def leave_out(self, why: str, path: Path) -> None:
         """Counts a file or directory that is not read."""
@@ -57,6 +59,9 @@ def find(sources: Iterable[str]) -> Selection:
     found = Selection()
     for source in sources:
         path = Path(source)
+        if hub.is_remote(source):
+            _find_remote(source, found)
+            continue
         if source == STDLIB and not path.exists():
             found.files += _library(Path(sysconfig.get_path("stdlib")))
             continue
@@ -72,6 +77,15 @@ def find(sources: Iterable[str]) -> Selection:
             f"{_got(sources, found)}"
         )
     return found
+
+
+def _find_remote(source: str, found: Selection) -> None:
+    files = hub.find(source, SUFFIXES)
+    held_out = hub.held_out(files, TRAIN, TESTS)
+    found.held_out += [one.label for one in held_out]
+    new = {one.label: one for one in files if one not in held_out}
+    found.files += new
+    found.remote |= new
 
 
 def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
@@ -91,6 +105,8 @@ def find_by_rule_1(sources: Iterable[str]) -> list[Path]:
 
 def require_text(found: Selection, text_field: str) -> str:
     """Raises BadInput if none of the files holds text. Returns a warning if it seems so of the first, or ""."""
+    if found.remote:
+        return ""
     looks = [_look(file, text_field) for file in found.files[:LOOKED_AT]]
     if any(problem is None for problem, _ in looks):
         return ""
