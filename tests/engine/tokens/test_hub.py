@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from corpora import config, files, texts
@@ -11,6 +13,7 @@ from hub_server import COMMIT, Hub
 from engine.errors import BadInput
 from engine.tokens import building, prepare, sources
 from engine.tokens.reading import hub
+from engine.tokens.reading.parts import ReadOptions
 
 pytest.importorskip("huggingface_hub")
 LINES = {f"data/{i}.jsonl": [{"text": f"record {i} {j}"} for j in range(40)] for i in range(4)}
@@ -226,3 +229,28 @@ def test_a_file_of_another_size_is_not_read(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "find", lambda source, suffixes: [hub.Remote("owner/texts", COMMIT, "data/0.jsonl", 7)])
     with pytest.raises(BadInput, match=r"data/0\.jsonl: must have 7 bytes, got "):
         run(tmp_path / "out")
+
+
+def test_the_next_file_is_downloaded_while_one_is_read(serve, tmp_path):
+    server = serve()
+    remote = {one.label: one for one in hub.find(SOURCE, sources.SUFFIXES)}
+    hub.Downloads(remote, tmp_path / "downloads", keep=False).fetch(next(iter(remote)))
+    latest = time.monotonic() + 10
+    while len(server.asked) < 2 and time.monotonic() < latest:
+        time.sleep(0.01)
+    assert [name for name, _ in server.asked] == [*FILES][:2]
+
+
+def test_a_file_is_removed_only_when_all_batches_with_parts_of_it_are_encoded(tmp_path, monkeypatch):
+    paths, removed = [tmp_path / f"{i}.txt" for i in range(5)], []
+    for path in paths:
+        path.write_text("text")
+    monkeypatch.setattr(building, "BATCH_BYTES", 8)  # two files a batch
+    downloads = SimpleNamespace(fetch=lambda path: path, done=removed.append)
+    reading = building.Files(sources.Selection(paths), ReadOptions(), downloads)
+    batches = [*reading.batches()]  # all are handed out before the first is encoded
+    assert [[Path(part.file) for part in batch] for batch in batches] == [paths[:2], paths[2:4], paths[4:]]
+    for number, least, most in ((1, 1, 2), (2, 3, 4), (3, 5, 5)):
+        reading.release(number)
+        assert paths[:least] == removed[:least]
+        assert len(removed) <= most
