@@ -17,9 +17,7 @@ def prepare(args: list[str], prog: str) -> None:
     class Prepare(preparation.PrepareConfig):
         """Turns text into token shards. A document is a file, a .jsonl line or a .parquet row."""
 
-        sources: tyro.conf.Positional[
-            tuple[str, ...]
-        ]  # .txt .md .py .jsonl .parquet, directories; stdlib; hf:OWNER/NAME
+        sources: tyro.conf.Positional[tuple[str, ...]]  # .txt .md .py .jsonl .parquet, directories; stdlib; hf:...
 
     asked = flags.checked(Prepare, args, prog)
     if not asked.sources:
