@@ -26,6 +26,7 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow>=15", "huggingface_hub>=0.24", "zstandard>=0.22"],
+        "fast": ["gigatoken>=0.10"],  # prepare, many times as fast as with tiktoken
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.31"],
         "dev": [
@@ -37,6 +38,8 @@ setup(
             "setuptools>=70.1",  # builds a wheel in a test
             "transformers>=4.44",
             "pyarrow>=15",
+            "zstandard>=0.22",
+            "gigatoken>=0.10",
             "tensorboard>=2.16",
         ],
     },

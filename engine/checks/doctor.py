@@ -155,7 +155,7 @@ def _machine(device: torch.device) -> list[Fact]:
     system = {"version": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
     return [
         Fact("python", f"{system['version']} on {system['system']} {system['machine']}", "python", system),
-        *(Fact(name, _version(name), name, _version(name)) for name in ("torch", "triton")),
+        *(Fact(name, _version(name), name, _version(name)) for name in ("torch", "triton", "gigatoken")),
         *_each("processor", "processor", _processor),
         *(Fact(label, text, "gpus", None if device.type == "cpu" else text) for label, text in _gpu_lines()),
         *_each("GPU software", "gpu_software", lambda: _gpu_software(device)),

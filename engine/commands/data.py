@@ -18,7 +18,7 @@ def prepare(args: list[str], prog: str) -> None:
         """Turns text into token shards. A document is a file of text, a record of JSON, or a row of a table."""
 
         # .txt .md .py .json .jsonl .ndjson, each also as .gz .zst .bz2 .xz; .parquet .arrow; directories of them; or:
-        # stdlib, or - for standard input
+        # stdlib; - for standard input; hf:OWNER/NAME[/SUBSET], fineweb-edu or climbmix from the Hugging Face hub
         sources: tyro.conf.Positional[tuple[str, ...]]
 
     asked = flags.checked(Prepare, args, prog)

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import BadInput
-from engine.tokens import duplicates, journal, tails, tokenizer, workers
+from engine.tokens import duplicates, fast, journal, tails, tokenizer, workers
 from engine.tokens.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
 from engine.tokens.documents import parts
 from engine.tokens.encode import encode_batch
 from engine.tokens.options import PrepareConfig
 from engine.tokens.progress import Progress
+from engine.tokens.reading.hub import DOWNLOADS, Downloads
 from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
 from engine.tokens.sources import Selection
@@ -50,6 +51,8 @@ class Build:
         self.options = ReadOptions(
             config.text_field, config.separator, is_replacing=config.on_bad_text == "replace", format=config.format
         )
+        self.downloads = Downloads(found.remote, Path(config.out) / DOWNLOADS, config.keep)
+        self.num_safe = 0  # files at the begin whose tokens the journal holds
         self.behind = Behind()
         self.ends: deque[tuple[int, int]] = deque()  # where each batch that is under way ends
         state = journal.read(directory, self.key)
@@ -89,7 +92,7 @@ class Build:
         first, start = self.place
         for index in range(first, len(self.found.files)):
             before = None
-            for part, position in parts(self.found.files[index], self.options, start):
+            for part, position in parts(self.downloads.fetch(self.found.files[index]), self.options, start):
                 if before is not None:
                     yield before
                 if self.num_train is not None:
@@ -122,6 +125,7 @@ class Build:
         encode = partial(
             encode_batch,
             name=config.tokenizer,
+            is_fast=config.fast,
             val_fraction=config.val_fraction,
             options=self.options,
             dedup=config.dedup,
@@ -195,6 +199,9 @@ class Build:
             self.seen.sync()
         records = [record for writer in self.writers.values() for record in writer.records]
         journal.write(self.directory, self.key, state | {"shards": records})
+        for path in self.found.files[self.num_safe : state["place"][0]]:
+            self.downloads.done(path)
+        self.num_safe = state["place"][0]
 
     def cut_tails(self) -> bool:
         """Whether one split has all documents, whose tails then become the other, in a directory of their own."""
@@ -231,6 +238,7 @@ def build(found: Selection, num_train: int | None, config: PrepareConfig, direct
     manifest = {
         "version": 1,
         "tokenizer": chosen.name,
+        "encoder": fast.version(config.tokenizer, config.fast),
         "vocab_size": chosen.vocab_size,
         "split": split,
         "val_fraction": config.val_fraction,

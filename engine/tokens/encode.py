@@ -4,14 +4,15 @@ Runs in the worker processes of `gpt2 prepare`.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
-from engine.tokens import tokenizer
+from engine.tokens import fast, tokenizer
 from engine.tokens.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
 from engine.tokens.documents import parse, read
 from engine.tokens.reading.cuts import LONG
-from engine.tokens.reading.parts import NotText, Part, ReadOptions
+from engine.tokens.reading.parts import UNITS, NotText, Part, ReadOptions
 
 SPLIT_DIGEST = 8  # bytes of the digest that decides a document's split; a text of over LONG bytes has no other
 
@@ -31,23 +32,21 @@ def full_digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
-_worker_tokenizer = None  # one per worker process
+@lru_cache(maxsize=1)
+def encoder(name: str, is_fast: bool) -> fast.BatchEncoder:
+    """The encoder of this process, built once."""
+    return fast.batch_encoder(name, is_fast)
 
 
-def load_tokenizer(name: str) -> tokenizer.Tokenizer:
-    """The tokenizer of this process, loaded once."""
-    global _worker_tokenizer
-    if _worker_tokenizer is None or _worker_tokenizer.name != name:
-        _worker_tokenizer = tokenizer.load(name)
-    return _worker_tokenizer
-
-
-def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: ReadOptions, dedup: bool) -> Encoded:
+def encode_batch(
+    batch: list[Part], *, name: str, is_fast: bool, val_fraction: float, options: ReadOptions, dedup: bool
+) -> Encoded:
     """Reads and tokenises the documents of a batch, and decides the split of those that have none.
 
-    name: the tokenizer's. dedup: digests too.
+    name: the tokenizer's. is_fast: with gigatoken, if it is installed. dedup: digests too. Raises
+    fast.Unusable, which names the document, if gigatoken and tiktoken differ.
     """
-    texts, rows, digests, result = [], [], [], Encoded({}, _table([]))
+    texts, rows, digests, places, result = [], [], [], [], Encoded({}, _table([]))
     for part, raw in ((one, raw) for one in batch for raw in read(one, options)):
         result.source_bytes += raw.num_bytes
         try:
@@ -61,14 +60,21 @@ def encode_batch(batch: list[Part], *, name: str, val_fraction: float, options: 
         markers, with_nul = text.count(tokenizer.END_OF_TEXT), raw.has_nul if raw.digest else "\0" in text
         rows.append((split == "val", raw.is_first, 0, len(content), replaced, markers, with_nul))
         texts.append(text)
+        places.append((raw.file, raw.kind, raw.place))
         if dedup and raw.is_first:
             digests.append(full_digest(content) if len(content) <= LONG and not raw.digest else digest.ljust(DIGEST))
-    encoder = load_tokenizer(name)
-    ids = [encoder.encode(text) for text in texts]
+    try:
+        ids = encoder(name, is_fast).encode_batch(texts)
+    except fast.Unusable as error:
+        if error.document is None:
+            raise
+        file, kind, place = places[error.document]
+        where = f", {UNITS.get(kind, 'row')} {place:,}" if place else ""
+        raise fast.Unusable(f"{error} in {file}{where}") from error
     result.rows = _table(rows)
     result.rows[:, TOKENS] = [len(one) for one in ids]
     result.rows[:, TOKENS] += result.rows[:, IS_FIRST]
-    result.tokens = _by_split(ids, result.rows, encoder.end_of_text)
+    result.tokens = _by_split(ids, result.rows, tokenizer.TOKENIZERS[name].end_of_text)
     result.digests = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2) if dedup else None
     return result
 

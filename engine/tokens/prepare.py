@@ -20,15 +20,17 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from engine import durable, lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.tokens import journal
+from engine.tokens import fast, journal
 from engine.tokens.building import TAIL, TAILS, build, clear
 from engine.tokens.names import NUMBERED
 from engine.tokens.options import PrepareConfig as PrepareConfig
+from engine.tokens.reading import hub
 from engine.tokens.reading.sequential import STDIN
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
 from engine.tokens.sources import Selection, find, find_by_rule, require_text, unreadable
@@ -37,6 +39,7 @@ from engine.tokens.summary import left_out
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
+NOT_FAST = "not_fast"  # file in .building that says why gigatoken is not used
 NEW = ("val", "dedup")  # options of which other values than the default are in the request
 RULES = 3  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule
 
@@ -148,7 +151,7 @@ def _replace(
         with _refusals(out):
             spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
             _begin(building, request)
-            manifest = build(found, num_train, config, building, request)
+            manifest = _make(found, num_train, config, building, request)
             if not all(manifest["tokens"].values()):
                 (building / journal.FILE).unlink()
                 raise BadInput(
@@ -172,6 +175,20 @@ def _replace(
             os.close(descriptor)
         if journal.read(building) is None and not (building / MANIFEST).exists():
             shutil.rmtree(building, ignore_errors=True)
+
+
+def _make(found: Selection, num_train: int | None, config: PrepareConfig, building: Path, request: str) -> dict:
+    """Builds the shards, with tiktoken alone once gigatoken has given other tokens. Returns the manifest."""
+    note = building / NOT_FAST
+    if not note.exists():
+        try:
+            return build(found, num_train, config, building, request)
+        except fast.Unusable as error:  # what it has made by then is not to be trusted either
+            print(f"prepare: {error}; all documents are tokenised again, with tiktoken", file=sys.stderr, flush=True)
+            clear(building)
+            note.write_text(str(error))
+    made = build(found, num_train, replace(config, fast=False), building, request)
+    return made | {"not_fast": note.read_text()}
 
 
 def _begin(building: Path, request: str) -> None:
@@ -211,6 +228,7 @@ def _move(manifest: dict, out: Path) -> dict:
             if rest.name != MANIFEST:
                 shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         os.replace(building / MANIFEST, out / MANIFEST)
+        shutil.rmtree(out / hub.DOWNLOADS, ignore_errors=True)  # after the manifest: until then they may be needed
         shutil.rmtree(building, ignore_errors=True)
         durable.fsync(out)
     return manifest
@@ -283,9 +301,17 @@ def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str
         options.append(["split_on", config.separator])
     if STDIN in found.files:  # nobody knows whether it is the same as before
         options.append(os.urandom(16).hex())
-    stats = [(str(path), (one := _stat(path)).st_size, one.st_mtime_ns) for path in found.files]
+    stats = [_identity(path, found) for path in found.files]
     found.num_bytes = sum(size for _, size, _ in stats)
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
+
+
+def _identity(path: Path, found: Selection) -> tuple[str, int, int | str]:
+    """Path, size and time of a file, or its commit if it is on the hub."""
+    if path in found.remote:
+        return str(path), found.remote[path].size, found.remote[path].commit
+    one = _stat(path)
+    return str(path), one.st_size, one.st_mtime_ns
 
 
 def _stat(path: Path) -> os.stat_result:

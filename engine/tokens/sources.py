@@ -20,7 +20,7 @@ from pathlib import Path
 from engine.errors import BadInput
 from engine.output import program
 from engine.tokens import foreign, formats
-from engine.tokens.reading import packed, sequential
+from engine.tokens.reading import hub, packed, sequential
 from model.files import BadFile, few, kind_of
 
 TEXT = (".txt", ".md", ".py")
@@ -71,6 +71,7 @@ class Selection:
     held_out: list[Path] = field(default_factory=list)  # test and validation sets, files or directories
     linked: int = 0  # linked directories that are read
     num_bytes: int = 0  # of the files to read
+    remote: dict[Path, hub.Remote] = field(default_factory=dict)  # those of `files` that are to be downloaded
 
     def leave_out(self, why: str, path: Path) -> None:
         """Counts a file or directory that is not read."""
@@ -87,6 +88,9 @@ def find(sources: Iterable[str], rule: Rule = RULE_3) -> Selection:
             sequential.check_standard_input(path in found.files)
             found.files.append(path)
             continue
+        if hub.is_remote(source):
+            _find_remote(source, found)
+            continue
         if source == STDLIB and not path.exists():
             found.files += _library(Path(sysconfig.get_path("stdlib")))
             continue
@@ -101,6 +105,15 @@ def find(sources: Iterable[str], rule: Rule = RULE_3) -> Selection:
             f"prepare: the sources must hold files in {ENDINGS}, got none in {list(sources)}{_got(sources, found)}"
         )
     return found
+
+
+def _find_remote(source: str, found: Selection) -> None:
+    files = hub.find(source, (*SUFFIXES, *PACKED))
+    held_out = hub.held_out(files, TRAIN, TESTS)
+    found.held_out += [one.label for one in held_out]
+    new = {one.label: one for one in files if one not in held_out}
+    found.files += new
+    found.remote |= new
 
 
 def find_by_rule(sources: Iterable[str], number: int) -> Selection:
@@ -125,6 +138,8 @@ def _find_by_rule_1(sources: Iterable[str]) -> list[Path]:
 
 def require_text(found: Selection, text_field: str) -> str:
     """Raises BadInput if none of the files holds text. Returns a warning if it seems so of the first, or ""."""
+    if found.remote:
+        return ""
     looks = [_look(file, text_field) for file in found.files[:LOOKED_AT]]
     if any(problem is None for problem, _ in looks):
         return ""

@@ -37,13 +37,15 @@ def describe(manifest: dict[str, Any], out: str) -> str:
     """Summary of a manifest: three lines, and more if something was left out or not read."""
     lines = [
         f"{out}: {_size(manifest['text_bytes'])} of text{_sources(manifest)}, "
-        f"tokenizer {manifest['tokenizer']}, validation by {manifest['split']}"
+        f"tokenizer {manifest['tokenizer']}{_encoder(manifest)}, validation by {manifest['split']}"
     ]
     for split in ("train", "val"):
         lines.append(
             f"  {split:<5} {manifest['tokens'][split]:>14,} tokens  {manifest['documents'][split]:>9,} documents  "
             f"{sum(shard['split'] == split for shard in manifest['shards']):>4} shards"
         )
+    if why := manifest.get("not_fast"):
+        lines.append(f"  {why}, so tiktoken made all tokens")
     if replaced := manifest.get("replaced"):
         lines.append(f"  U+FFFD in place of bad bytes: {replaced:,}")
     if markers := manifest.get("markers"):
@@ -77,6 +79,12 @@ def describe(manifest: dict[str, Any], out: str) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+
+
+def _encoder(manifest: dict[str, Any]) -> str:
+    """Text such as " by tiktoken 0.14.0", or "" for bytes and for data made by an older version."""
+    encoder = manifest.get("encoder", manifest["tokenizer"])
+    return "" if encoder == manifest["tokenizer"] else f" by {encoder}"
 
 
 def _sources(manifest: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ FILES |= {"rehearsal", "durable"}
 FOLDERS = {
     "tokens": {"sources", "formats", "documents", "encode", "prepare", "workers", "progress", "summary"}
     | {"tokenizer", "shards", "batches", "names", "foreign", "integrity", "scan", "view", "tables", "estimate"}
-    | {"options", "building", "account", "writer", "journal", "duplicates", "tails", "mixture", "weights"},
+    | {"options", "building", "account", "writer", "journal", "duplicates", "tails", "mixture", "weights", "fast"},
     "run": {"checkpoint", "saver", "resume", "settings", "branch", "directory", "export", "verify", "plots"}
     | {"metrics", "console", "progress", "header", "rows", "repair", "appender", "curves", "sinks"}
     | {"tensors", "vocabulary"},

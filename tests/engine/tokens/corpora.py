@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.tokens import prepare
+from engine.tokens import building, prepare
 from engine.tokens.prepare import PrepareConfig
+from engine.tokens.reading import records
 from engine.tokens.shards import TokenStream
 
 
@@ -18,6 +19,12 @@ def config(out: Path, **changes) -> PrepareConfig:
 
 def run(source: Path, out: Path, **changes) -> dict:
     return prepare.prepare([str(source)], config(out, **changes))
+
+
+def set_batch(monkeypatch, num_bytes: int) -> None:
+    """Bytes of a batch, and of a span of lines."""
+    monkeypatch.setattr(building, "BATCH_BYTES", num_bytes)
+    monkeypatch.setattr(records, "SPAN", num_bytes)
 
 
 def write_library(root: Path) -> Path:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from corpora import config, documents, files, run, texts, write_library
+from corpora import config, documents, files, run, set_batch, texts, write_library
 
 from engine.errors import BadInput
-from engine.tokens import building, prepare, shards, sources, tokenizer
+from engine.tokens import prepare, shards, sources, tokenizer
 from engine.tokens.encode import is_validation
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.shards import TokenStream
@@ -40,7 +40,7 @@ def test_gpt2_documents_begin_with_50256(source, tmp_path):
 
 
 def test_any_number_of_workers_makes_the_same_bytes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "BATCH_BYTES", 40)  # many batches, so that workers finish out of order
+    set_batch(monkeypatch, 40)  # many batches, so that workers finish out of order
     run(source, tmp_path / "one" / "out", workers=1, shard_tokens=200)
     run(source, tmp_path / "two" / "out", workers=2, shard_tokens=200)
     one = files(tmp_path / "one" / "out")

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 from conftest import ROOT
-from corpora import documents, files, run, write_library
+from corpora import documents, files, run, set_batch, write_library
 
 from engine.errors import BadInput
 from engine.tokens import building, encode, journal, prepare, tails
@@ -51,7 +51,7 @@ def is_move(_: Path, target: Path) -> bool:
 @pytest.mark.parametrize("failing", ["the second shard", "a write", "a journal", "the first move", "the second move"])
 def test_after_a_failure_nothing_is_taken_for_data_and_the_same_command_goes_on(source, tmp_path, monkeypatch, failing):
     full, out, quiet = OSError(errno.ENOSPC, "No space left on device"), tmp_path / "out", tmp_path / "quiet" / "out"
-    monkeypatch.setattr(building, "BATCH_BYTES", 40)
+    set_batch(monkeypatch, 40)
     with monkeypatch.context() as patch:
         patch.setattr(journal, "EVERY", 0)
         if failing == "the second shard":
@@ -73,6 +73,7 @@ def test_after_a_failure_nothing_is_taken_for_data_and_the_same_command_goes_on(
 KILLED = """
 import os, signal, sys, time
 from engine.tokens import building, journal, prepare
+from engine.tokens.reading import records
 
 plain_take, plain_replace, moves = building.Build._take, os.replace, []
 
@@ -88,7 +89,7 @@ def replace(source, target):
     plain_replace(source, target)
 
 building.Build._take, os.replace, journal.EVERY = take, replace, 0.02
-building.BATCH_BYTES = 1000  # many batches, so that workers finish out of order
+building.BATCH_BYTES = records.SPAN = 1000  # many batches, so that workers finish out of order
 workers = int(sys.argv[4])
 config = prepare.PrepareConfig(sys.argv[2], "bytes", workers, 0.3, shard_tokens=7000, dedup=True)
 prepare.prepare([sys.argv[1]], config)
@@ -208,7 +209,7 @@ def stop(source: Path, out: Path, monkeypatch, batches: int = 20, batch_bytes: i
     """Runs a preparation until it has taken some batches."""
     with monkeypatch.context() as patch:
         patch.setattr(building.Build, "_take", fail_at(batches, building.Build._take, Killed()))
-        patch.setattr(building, "BATCH_BYTES", batch_bytes)
+        set_batch(patch, batch_bytes)
         patch.setattr(journal, "EVERY", 0)
         with pytest.raises(Killed):
             run(source, out, **options)
@@ -216,7 +217,7 @@ def stop(source: Path, out: Path, monkeypatch, batches: int = 20, batch_bytes: i
 
 
 def test_a_stop_after_any_batch_makes_the_same_bytes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "BATCH_BYTES", 100)
+    set_batch(monkeypatch, 100)
     run(source, tmp_path / "out", shard_tokens=150, dedup=True)
     whole = files(tmp_path / "out")
     for batches in (2, 3, 5, 8):
@@ -272,7 +273,7 @@ def test_a_bad_row_is_named_with_its_file_and_the_rest_is_made_without_it(big_so
     out, bad = tmp_path / "out", big_source / "a.jsonl"
     said = rf"got {bad}: line 8, no text field .*the same command goes on after \d\d\d "
     with monkeypatch.context() as patch:
-        patch.setattr(building, "BATCH_BYTES", 100)
+        set_batch(patch, 100)
         patch.setattr(journal, "EVERY", 0)
         with pytest.raises(BadInput, match=said):
             run(big_source, out, on_bad_text="fail")
@@ -316,7 +317,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes under /proc")
 def test_killed_with_workers_none_of_them_stays(big_source, tmp_path):
     command = (
-        "import sys; from engine.tokens import building, prepare; building.BATCH_BYTES = 1; "
+        "import sys; from engine.tokens import prepare; from engine.tokens.reading import records; records.SPAN = 1; "
         "prepare.prepare([sys.argv[1]], prepare.PrepareConfig(sys.argv[2], tokenizer='bytes', workers=2))"
     )
     source = tmp_path / "big.jsonl"

@@ -7,10 +7,10 @@ from random import Random
 
 import numpy as np
 import pytest
-from corpora import config, files, run, texts
+from corpora import config, files, run, set_batch, texts
 
 from engine.errors import BadInput
-from engine.tokens import building, duplicates, prepare
+from engine.tokens import duplicates, prepare
 from engine.tokens.account import Loss, Losses
 
 
@@ -120,7 +120,7 @@ def test_of_equal_documents_the_first_is_kept_with_any_number_of_workers(tmp_pat
     words = [f"document {random.randrange(40)}" for _ in range(200)]
     for number in range(4):
         write(tmp_path / "in" / f"{number}.jsonl", words[50 * number : 50 * number + 50])
-    monkeypatch.setattr(building, "BATCH_BYTES", 200)
+    set_batch(monkeypatch, 200)
     manifest = run(tmp_path / "in", tmp_path / "one" / "out", dedup=True)
     assert run(tmp_path / "in", tmp_path / "two" / "out", dedup=True, workers=2) == manifest
     assert files(tmp_path / "one" / "out") == files(tmp_path / "two" / "out")
