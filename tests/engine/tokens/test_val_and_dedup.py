@@ -128,10 +128,9 @@ def test_of_equal_documents_the_first_is_kept_with_any_number_of_workers(tmp_pat
     kept = {split: texts(tmp_path / "one" / "out", split) for split in ("train", "val")}
     assert kept == {split: [word for word in unique if word in kept[split]] for split in kept}
     assert sum(map(len, kept.values())) == sum(manifest["documents"].values()) == len(unique)
-    lines = [len(json.dumps({"text": word})) + 1 for word in words], [len(json.dumps({"text": w})) + 1 for w in unique]
-    lost = sum(lines[0]) - sum(lines[1])
+    lost = sum(map(len, words)) - sum(map(len, unique))
     assert manifest["duplicates"] == {"documents": 200 - len(unique), "bytes": lost, "leaked": 0}
-    assert manifest["text_bytes"] == sum(lines[1])
+    assert manifest["text_bytes"] == sum(map(len, unique))
     said = prepare.describe(manifest, "out")
     assert f"duplicates left out: {200 - len(unique)} documents, {lost:,} bytes" in said
 
@@ -141,7 +140,7 @@ def test_a_validation_document_that_is_for_training_too_is_left_out_and_said(tmp
     manifest = prepared(train, val, tmp_path / "out", dedup=True)
     assert texts(tmp_path / "out", "train") == ["a", "b"]
     assert texts(tmp_path / "out", "val") == ["c", "d"]
-    assert manifest["duplicates"] == {"documents": 3, "bytes": 3 * len('{"text": "a"}\n'), "leaked": 1}
+    assert manifest["duplicates"] == {"documents": 3, "bytes": 3, "leaked": 1}
     assert "1 of them are validation documents that are for training too" in prepare.describe(manifest, "out")
 
 
