@@ -57,6 +57,11 @@ def note(facts: dict[str, str], command: str, *more: str) -> str:
     return f"\n\n({', '.join([facts['machine'], *versions, *more])}; `python -m {command}`)"
 
 
+def chip(gpu: str) -> str:
+    """H100 of "NVIDIA H100 80GB HBM3"."""
+    return found[0] if (found := re.search(r"\b[A-Z]+\d+\b", gpu)) else gpu.split()[-1]
+
+
 def gpu() -> str:
     """GPT-2 124M on GPUs: what was measured here, or that nothing was, and what others published."""
     rows = []
@@ -68,7 +73,7 @@ def gpu() -> str:
                 what = f"{title}, {row.facts['precision']}, {' '.join(how)}, B = {row.facts['batch']}"
                 tokens = f"{row.value('tokens'):,.0f}"
                 mfu = tables.amount(row.value("mfu"), "%") if "mfu" in row.figures else ""
-                rows.append((what, f"1 x {facts['gpu'].split()[-1]}", tokens, mfu, "measured: `python -m bench.gpu`"))
+                rows.append((what, f"1 x {chip(facts['gpu'])}", tokens, mfu, "measured: `python -m bench.gpu`"))
     if not rows:
         rows = [("**this engine**, bf16", HEADLINE, NOT_MEASURED, NOT_MEASURED, "`python -m bench.gpu --out DIR`")]
         rows += [("this engine, an estimate", *estimate) for estimate in ESTIMATES]
