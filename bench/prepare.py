@@ -20,7 +20,8 @@ from pathlib import Path
 from bench import machine, results, tables
 from bench.measure import in_turns
 from bench.results import Row, exact, rate, spread
-from engine.tokens import sources, tokenizer
+from engine.tokens import tokenizer
+from engine.tokens.reading import sources
 
 
 def plain(source: str) -> str:

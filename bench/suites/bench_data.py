@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from bench.suites.conftest import DEVICE, case
-from engine.tokens import sources, tokenizer
+from engine.tokens import tokenizer
 from engine.tokens.batches import Batches, windows_at
 from engine.tokens.prepare import PrepareConfig, prepare
+from engine.tokens.reading import sources
 from engine.tokens.shards import TokenStream, open_shard, write_shard
 
 TEXT_BYTES = {"1MB": 1_000_000, "16MB": 16_000_000}

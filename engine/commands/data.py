@@ -11,7 +11,7 @@ def prepare(args: list[str], prog: str) -> None:
     import tyro
 
     from engine.tokens import prepare as preparation
-    from engine.tokens.sources import STDLIB
+    from engine.tokens.reading.sources import STDLIB
 
     @dataclass(frozen=True, kw_only=True)
     class Prepare(preparation.PrepareConfig):
@@ -25,7 +25,7 @@ def prepare(args: list[str], prog: str) -> None:
     if not asked.sources:
         raise BadInput(f"prepare: a source must be given, got none; name a file, a directory or {STDLIB}")
     if asked.dry_run:
-        from engine.tokens.estimate import estimate
+        from engine.tokens.preparation.estimate import estimate
 
         print(estimate(list(asked.sources), asked))
         return

@@ -31,7 +31,7 @@ def data(args: list[str], prog: str) -> int:
     import json
     import sys
 
-    from engine.tokens import tables, view
+    from engine.tokens.inspection import tables, view
 
     found = view.view(asked.directory, asked.check, asked.duplicates, asked.windows, asked.seed)
     if asked.json:

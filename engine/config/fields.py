@@ -165,14 +165,10 @@ class TrainConfig:
                 f"{self.sequence_length}; lower it{'' if self.init_from else ' or raise --model.n-positions'}"
             )
         wrong += flags.too_large(self) + self.optim.problems()
-        try:
-            weights.parse(self.data)
-        except BadInput as error:
-            wrong.append(str(error))
-        if self.profile is not None:
+        for parse, text in ((weights.parse, self.data), (parse_profile, self.profile)):
             try:
-                parse_profile(self.profile)
-            except ValueError as error:
+                _ = text is None or parse(text)
+            except (BadInput, ValueError) as error:
                 wrong.append(str(error))
         if not self.prompt:
             wrong.append("--prompt must have at least one character, got none")

@@ -17,7 +17,8 @@ from engine import config, output
 from engine.errors import BadInput, nearest
 from engine.run import rows
 from engine.run.rows import METRICS_FILE
-from engine.tokens import foreign, integrity, names, shards, tokenizer
+from engine.tokens import foreign, names, shards, tokenizer
+from engine.tokens.inspection import integrity
 from engine.tokens.shards import sha256
 from model.files import BadFile, check_fields, check_present, make, open_file, read_json
 from model.presets import GPT2Config

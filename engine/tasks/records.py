@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import BadInput
-from engine.tokens import formats
-from engine.tokens.reading import packed
+from engine.tokens.reading import formats, packed
 from model.files import BadFile, check_fields, parse_json
 
 Example = TypeVar("Example")

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import BadInput
 from engine.tasks.scoring import Request
-from engine.tokens.documents import parse, raw_documents
+from engine.tokens.reading.documents import parse, raw_documents
 from engine.tokens.reading.parts import UNITS, NotText, ReadOptions
 from engine.tokens.tokenizer import Tokenizer
 

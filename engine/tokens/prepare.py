@@ -1,7 +1,7 @@
 """Text to token shards: `gpt2 prepare SOURCE... --out DIR`.
 
 Sources are files and directories of text, JSON and tables, `-` for standard input, and the word `stdlib`.
-See engine/tokens/sources.py for the files of a source, and documents.py for what lies in them.
+See engine/tokens/reading/sources.py for the files of a source, and documents.py for what lies in them.
 Each document is written as the end-of-text token, then its text's tokens. A hash of the text
 decides whether a document is for validation, so documents stay in their split when the corpus
 grows. If that leaves a split empty, as with a single book, the tail of every document is for
@@ -26,16 +26,16 @@ from pathlib import Path
 from engine import durable, lock, system
 from engine.errors import BadInput
 from engine.lock import Lock
-from engine.tokens import fast, journal
-from engine.tokens.building import TAIL, TAILS, build, clear
 from engine.tokens.names import NUMBERED
-from engine.tokens.options import PrepareConfig as PrepareConfig
+from engine.tokens.preparation import fast, journal
+from engine.tokens.preparation.building import TAIL, TAILS, build, clear
+from engine.tokens.preparation.options import PrepareConfig as PrepareConfig
+from engine.tokens.preparation.summary import describe as describe
+from engine.tokens.preparation.summary import left_out
 from engine.tokens.reading import hub
 from engine.tokens.reading.sequential import STDIN
+from engine.tokens.reading.sources import Selection, find, find_by_rule, require_text, unreadable
 from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
-from engine.tokens.sources import Selection, find, find_by_rule, require_text, unreadable
-from engine.tokens.summary import describe as describe
-from engine.tokens.summary import left_out
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest

@@ -48,7 +48,7 @@ def test_every_command_is_in_the_summary(capsys):
     [
         *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "engine" / "commands").glob("[a-z]*.py"))),
         "engine/config/fields.py",
-        "engine/tokens/options.py",
+        "engine/tokens/preparation/options.py",
         "model/presets.py",
     ],
 )

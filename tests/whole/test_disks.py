@@ -23,7 +23,8 @@ from runs import ENVIRONMENT, run
 from engine import cli, durable
 from engine.errors import BadInput
 from engine.run import export, plots
-from engine.tokens import prepare, workers
+from engine.tokens import prepare
+from engine.tokens.preparation import workers
 from engine.tuning import record
 from engine.tuning.record import Setup, Tuning
 from model.gpt2 import GPT2, GPT2Config

@@ -115,7 +115,8 @@ def test_gpt2_plot_draws_beside_a_run_that_draws(tmp_path, monkeypatch):
 
 SLOW = """
 import sys, time
-from engine.tokens import prepare, writer
+from engine.tokens import prepare
+from engine.tokens.preparation import writer
 plain = writer.ShardWriter._finish
 writer.ShardWriter._finish = lambda *args: (plain(*args), time.sleep(0.05))
 prepare.prepare([sys.argv[1]], prepare.PrepareConfig(sys.argv[2], "bytes", 2, 0.3, 2000))

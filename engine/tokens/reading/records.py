@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.tokens import formats
-from engine.tokens.reading import packed, values
+from engine.tokens.reading import formats, packed, values
 from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 from model.files import open_file
 

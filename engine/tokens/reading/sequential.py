@@ -12,8 +12,7 @@ from pathlib import Path
 
 from engine.errors import BadInput
 from engine.output import program
-from engine.tokens import formats
-from engine.tokens.reading import packed, records, streams
+from engine.tokens.reading import formats, packed, records, streams
 from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 
 STDIN = Path("-")  # the source

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import BadInput
-from engine.tokens import formats
+from engine.tokens.reading import formats
 from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 from model.files import few, open_file
 

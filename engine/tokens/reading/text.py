@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.tokens import formats
-from engine.tokens.reading import cuts
+from engine.tokens.reading import cuts, formats
 from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 from engine.tokens.reading.streams import Group, documents, groups, read_exactly, separator_of
 from model.files import open_file

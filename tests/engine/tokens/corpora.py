@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.tokens import building, prepare
+from engine.tokens import prepare
+from engine.tokens.preparation import building
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.reading import records
 from engine.tokens.shards import TokenStream

@@ -9,7 +9,7 @@ from corpora import config, files, run, write_library
 
 from engine.commands.data import prepare
 from engine.errors import BadInput
-from engine.tokens import estimate
+from engine.tokens.preparation import estimate
 from engine.tokens.reading import cuts, text
 
 

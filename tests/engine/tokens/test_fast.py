@@ -14,7 +14,8 @@ from corpora import config, files, set_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tokens import encode, fast, prepare, summary, tokenizer
+from engine.tokens import prepare, tokenizer
+from engine.tokens.preparation import encode, fast, summary
 
 installed = pytest.mark.skipif(not importlib.util.find_spec("gigatoken"), reason="gigatoken is not installed")
 WORDS = [
@@ -132,7 +133,8 @@ def test_a_long_run_is_no_danger_to_gigatoken(real, text):
 
 GROWTH = """
 import random, string, sys
-from engine.tokens import fast, tokenizer
+from engine.tokens import tokenizer
+from engine.tokens.preparation import fast
 
 fast.MOST_GROWTH = int(sys.argv[1])
 encoder, rng, most = fast.Fast(tokenizer.load("gpt2")), random.Random(0), 0

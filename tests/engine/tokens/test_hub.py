@@ -11,8 +11,9 @@ from corpora import config, files, set_batch, texts
 from hub_server import COMMIT, Hub
 
 from engine.errors import BadInput
-from engine.tokens import building, journal, prepare, shards, sources
-from engine.tokens.reading import hub
+from engine.tokens import prepare, shards
+from engine.tokens.preparation import building, journal
+from engine.tokens.reading import hub, sources
 
 pytest.importorskip("huggingface_hub")
 LINES = {f"data/{i}.jsonl": [{"text": f"record {i} {j}"} for j in range(40)] for i in range(4)}

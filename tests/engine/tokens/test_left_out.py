@@ -14,9 +14,10 @@ from corpora import run, set_batch, texts, write_library
 
 from engine import cli
 from engine.errors import BadInput
-from engine.tokens import prepare, sources
+from engine.tokens import prepare
+from engine.tokens.preparation.progress import Progress
 from engine.tokens.prepare import PrepareConfig
-from engine.tokens.progress import Progress
+from engine.tokens.reading import sources
 from engine.tokens.shards import MAGIC
 
 WORDS = "Some words that are text.\n"

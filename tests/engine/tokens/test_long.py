@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from engine.tasks import text as task
 from engine.tokens import tokenizer
-from engine.tokens.documents import parse, parts, read
 from engine.tokens.reading import cuts
 from engine.tokens.reading.cuts import Scan
+from engine.tokens.reading.documents import parse, parts, read
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
 from engine.tokens.reading.streams import documents_of_stream
 

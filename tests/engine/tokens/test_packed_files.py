@@ -14,8 +14,8 @@ from corpora import run, texts
 from test_record_files import after_each_part, read
 
 from engine.errors import BadInput
-from engine.tokens import documents, prepare, sources
-from engine.tokens.reading import packed, records
+from engine.tokens import prepare
+from engine.tokens.reading import documents, packed, records, sources
 from engine.tokens.reading.parts import ReadOptions, Span
 from model.files import BadFile
 

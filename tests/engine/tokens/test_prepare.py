@@ -7,9 +7,10 @@ import pytest
 from corpora import config, documents, files, run, set_batch, texts, write_library
 
 from engine.errors import BadInput
-from engine.tokens import prepare, shards, sources, tokenizer
-from engine.tokens.encode import is_validation
+from engine.tokens import prepare, shards, tokenizer
+from engine.tokens.preparation.encode import is_validation
 from engine.tokens.prepare import PrepareConfig
+from engine.tokens.reading import sources
 from engine.tokens.shards import TokenStream
 
 

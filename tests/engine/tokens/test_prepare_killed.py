@@ -17,9 +17,10 @@ from conftest import ROOT
 from corpora import documents, files, run, set_batch, write_library
 
 from engine.errors import BadInput
-from engine.tokens import building, encode, journal, prepare, tails
+from engine.tokens import prepare
+from engine.tokens.preparation import building, encode, journal, tails
+from engine.tokens.preparation.writer import ShardWriter
 from engine.tokens.shards import TokenStream
-from engine.tokens.writer import ShardWriter
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -72,7 +73,8 @@ def test_after_a_failure_nothing_is_taken_for_data_and_the_same_command_goes_on(
 
 KILLED = """
 import os, signal, sys, time
-from engine.tokens import building, journal, prepare
+from engine.tokens import prepare
+from engine.tokens.preparation import building, journal
 from engine.tokens.reading import records
 
 plain_take, plain_replace, moves = building.Build._take, os.replace, []

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from engine.tokens.progress import Progress
+from engine.tokens.preparation.progress import Progress
 
 MB = 1_000_000
 

@@ -12,9 +12,8 @@ from corpora import run, texts
 
 from engine import cli
 from engine.errors import BadInput
-from engine.tokens import documents, sources
-from engine.tokens.encode import is_validation
-from engine.tokens.reading import packed, records, values
+from engine.tokens.preparation.encode import is_validation
+from engine.tokens.reading import documents, packed, records, sources, values
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
 
 OPTIONS = ReadOptions()

@@ -9,8 +9,9 @@ import pytest
 from corpora import documents, run, texts, write_library
 
 from engine.errors import BadInput
-from engine.tokens import prepare, sources, tokenizer
-from engine.tokens.documents import raw_documents
+from engine.tokens import prepare, tokenizer
+from engine.tokens.reading import sources
+from engine.tokens.reading.documents import raw_documents
 from engine.tokens.reading.parts import ReadOptions
 
 

@@ -6,7 +6,7 @@ import pytest
 from corpora import config, run, texts
 
 from engine.errors import BadInput
-from engine.tokens import summary
+from engine.tokens.preparation import summary
 from engine.tokens.reading import cuts
 
 STORIES = [f"  Story {i} was short.\n\nIt ended." for i in range(40)]

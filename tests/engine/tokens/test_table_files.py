@@ -7,8 +7,7 @@ from corpora import files, run, texts
 from test_record_files import OPTIONS, after_each_part, read
 
 from engine.errors import BadInput
-from engine.tokens import documents
-from engine.tokens.reading import tables
+from engine.tokens.reading import documents, tables
 from engine.tokens.reading.parts import ReadOptions, Span
 
 pyarrow = pytest.importorskip("pyarrow")

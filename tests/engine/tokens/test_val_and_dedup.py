@@ -10,8 +10,9 @@ import pytest
 from corpora import config, files, run, set_batch, texts
 
 from engine.errors import BadInput
-from engine.tokens import duplicates, prepare
-from engine.tokens.account import Loss, Losses
+from engine.tokens import prepare
+from engine.tokens.preparation import duplicates
+from engine.tokens.preparation.account import Loss, Losses
 
 
 def write(path: Path, documents: list[str]) -> Path:

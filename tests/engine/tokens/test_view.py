@@ -12,7 +12,8 @@ import pytest
 from rich.cells import cell_len
 from runs import run
 
-from engine.tokens import scan, shards, tables, tokenizer, view
+from engine.tokens import shards, tokenizer
+from engine.tokens.inspection import scan, tables, view
 from engine.tokens.prepare import PrepareConfig, prepare
 
 END = 256

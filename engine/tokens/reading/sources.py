@@ -19,8 +19,8 @@ from pathlib import Path
 
 from engine.errors import BadInput
 from engine.output import program
-from engine.tokens import foreign, formats
-from engine.tokens.reading import hub, packed, sequential
+from engine.tokens import foreign
+from engine.tokens.reading import formats, hub, packed, sequential
 from model.files import BadFile, few, kind_of
 
 TEXT = (".txt", ".md", ".py")

@@ -8,10 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from engine.tokens import fast, tokenizer
-from engine.tokens.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
-from engine.tokens.documents import parse, read
+from engine.tokens import tokenizer
+from engine.tokens.preparation import fast
+from engine.tokens.preparation.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
 from engine.tokens.reading.cuts import LONG
+from engine.tokens.reading.documents import parse, read
 from engine.tokens.reading.parts import UNITS, NotText, Part, ReadOptions
 
 SPLIT_DIGEST = 8  # bytes of the digest that decides a document's split; a text of over LONG bytes has no other

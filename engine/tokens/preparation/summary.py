@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from engine.tokens import formats
-from engine.tokens.sources import not_read
+from engine.tokens.reading import formats
+from engine.tokens.reading.sources import not_read
 from engine.tokens.tokenizer import END_OF_TEXT
 from model.files import few
 

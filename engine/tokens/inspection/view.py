@@ -14,8 +14,9 @@ import numpy as np
 
 from engine import output
 from engine.errors import BadInput
-from engine.tokens import foreign, integrity, names, scan, shards, tokenizer
-from engine.tokens.progress import Progress
+from engine.tokens import foreign, names, shards, tokenizer
+from engine.tokens.inspection import integrity, scan
+from engine.tokens.preparation.progress import Progress
 from engine.tokens.tokenizer import Tokenizer
 from model.files import BadFile, open_file
 

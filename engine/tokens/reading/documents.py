@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from engine.tokens import formats
-from engine.tokens.reading import packed, records, sequential, tables, text
+from engine.tokens.reading import formats, packed, records, sequential, tables, text
 from engine.tokens.reading.parts import NotText, Part, Raw, ReadOptions, Span
-from engine.tokens.sources import unreadable
+from engine.tokens.reading.sources import unreadable
 from model.files import BadFile
 
 READERS = {"text": text, "lines": records, "rows": tables, "whole": sequential}  # by kind of span

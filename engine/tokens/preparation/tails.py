@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.tokens.preparation.writer import ShardWriter
 from engine.tokens.shards import open_shard
-from engine.tokens.writer import ShardWriter
 
 PIECE = 1 << 22  # tokens that are looked at or copied at once
 

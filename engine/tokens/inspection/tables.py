@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.tokens import summary, view
+from engine.tokens.inspection import view
+from engine.tokens.preparation import summary
 from model.files import few
 
 WIDTH = 80  # of a pipe

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.tokens.reading.parts import UNITS, NotText, Part, Raw, Span
-from engine.tokens.sources import unreadable
+from engine.tokens.reading.sources import unreadable
 from model.files import open_file
 
 MOST_FILES = 3  # files that are named of those that lose most

@@ -17,11 +17,12 @@ import numpy as np
 
 from engine import system
 from engine.errors import BadInput
-from engine.tokens import formats, tokenizer
-from engine.tokens.documents import parse, parts, read
-from engine.tokens.options import PrepareConfig
+from engine.tokens import tokenizer
+from engine.tokens.preparation.options import PrepareConfig
+from engine.tokens.reading import formats
+from engine.tokens.reading.documents import parse, parts, read
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
-from engine.tokens.sources import find, require_text, unreadable
+from engine.tokens.reading.sources import find, require_text, unreadable
 from model.files import few
 
 PLACES = 40

@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import BadInput
-from engine.tokens import duplicates, fast, journal, tails, tokenizer, workers
-from engine.tokens.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
-from engine.tokens.documents import parts
-from engine.tokens.encode import encode_batch
-from engine.tokens.options import PrepareConfig
-from engine.tokens.progress import Progress
+from engine.tokens import tokenizer
+from engine.tokens.preparation import duplicates, fast, journal, tails, workers
+from engine.tokens.preparation.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
+from engine.tokens.preparation.encode import encode_batch
+from engine.tokens.preparation.options import PrepareConfig
+from engine.tokens.preparation.progress import Progress
+from engine.tokens.preparation.writer import Behind, ShardWriter
+from engine.tokens.reading.documents import parts
 from engine.tokens.reading.hub import DOWNLOADS, Downloads
 from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
-from engine.tokens.sources import Selection
-from engine.tokens.writer import Behind, ShardWriter
+from engine.tokens.reading.sources import Selection
 
 BATCH_BYTES = 1 << 20  # bytes of the sources per batch handed to a worker
 BATCH_PARTS = 4096
