@@ -4,6 +4,7 @@ Imports no PyTorch, so that --help is fast.
 """
 
 import dataclasses
+import re
 import shlex
 from itertools import takewhile
 from typing import Any
@@ -113,13 +114,23 @@ def parse(kind: type, args: list[str], prog: str, default: Any = None) -> Any:
 
 
 def joined(args: list[str], flag: str = "--data") -> list[str]:
-    """The words, with several values of a flag as one, quoted as for a shell: a:0.7 b:0.3."""
-    for index, word in enumerate(args):
-        name, has_value, value = word.partition("=")
-        if name == flag:
-            more = list(takewhile(lambda one: not one.startswith("-"), args[index + 1 :]))
-            if len(values := [value] * bool(has_value) + more) > 1:
-                return [*args[:index], flag, shlex.join(values), *joined(args[index + 1 + len(more) :], flag)]
+    """The words, with several values of a flag as one, quoted as for a shell: a:0.7 b:0.3.
+
+    Raises BadInput if the flag is given twice, or several values and none has a weight.
+    """
+    places = [index for index, word in enumerate(args) if word.partition("=")[0] == flag]
+    if len(places) > 1:
+        raise BadInput(f"{flag} must be given once, got it {len(places)} times; write {flag} a:0.7 b:0.3")
+    for index in places:
+        _, has_value, value = args[index].partition("=")
+        more = list(takewhile(lambda one: not one.startswith("-"), args[index + 1 :]))
+        if len(values := [value] * bool(has_value) + more) > 1:
+            if not any(re.search(r":[+-]?[0-9.]+$", one) for one in values):
+                raise BadInput(
+                    f"{flag}: each of several sets must have a weight, got none for {', '.join(values)}; write "
+                    f"{values[0]}:0.5 for half of the sequences"
+                )
+            return [*args[:index], flag, shlex.join(values), *args[index + 1 + len(more) :]]
     return args
 
 

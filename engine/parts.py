@@ -97,7 +97,7 @@ class Run:
     update: Step  # holds the compiled and wrapped model, which is the one that trains
     heartbeat: Heartbeat
     replica_group: dist.ProcessGroup | None
-    trained_positions: int  # positions that any update of these weights ever used
+    trained_positions: int  # positions that any update may have used: the longest context so far
     mailbox: Mailbox = field(default_factory=Mailbox)
     record: Metrics = field(init=False)  # this and what follows: see open_record
     painter: Painter = field(init=False)

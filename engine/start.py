@@ -18,7 +18,7 @@ from engine import device, distributed, evaluation, optim
 from engine.checks import compiler, scratch
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
-from engine.errors import BadInput
+from engine.errors import BadInput, warn
 from engine.health import replicas
 from engine.health.heartbeat import Heartbeat
 from engine.health.timing import Clock, Trace
@@ -33,10 +33,13 @@ from engine.tasks.scoring import Task
 from engine.tokens import mixture
 from engine.tokens import tokenizer as tokenizers
 from engine.tokens.batches import Batches
+from engine.tokens.shards import CHECKED_TOKENS
 from engine.tokens.tokenizer import Tokenizer
 from engine.tuning import choices, record
 from engine.tuning.record import Setup, Tuning
 from model.gpt2 import GPT2
+
+NO_DOCUMENTS = "--document-mask takes what has none for one document"
 
 
 def build(config: TrainConfig, ranks: Ranks, heartbeat: Heartbeat, held: ExitStack, began: float) -> Run | None:
@@ -81,6 +84,10 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     train, val = (mixture.open_stream(config.data, split, tokenizer.vocab_size) for split in ("train", "val"))
     context = config.sequence_length
     windows = evaluation.windows(val, context, config.eval_tokens)
+    if config.document_mask and ranks.is_first:
+        for one in mixture.members(train, context):
+            if not (one.stream.read(0, min(len(one.stream), CHECKED_TOKENS)) == tokenizer.end_of_text).any():
+                warn(f"train: {one.directory or config.data} begins without an end-of-text token: {NO_DOCUMENTS}")
     batches = Batches(
         train,
         context=context,

@@ -54,7 +54,7 @@ def load(checkpoint: Checkpoint) -> tuple[GPT2, Tokenizer]:
 
 
 def trained_positions(checkpoint: Checkpoint) -> int:
-    """How many of the model's positions any update used; the others are as they were drawn."""
+    """Positions that updates may have used: those of the longest context. The others are as they were drawn."""
     identity = checkpoint.state["identity"]  # older checkpoints do not say more than the last run's context
     return min(checkpoint.state.get("trained_positions", identity["sequence_length"]), identity["model"]["n_positions"])
 

@@ -143,7 +143,7 @@ class Batches:
         return micro_batches
 
     def _check_sizes(self) -> None:
-        """Raises BadInput if a step needs a window of some set twice."""
+        """Raises BadInput if a set has fewer windows than its share of a step."""
         whole = sum(one.parts for one in self._sets)
         for one in self._sets:
             sequences = -(-self.sequences * one.parts // whole)
@@ -178,18 +178,12 @@ class Batches:
         import torch
 
         A, B, T = self.accumulation, self.micro_batch_size, self.context
-        rows = self.stream.window_rows(self._order(step).reshape(-1), T)  # uint16; of all micro-batches at once
-        shape, micro_batches = (2, B, T), []
-        for micro in rows.reshape(A, B, T + 1):
-            if self._is_pinned:
-                pair = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-                into = pair.numpy()
-            else:
-                into = np.empty(shape, dtype=np.int64)
-                pair = torch.from_numpy(into)
-            into[0], into[1] = micro[:, :-1], micro[:, 1:]  # the one pass over int64, which is most of the time
-            micro_batches.append((pair[0], pair[1]))
-        return micro_batches
+        rows = self.stream.window_rows(self._order(step).reshape(-1), T).reshape(A, B, T + 1)  # uint16
+        # One buffer for the step: smaller ones would be mapped, and their pages made, anew in each step.
+        pairs = torch.empty((A, 2, B, T), dtype=torch.int64, pin_memory=self._is_pinned)
+        into = pairs.numpy()
+        into[:, 0], into[:, 1] = rows[..., :-1], rows[..., 1:]  # the one pass over int64, which is most of the time
+        return [(tokens, targets) for tokens, targets in pairs]
 
     def close(self) -> None:
         """Ends the background thread."""

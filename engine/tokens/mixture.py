@@ -1,8 +1,8 @@
 """Several data sets in fixed proportions: whose turn it is at each sequence of a run, and their streams as one.
 
 With weights n_1 + ... + n_K = D, each D sequences of the run, from a multiple of D on, hold exactly
-n_k of set k. The sets take turns as evenly as they can, so a step has its share of each set up to
-rounding. The j-th sequence of a set is the j-th of its own epochs: no window comes twice in an
+n_k of set k. Inside them the sets take turns, so a step has its share of each set up to K - 1
+sequences. The j-th sequence of a set is the j-th of its own epochs: no window comes twice in an
 epoch of its set, and a small set begins its next epoch before a large one does.
 """
 

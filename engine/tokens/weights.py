@@ -62,8 +62,7 @@ def _words(data: str) -> list[str]:
         words = shlex.split(data)
     except ValueError:  # a quotation mark in a name
         return [data]
-    is_list = len(words) > 1 and any(_split(word)[1] is not None or os.path.lexists(word) for word in words)
-    return words if is_list else [data]
+    return words if len(words) > 1 and any(_split(word)[1] is not None for word in words) else [data]
 
 
 def _split(word: str) -> tuple[str, str | None]:

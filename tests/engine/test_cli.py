@@ -53,7 +53,7 @@ def test_every_command_is_in_the_summary(capsys):
     ],
 )
 def test_every_flag_is_explained_where_help_looks_for_it(name):
-    # Help shows the comment on the same line as a field. A formatter that wraps the line would hide it.
+    # Help shows the comment above a field, or on its line. A formatter that wraps the line would hide it.
     source = (ROOT / name).read_text()
     classes = [
         node
@@ -64,8 +64,9 @@ def test_every_flag_is_explained_where_help_looks_for_it(name):
     assert fields
     for field in fields:
         nested = field.value is not None and "default_factory" in ast.unparse(field.value)
-        line = source.splitlines()[field.lineno - 1]
-        assert nested or (field.end_lineno == field.lineno and "  # " in line), line
+        above, line = source.splitlines()[field.lineno - 2 : field.lineno]
+        is_explained = "  # " in line or above.strip().startswith("# ")
+        assert nested or (field.end_lineno == field.lineno and is_explained), line
 
 
 # ---- Bad input ----------------------------------------------------------------------------------------------------

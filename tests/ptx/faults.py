@@ -34,7 +34,8 @@ SMALL_NORM, NORM = "layer_norm 9x33 bf16", "layer_norm 6x768 bf16"
 GELU, BIAS_GELU = "gelu 5x77 bf16", "bias_gelu 5x77 bf16"
 PADDED, VOCABULARY = "cross_entropy 5x1000 bf16", "cross_entropy 4x50257 bf16"
 
-SEEN = "cols[None, :] <= rows[:, None]"
+SEEN = "_is_seen(starts_ptr, rows[:, None], cols"
+BEFORE, AFTER = (f"_is_seen(starts_ptr, rows[:, None] {shift}, cols" for shift in ("- 1", "+ 1"))
 END = "tl.minimum(start_m + BLOCK_M, T) if IS_CAUSAL"
 SHORT = "tl.minimum(start_m + BLOCK_M - BLOCK_N, T) if IS_CAUSAL"
 AT_END = "tl.where((full_end * BLOCK_M < T) & (full_start <= full_end), 1, 0)"
@@ -47,9 +48,9 @@ FORWARD, DQ, DKDV = (f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "
 LEAVES = "setp.lt.u32 %scratch1, %tid.x, 32;\n@%scratch1 ret;\nbar.sync 0;"
 
 SOURCE_FAULTS = {
-    "forward: a row does not see its own key": Fault("attention", SEEN, SEEN.replace("<=", "<"), 0, CAUSAL, NUMBERS),
-    "forward: a row sees the next key": Fault("attention", SEEN, f"{SEEN} + 1", 0, CAUSAL, NUMBERS),
-    "dq: a row sees the next key": Fault("attention", SEEN, f"{SEEN} + 1", 1, CAUSAL, NUMBERS),
+    "forward: a row does not see its own key": Fault("attention", SEEN, BEFORE, 0, CAUSAL, NUMBERS),
+    "forward: a row sees the next key": Fault("attention", SEEN, AFTER, 0, CAUSAL, NUMBERS),
+    "dq: a row sees the next key": Fault("attention", SEEN, AFTER, 1, CAUSAL, NUMBERS),
     "forward: a block of keys short": Fault("attention", END, SHORT, 0, CAUSAL, NUMBERS),
     "dq: a block of keys short": Fault("attention", END, SHORT, 1, CAUSAL, NUMBERS),
     "dk, dv: a block of queries short": Fault("attention", AT_END, "0", 0, FULL, NUMBERS),
@@ -78,8 +79,8 @@ SOURCE_FAULTS = {
     "cross_entropy: the padding takes part": Fault(
         "cross_entropy", "tl.where(cols < vocab_size, z,", "tl.where(cols < padded_size, z,", 0, PADDED, NUMBERS
     ),
-    "cross_entropy: a logit too many is stored": Fault("cross_entropy", "dz, 0.0), mask=cols < padded_size",
-        "dz, 0.0), mask=cols <= padded_size", 0, VOCABULARY, "another program|two programs|bounds"),
+    "cross_entropy: a logit too many is stored": Fault("cross_entropy", "cols, dz, mask=cols < padded_size",
+        "cols, dz, mask=cols <= padded_size", 0, VOCABULARY, "another program|two programs|bounds"),
     "cross_entropy: a row overlaps the next": Fault("cross_entropy", "* row_stride", "* (row_stride - 8)", 0, PADDED,
         "load of what another program stores"),
 }  # fmt: skip
