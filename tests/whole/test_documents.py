@@ -293,7 +293,8 @@ def test_every_flag_in_the_text_exists(document, monkeypatch):
 
     known = TRAINING | {f"--no-{flag[2:]}" for flag in TRAINING}
     for kind in (PrepareConfig, *subcommands.KINDS.values()):
-        known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+        flags = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+        known |= {prefix + flag for flag in flags for prefix in ("--", "--no-")}
     monkeypatch.setattr(flag_parser, "checked", stopping(flag_parser.checked))
     for command in ("plan", "plot", "compare", "report", "tune", "data"):
         asked = parsed_by(cli.COMMANDS[command], ["gpt2"], f"gpt2 {command}")
