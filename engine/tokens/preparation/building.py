@@ -103,7 +103,7 @@ class Build:
         (first, start), num_train = self.place, self.request.num_train
         for index in range(first, len(self.found.files)):
             before = None
-            for part, position in parts(self.downloads.fetch(self.found.files[index]), self.options, start):
+            for part, position in parts(self._fetch(self.found.files[index]), self.options, start):
                 if before is not None:
                     yield before
                 if num_train is not None:
@@ -112,6 +112,13 @@ class Build:
             if before is not None:
                 yield before[0], (index + 1, 0)
             start = 0
+
+    def _fetch(self, path: Path) -> Path:
+        """The local path of a file. Says on the way what is waited for."""
+        self.progress.doing(f"downloads {path.name}")
+        local = self.downloads.fetch(path)
+        self.progress.doing(f"reads {path.name}")
+        return local
 
     def _batches(self) -> Iterator[list[Part]]:
         batch, size, end = [], 0, self.place
@@ -144,6 +151,7 @@ class Build:
         count, saved, finished = config.workers or os.cpu_count() or 1, time.monotonic(), self._num_finished()
         with ExitStack() as stack:
             progress = stack.enter_context(closing(Progress(total if self.is_repeatable else None, done=done)))
+            self.progress = progress
             results = workers.map_in_order(encode, self._batches(), count, workers.max_pending(count))
             for encoded in stack.enter_context(closing(results)):
                 end = self.ends.popleft()

@@ -268,7 +268,7 @@ def commit(source, monkeypatch):
     blobs = {}
 
     def find(name: str, _) -> list[Remote]:
-        paths = [source / f"{name[-1]}.jsonl"] if len(name) == 4 else sorted(source.iterdir())
+        paths = [source / f"{name[-1]}.jsonl"] if name != "hf:all" else sorted(source.iterdir())
         sizes = {path.name: path.stat().st_size for path in paths}
         return [Remote("o/n", blobs["commit"], path, size, blobs.get(path, "")) for path, size in sizes.items()]
 
@@ -280,17 +280,17 @@ def commit(source, monkeypatch):
 def test_another_commit_costs_nothing_where_the_files_are_the_same(source, tmp_path, capsys, commit):
     out = tmp_path / "out"
     commit("1" * 40)
-    stopped(Path("hf:o"), out, 16)
+    stopped(Path("hf:all"), out, 16)
     commit("2" * 40, c="new")
-    assert run(Path("hf:o"), out)["hub"] == {"o/n": "2" * 40}
+    assert run(Path("hf:all"), out)["hub"] == {"o/n": "2" * 40}
     assert "goes on after" in capsys.readouterr().err
     made = files(out)
     commit("3" * 40)
-    run(Path("hf:o"), out)
+    run(Path("hf:all"), out)
     assert files(out) == made
     commit("3" * 40, b="new")
     with pytest.raises(BadInput, match="must be new or empty"):
-        run(Path("hf:o"), out)
+        run(Path("hf:all"), out)
 
 
 def test_validation_sources_may_lie_on_the_hub(tmp_path, commit):
