@@ -16,7 +16,7 @@ from engine.tokens.preparation import building, encode, fast, journal
 from engine.tokens.reading import hub
 from engine.tokens.shards import BUILDING
 
-ROWS = 60
+ROWS = 30
 BAD = b'{"words": "no text"}\n'
 
 
@@ -25,10 +25,9 @@ class Stop(BaseException):
 
 
 @pytest.fixture(autouse=True)
-def journalled(monkeypatch):
-    """A journal after each batch of a few rows."""
-    set_batch(monkeypatch, 300)
-    monkeypatch.setattr(journal, "EVERY", 0)
+def batches(monkeypatch):
+    """Batches of a few rows, two or three a file."""
+    set_batch(monkeypatch, 250)
 
 
 @pytest.fixture
@@ -49,22 +48,19 @@ def write(path: Path, lines: list[bytes]) -> None:
     path.write_bytes(b"".join(lines))
 
 
-def stop_at(monkeypatch, batch: int) -> None:
-    """Stops the next preparation before it takes a batch."""
+def stop(*_) -> None:
+    raise Stop
+
+
+def stopped(source: Path, out: Path, batch: int = 0, place=(building.Build, "cut_tails"), **options) -> None:
+    """Stops a preparation, that writes its journal after each batch, before it takes a batch, or else at a place."""
     calls, take = itertools.count(1), building.Build._take
-
-    def stopping(self, encoded):
-        if next(calls) == batch:
-            raise Stop
-        return take(self, encoded)
-
-    monkeypatch.setattr(building.Build, "_take", stopping)
-
-
-def stopped(source: Path, out: Path, batch: int, **options) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        stop_at(patch, batch)
-        run(source, out, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "EVERY", 0)
+        patch.setattr(building.Build, "_take", lambda *given: stop() if next(calls) == batch else take(*given))
+        patch.setattr(*place, stop)
+        with pytest.raises(Stop):
+            run(source, out, **options)
 
 
 def assert_as_at_once(source: Path, out: Path, **options) -> None:
@@ -74,8 +70,9 @@ def assert_as_at_once(source: Path, out: Path, **options) -> None:
     assert files(out) == files(quiet)
 
 
-@pytest.mark.parametrize("row", [0, 40], ids=["its first row", "a row behind some that the journal has"])
-def test_a_mended_file_is_read_again_and_what_came_before_it_is_kept(source, tmp_path, capsys, row):
+@pytest.mark.parametrize("row", [0, 25], ids=["its first row", "a row behind some that the journal has"])
+def test_a_mended_file_is_read_again_and_what_came_before_it_is_kept(source, tmp_path, monkeypatch, capsys, row):
+    monkeypatch.setattr(journal, "EVERY", 0)
     out, bad, lines = tmp_path / "out", source / "b.jsonl", rows("b")
     write(bad, [*lines[:row], BAD, *lines[row:]])
     before = sum(len(line) for line in rows("a"))
@@ -83,46 +80,37 @@ def test_a_mended_file_is_read_again_and_what_came_before_it_is_kept(source, tmp
         run(source, out, on_bad_text="fail", shard_tokens=150, dedup=True)
     promised = int(str(error.value).split(" after ")[-1].split(" ")[0].replace(",", ""))
     assert ("once that file has changed" in str(error.value)) == bool(row)
-    assert before - 300 < promised <= before
+    assert before - 500 < promised <= before
     write(bad, lines)
     run(source, out, on_bad_text="fail", shard_tokens=150, dedup=True)
     assert f"goes on after {promised:,} of" in capsys.readouterr().err
     assert_as_at_once(source, out, on_bad_text="fail", shard_tokens=150, dedup=True)
 
 
-@pytest.mark.parametrize("batch", range(2, 22, 3))
+@pytest.mark.parametrize("batch", [pytest.param(n, marks=pytest.mark.slow) if n != 5 else n for n in range(2, 9)])
 def test_after_any_stop_and_any_change_the_bytes_are_those_of_the_sources_now(source, tmp_path, batch):
-    for number, change in enumerate(("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl", None)):
-        out = tmp_path / str(number) / "out"
+    for change in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl", ""):
+        out = tmp_path / change / "out"
         for name in "abc":
             write(source / f"{name}.jsonl", rows(name))
         (source / "d.jsonl").unlink(missing_ok=True)
         stopped(source, out, batch, shard_tokens=170)
-        if change:
-            write(source / change, rows("another"))
-        else:
-            (source / "b.jsonl").unlink()
+        write(source / change, rows("another")) if change else (source / "b.jsonl").unlink()
         run(source, out, shard_tokens=170)
         assert_as_at_once(source, out, shard_tokens=170)
 
 
 def test_a_file_behind_a_last_shard_that_is_short_goes_into_that_shard(source, tmp_path, capsys):
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(building.Build, "cut_tails", lambda self: stop())
-        run(source, out)
+    stopped(source, out)
     write(source / "d.jsonl", rows("d"))
     run(source, out)
     assert "goes on after" in capsys.readouterr().err
     assert_as_at_once(source, out)
 
 
-def stop() -> None:
-    raise Stop
-
-
 def test_a_change_in_what_has_been_read_begins_anew_and_says_so(source, tmp_path, capsys):
-    stopped(source, tmp_path / "out", 12)
+    stopped(source, tmp_path / "out", 6)
     write(source / "a.jsonl", rows("x"))
     run(source, tmp_path / "out")
     said = capsys.readouterr().err
@@ -130,10 +118,7 @@ def test_a_change_in_what_has_been_read_begins_anew_and_says_so(source, tmp_path
     assert "goes on" not in said
 
 
-def test_with_val_a_file_that_becomes_one_for_training_is_not_gone_on_with_as_validation(source, tmp_path):
-    for name in ("t", "v"):
-        (tmp_path / name).mkdir()
-    os.rename(source / "a.jsonl", tmp_path / "t" / "a.jsonl")
+def test_a_file_that_was_for_validation_and_is_for_training_now_has_changed():
     known = [("a", 1, 1), ("b", 1, 1), ("c", 1, 1)]
     one, other = (journal.Request("", "", "", known, num_train) for num_train in (1, 2))
     assert one.digest((1, 0)) == other.digest((1, 0))
@@ -147,7 +132,7 @@ def test_with_val_a_file_that_becomes_one_for_training_is_not_gone_on_with_as_va
 def test_fail_does_not_go_on_from_what_skip_has_left_out_but_from_before_it(source, tmp_path, capsys):
     out, lines = tmp_path / "out", rows("b")
     write(source / "b.jsonl", [BAD, *lines])
-    stopped(source, out, 10)
+    stopped(source, out, 6)
     before = files(out)
     with pytest.raises(
         BadInput, match=r"must be text, got .*\.building made without some: left out: 1 no text"
@@ -160,12 +145,10 @@ def test_fail_does_not_go_on_from_what_skip_has_left_out_but_from_before_it(sour
     assert "goes on after" in capsys.readouterr().err
 
 
-def test_fail_does_not_move_into_place_what_skip_has_made(source, tmp_path, monkeypatch):
+def test_fail_does_not_move_into_place_what_skip_has_made(source, tmp_path):
     out = tmp_path / "out"
     write(source / "b.jsonl", [BAD, *rows("b")])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(prepare, "_move", lambda *_: stop())
-        run(source, out)
+    stopped(source, out, place=(prepare, "_move"))
     with pytest.raises(BadInput, match=r"every document must be text, got .*\.building made without some"):
         run(source, out, on_bad_text="fail")
     assert not (out / "manifest.json").exists()
@@ -216,7 +199,7 @@ def test_an_error_of_standard_input_promises_nothing_and_leaves_nothing(stdin, s
     write(source / "b.jsonl", [*rows("b"), BAD])
     totals, plain = [], building.Progress
     monkeypatch.setattr(building, "Progress", lambda total, **more: totals.append(total) or plain(total, **more))
-    with pytest.raises(BadInput, match="line 61, no text field") as error:
+    with pytest.raises(BadInput, match="line 31, no text field") as error:
         prepare.prepare(["-", str(source / "b.jsonl")], config(tmp_path / "out", on_bad_text="fail"))
     assert "goes on" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -228,15 +211,15 @@ def test_an_error_of_standard_input_promises_nothing_and_leaves_nothing(stdin, s
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_line_of_a_difference_is_counted_from_the_begin_of_the_file(source, wrong, tmp_path, workers):
-    write(source / "b.jsonl", [*rows("b")[:50], b'{"text": "WRONG"}\n'])
+    write(source / "b.jsonl", [*rows("b")[:25], b'{"text": "WRONG"}\n'])
     manifest = run(source, tmp_path / "out", tokenizer="gpt2", workers=workers)
-    assert manifest["not_fast"].endswith(f"in {source / 'b.jsonl'}, line 51")
+    assert manifest["not_fast"].endswith(f"in {source / 'b.jsonl'}, line 26")
 
 
 def test_what_begins_anew_still_says_that_tiktoken_made_the_tokens(source, wrong, tmp_path, capsys):
     out = tmp_path / "out"
     write(source / "a.jsonl", [b'{"text": "WRONG"}\n', *rows("a")])
-    stopped(source, out, 12, tokenizer="gpt2", shard_tokens=50)
+    stopped(source, out, 6, tokenizer="gpt2", shard_tokens=50)
     next((out / BUILDING).glob("*_train_000000.bin")).unlink()
     manifest = run(source, out, tokenizer="gpt2", shard_tokens=50)
     said = capsys.readouterr().err
@@ -280,7 +263,7 @@ def commit(source, monkeypatch):
 def test_another_commit_costs_nothing_where_the_files_are_the_same(source, tmp_path, capsys, commit):
     out = tmp_path / "out"
     commit("1" * 40)
-    stopped(Path("hf:all"), out, 16)
+    stopped(Path("hf:all"), out, 6)
     commit("2" * 40, c="new")
     assert run(Path("hf:all"), out)["hub"] == {"o/n": "2" * 40}
     assert "goes on after" in capsys.readouterr().err
