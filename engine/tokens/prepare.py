@@ -10,7 +10,7 @@ The same sources make the same bytes with any number of workers.
 
 Everything is written to a hidden directory inside DIR and moved into place at the end, the manifest
 last. An interrupted preparation leaves nothing that could be mistaken for data, and a journal: the
-same command goes on from there.
+same command goes on from there. Standard input cannot come again, so it leaves no journal.
 """
 
 import hashlib
@@ -28,7 +28,10 @@ from engine.errors import BadInput
 from engine.lock import Lock
 from engine.tokens.names import NUMBERED
 from engine.tokens.preparation import fast, journal
-from engine.tokens.preparation.building import TAIL, TAILS, build, clear
+from engine.tokens.preparation.account import Totals
+from engine.tokens.preparation.building import NOT_FAST, TAIL, TAILS, build, clear, stem
+from engine.tokens.preparation.encode import Difference
+from engine.tokens.preparation.journal import Request
 from engine.tokens.preparation.options import PrepareConfig as PrepareConfig
 from engine.tokens.preparation.summary import describe as describe
 from engine.tokens.preparation.summary import left_out
@@ -39,7 +42,6 @@ from engine.tokens.shards import BUILDING, MANIFEST, read_manifest
 
 SPARE = 4
 MOST_KINDS = 50  # of files that are not read, in the manifest
-NOT_FAST = "not_fast"  # file in .building that says why gigatoken is not used
 NEW = ("val", "dedup")  # options of which other values than the default are in the request
 RULES = 3  # which files of a directory are read; manifests without it are of rule 1, see sources.find_by_rule
 
@@ -54,19 +56,23 @@ def prepare(sources: list[str], config: PrepareConfig) -> dict:
     num_train = len(found.files) if config.val else None
     if config.val:
         _add(found, find(config.val))
-    request = _request(sources, found, config)
+    files = _identities(found)
+    found.num_bytes = sum(size for _, size, _ in files)
+    request = _request(sources, files, config)
     if (existing := _existing(out, request, config)) is not None:
         return existing  # before the lock: such data may be read-only
     _refuse_older(out, sources, found, config)
     if warning := require_text(found, config.text_field):
         print(f"prepare: {warning}", file=sys.stderr, flush=True)
     with lock.acquire(out, "prepare") as held:
-        unmoved = _unmoved(out, request, config)
-        if unmoved is None:
-            _remove_orphans(out, out / BUILDING)
         if (existing := _existing(out, request, config)) is not None:
             return existing  # another process made it meanwhile
-        return _replace(sources, found, num_train, request, config, held) if unmoved is None else _move(unmoved, out)
+        if (unmoved := _unmoved(out, request, config)) is not None:
+            return _move(unmoved, out)
+        asked = Request(request, _options(sources, config), stem(out), files, num_train)
+        _refuse_progress(out, asked, config)
+        _remove_orphans(out, out / BUILDING)
+        return _replace(sources, found, asked, config, held)
 
 
 def _add(found: Selection, val: Selection) -> None:
@@ -79,6 +85,7 @@ def _add(found: Selection, val: Selection) -> None:
                 "name files or directories that do not overlap"
             )
     found.files += val.files
+    found.remote |= val.remote
     found.not_read += val.not_read
     found.linked += val.linked
     found.examples = val.examples | found.examples
@@ -107,12 +114,34 @@ def _existing(out: Path, request: str, config: PrepareConfig) -> dict | None:
                 f"{out / MANIFEST}: must be as prepare wrote it, got {error!r}; add --overwrite to make the data again"
             ) from error
         return None
+    _refuse_gaps(out, manifest, config)
+    return manifest
+
+
+def _refuse_gaps(made: Path, manifest: dict, config: PrepareConfig) -> None:
+    """Raises BadInput if documents were left out, without which --on-bad-text fail must make nothing."""
     if config.on_bad_text == "fail" and manifest["skipped"]:
         raise BadInput(
-            f"prepare: every document must be text, got {out} made without some: {_left_out_note(manifest)}; "
+            f"prepare: every document must be text, got {made} made without some: {_left_out_note(manifest)}; "
             "mend them, or see --on-bad-text"
         )
-    return manifest
+
+
+def _refuse_progress(out: Path, request: Request, config: PrepareConfig) -> None:
+    """Raises BadInput if another command's progress must not be removed, or this command's not be gone on with."""
+    building = out / BUILDING
+    state = journal.read(building)
+    if state is not None and state["key"].partition(" ")[0] != request.options and not config.overwrite:
+        raise BadInput(
+            f"prepare: {out} must be new or empty, got {building} of another command, which has read "
+            f"{state['totals']['source_bytes']:,} bytes; go on with that command, choose another --out, or add "
+            "--overwrite to remove it"
+        )
+    if (state := journal.usable(building, request)) is not None:
+        totals = Totals.from_json(state["totals"])
+        left = {"bytes": totals.losses.bytes, "files": totals.losses.largest()}
+        counts = {"skipped": totals.skipped, "source_bytes": totals.source_bytes, "left_out": left}
+        _refuse_gaps(building, counts, config)
 
 
 def _refuse_older(out: Path, sources: list[str], found: Selection, config: PrepareConfig) -> None:
@@ -122,7 +151,7 @@ def _refuse_older(out: Path, sources: list[str], found: Selection, config: Prepa
         if manifest is None or (rules := manifest.get("rules", 1)) not in range(1, RULES) or config.overwrite:
             return
         older = find_by_rule(sources, rules)
-        if manifest.get("request") != _request(sources, older, config):
+        if manifest.get("request") != _request(sources, _identities(older), config):
             return
     except BadInput:  # what is wrong is said where it matters
         return
@@ -134,9 +163,7 @@ def _refuse_older(out: Path, sources: list[str], found: Selection, config: Prepa
     )
 
 
-def _replace(
-    sources: list[str], found: Selection, num_train: int | None, request: str, config: PrepareConfig, held: Lock
-) -> dict:
+def _replace(sources: list[str], found: Selection, request: Request, config: PrepareConfig, held: Lock) -> dict:
     """Makes the data and moves it into place. Returns the manifest."""
     out = Path(config.out)
     building = out / BUILDING
@@ -151,25 +178,24 @@ def _replace(
         with _refusals(out):
             spare += (os.open(out, os.O_RDONLY) for _ in range(SPARE))
             _begin(building, request)
-            manifest = _make(found, num_train, config, building, request)
+            manifest = _make(found, request, config, building)
             if not all(manifest["tokens"].values()):
-                (building / journal.FILE).unlink()
+                (building / journal.FILE).unlink(missing_ok=True)
                 raise BadInput(
                     f"prepare: the text must fill both splits, got {manifest['tokens']['train']} training and "
                     f"{manifest['tokens']['val']} validation tokens from {len(found.files)} "
                     f"files{_left_out_note(manifest, ', ')}; give more text or "
                     f"{'other sources' if config.val else 'a larger --val-fraction'}"
                 )
-            manifest |= {"request": request, "rules": RULES, "sources": sources, **_account(found, sources, config)}
+            manifest |= {"request": request.whole, "rules": RULES, "sources": sources}
+            manifest |= _account(found, sources, config)
             durable.write(building / MANIFEST, json.dumps(manifest, indent=1) + "\n")
             held.check()
         return _move(manifest, out)
     except BadInput as error:
-        state = journal.read(building)
-        if state is None or not sum(state["tokens"].values()):
+        if not (promise := _promise(found, building, str(error))):
             raise
-        done = state["totals"]["source_bytes"]
-        raise BadInput(f"{error}; the same command goes on after {done:,} of {found.num_bytes:,} bytes") from error
+        raise BadInput(f"{error}{promise}") from error
     finally:
         for descriptor in spare:
             os.close(descriptor)
@@ -177,26 +203,45 @@ def _replace(
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _make(found: Selection, num_train: int | None, config: PrepareConfig, building: Path, request: str) -> dict:
+def _promise(found: Selection, building: Path, error: str) -> str:
+    """From where the same command goes on after an error, also once the file that it names is mended; "" if nowhere."""
+    state = journal.read(building)
+    if state is None or not sum(state["tokens"].values()):
+        return ""
+    promise = f"; the same command goes on after {state['totals']['source_bytes']:,} of {found.num_bytes:,} bytes"
+    index, position = state["place"]
+    if position and f"{found.files[index]}:" in error:
+        earlier = state["earlier"]["totals"]["source_bytes"] if state["earlier"] else 0
+        promise += f", or after {earlier:,} once that file has changed"
+    return promise
+
+
+def _make(found: Selection, request: Request, config: PrepareConfig, building: Path) -> dict:
     """Builds the shards, with tiktoken alone once gigatoken has given other tokens. Returns the manifest."""
+    plain = replace(config, fast=False)
+    if STDIN in found.files:  # after a difference it could not be read again
+        return build(found, request, plain, building)
     note = building / NOT_FAST
     if not note.exists():
         try:
-            return build(found, num_train, config, building, request)
+            return build(found, request, config, building)
         except fast.Unusable as error:  # what it has made by then is not to be trusted either
-            print(f"prepare: {error}; all documents are tokenised again, with tiktoken", file=sys.stderr, flush=True)
+            why = error.locate() if isinstance(error, Difference) else str(error)
+            print(f"prepare: {why}; all documents are tokenised again, with tiktoken", file=sys.stderr, flush=True)
             clear(building)
-            note.write_text(str(error))
-    made = build(found, num_train, replace(config, fast=False), building, request)
-    return made | {"not_fast": note.read_text()}
+            note.write_text(why)
+    return build(found, request, plain, building) | {"not_fast": note.read_text()}
 
 
-def _begin(building: Path, request: str) -> None:
-    """Makes the directory to build in, without what another request has left there."""
-    state = journal.read(building)
-    if state is not None and state["key"].partition(" ")[0] != request:
-        print(f"prepare: removes {building}, which another request has left", file=sys.stderr, flush=True)
-    if state is None or state["key"].partition(" ")[0] != request or (building / MANIFEST).exists():
+def _begin(building: Path, request: Request) -> None:
+    """Makes the directory to build in, without what cannot be gone on with."""
+    state, is_usable = journal.read(building), journal.usable(building, request) is not None
+    if state is not None and state["key"].partition(" ")[0] != request.options:
+        print(f"prepare: removes {building}, which another command has left", file=sys.stderr, flush=True)
+    elif state is not None and not is_usable:
+        why = "files that it had read have changed" if state["key"] == request.key else "--out has another name now"
+        print(f"prepare: begins anew: {why}", file=sys.stderr, flush=True)
+    if not is_usable or (building / MANIFEST).exists():
         clear(building)
 
 
@@ -254,6 +299,7 @@ def _unmoved(out: Path, request: str, config: PrepareConfig) -> dict | None:
         path = path if path.exists() else out / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             return None
+    _refuse_gaps(out / BUILDING, manifest, config)
     return manifest
 
 
@@ -263,6 +309,8 @@ def _account(found: Selection, sources: list[str], config: PrepareConfig) -> dic
     if found.held_out:
         first = found.held_out[0]
         account["held_out"] = {"count": len(found.held_out), "first": f"{first}/" if first.is_dir() else str(first)}
+    if found.remote:
+        account["hub"] = {one.repository: one.commit for one in found.remote.values()}
     if config.val:
         account["val_sources"] = list(config.val)
     names = ("shard_tokens", "text_field", "on_bad_text", "split_on", "dedup", *(["format"] if "-" in sources else []))
@@ -288,28 +336,39 @@ def _is_complete(out: Path, manifest: dict) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in shards)
 
 
-def _request(sources: list[str], found: Selection, config: PrepareConfig) -> str:
-    """Digest of the options, and of each file's path, size and time. Sets found.num_bytes.
+def _request(sources: list[str], files: list[tuple], config: PrepareConfig) -> str:
+    """Digest of the options, and of what each file is known by. Equal requests make the same bytes."""
+    options = _choices(sources, config)
+    if any(path == str(STDIN) for path, *_ in files):  # nobody knows whether it is the same as before
+        options.append(os.urandom(16).hex())
+    return hashlib.sha256(json.dumps([options, files]).encode()).hexdigest()
 
-    Equal requests make the same bytes.
-    """
+
+def _options(sources: list[str], config: PrepareConfig) -> str:
+    """Digest of the options."""
+    return hashlib.sha256(json.dumps(_choices(sources, config)).encode()).hexdigest()
+
+
+def _choices(sources: list[str], config: PrepareConfig) -> list:
+    """The options that decide what is made, and the words of the sources."""
     options = [config.tokenizer, config.val_fraction, config.shard_tokens, config.text_field, sources]
     if config.on_bad_text == "replace":  # skip and fail make the same bytes, or fail makes none
         options.append(config.on_bad_text)
     options += [[name, getattr(config, name)] for name in NEW if getattr(config, name) != getattr(PrepareConfig, name)]
     if config.separator is not None:
         options.append(["split_on", config.separator])
-    if STDIN in found.files:  # nobody knows whether it is the same as before
-        options.append(os.urandom(16).hex())
-    stats = [_identity(path, found) for path in found.files]
-    found.num_bytes = sum(size for _, size, _ in stats)
-    return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()
+    return options
+
+
+def _identities(found: Selection) -> list[tuple[str, int, int | str]]:
+    """What each file is known by."""
+    return [_identity(path, found) for path in found.files]
 
 
 def _identity(path: Path, found: Selection) -> tuple[str, int, int | str]:
-    """Path, size and time of a file, or its commit if it is on the hub."""
+    """Path, size and time of a file; if it is on the hub, the digest of its content, which other commits have too."""
     if path in found.remote:
-        return str(path), found.remote[path].size, found.remote[path].commit
+        return str(path), found.remote[path].size, found.remote[path].blob
     one = _stat(path)
     return str(path), one.st_size, one.st_mtime_ns
 

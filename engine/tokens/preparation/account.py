@@ -42,6 +42,11 @@ class Loss:
         return self
 
 
+def lines_before(part: Part) -> int:
+    """The byte from which the places in a part are counted, if they are lines."""
+    return part.start if isinstance(part, Span) and part.kind == "lines" else 0
+
+
 def _lines(path: str, end: int) -> int:
     """Lines of a file that end before a byte."""
     count = 0
@@ -107,8 +112,7 @@ class Encoded:
         self.skipped[error.reason] += 1
         if not self.losses or self.losses[-1].file != raw.file:
             unit = UNITS.get(raw.kind, "row")
-            before = part.start if isinstance(part, Span) and part.kind == "lines" else 0
-            self.losses.append(Loss(raw.file, 0, 0, str(error), unit, raw.place, before))
+            self.losses.append(Loss(raw.file, 0, 0, str(error), unit, raw.place, lines_before(part)))
         self.losses[-1].bytes += raw.num_bytes
         self.losses[-1].documents += 1
 

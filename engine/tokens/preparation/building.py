@@ -1,7 +1,7 @@
 """The shards of a preparation, from files to a directory of .bin files and what the manifest says of them.
 
 Everything comes in the order of the files, whatever the number of workers. The journal is written now
-and then, and the same request goes on from there.
+and then, and the same command goes on from there.
 """
 
 import os
@@ -21,6 +21,7 @@ from engine.tokens import tokenizer
 from engine.tokens.preparation import duplicates, fast, journal, tails, workers
 from engine.tokens.preparation.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
 from engine.tokens.preparation.encode import encode_batch
+from engine.tokens.preparation.journal import Request
 from engine.tokens.preparation.options import PrepareConfig
 from engine.tokens.preparation.progress import Progress
 from engine.tokens.preparation.writer import Behind, ShardWriter
@@ -28,6 +29,7 @@ from engine.tokens.reading.documents import parts
 from engine.tokens.reading.hub import DOWNLOADS, Downloads
 from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import Part, Raw, ReadOptions
+from engine.tokens.reading.sequential import STDIN
 from engine.tokens.reading.sources import Selection
 
 BATCH_BYTES = 1 << 20  # bytes of the sources per batch handed to a worker
@@ -36,19 +38,16 @@ LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin w
 SPLITS = ("train", "val")
 TAILS = "tails"  # directory in .building of the shards that are cut again
 SEEN = "seen"  # file in .building of the digests of all documents, for --dedup
+NOT_FAST = "not_fast"  # file in .building that says why gigatoken is not used
 TAIL, OWN = "the tail of each document", "sources of its own"  # how a validation set is made, in the manifest
 
 
 class Build:
-    """One preparation: what is written, and how far it has come. Goes on where the journal says, if it is of this key.
+    """One preparation: what is written, and how far it has come. Goes on from the journal, as far as it can be used."""
 
-    num_train: number of the files that are for training, if the others are for validation; None: the hash decides.
-    """
-
-    def __init__(self, found: Selection, num_train: int | None, config: PrepareConfig, directory: Path, key: str):
-        self.found, self.num_train, self.config, self.directory = found, num_train, config, directory
-        self.name = _stem(Path(config.out).name) or "data"
-        self.key = f"{key} {self.name}"
+    def __init__(self, found: Selection, request: Request, config: PrepareConfig, directory: Path):
+        self.found, self.request, self.config, self.directory = found, request, config, directory
+        self.is_repeatable = STDIN not in found.files  # what came from standard input does not come again
         self.options = ReadOptions(
             config.text_field, config.separator, is_replacing=config.on_bad_text == "replace", format=config.format
         )
@@ -56,52 +55,70 @@ class Build:
         self.num_safe = 0  # files at the begin whose tokens the journal holds
         self.behind = Behind()
         self.ends: deque[tuple[int, int]] = deque()  # where each batch that is under way ends
-        state = journal.read(directory, self.key)
+        state = journal.usable(directory, request)
         try:
             self._open(state)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if state is None:
                 raise
             print(f"prepare: begins anew, what was left cannot be used: {error}", file=sys.stderr, flush=True)
-            clear(directory)
+            clear(directory, NOT_FAST)
             self._open(None)
 
     def _open(self, state: dict | None) -> None:
         """Opens the files that are written to. state: the journal's."""
         state = state or {"place": [0, 0], "tokens": dict.fromkeys(SPLITS, 0), "shards": [], "seen": [0, True, 0, 0, 0]}
+        self.earlier = state.get("earlier")  # state from before the file that is being read
         self.totals = Totals.from_json(state["totals"]) if "totals" in state else Totals()
         self.place = tuple(state["place"])  # the next file, and the position in it
-        for record in state["shards"]:
+        finished = self._finished(state)
+        for record in finished:
             if (path := self.directory / record["file"]).stat().st_size != record["bytes"]:
                 raise ValueError(f"{path} must have {record['bytes']} bytes, got {path.stat().st_size}")
         self.writers = {}
         for split in SPLITS:
-            records = tuple(record for record in state["shards"] if record["split"] == split)
+            records = tuple(record for record in finished if record["split"] == split)
             total = state["tokens"][split]
             self.writers[split] = self._writer(self.directory, split, total, records)
         count, self.was_kept, *self.dropped = state["seen"]  # kept; was the last; duplicates, their bytes, leaks
         self.seen = duplicates.Seen(self.directory / SEEN, count) if self.config.dedup else None
 
+    def _finished(self, state: dict) -> list[dict]:
+        """The shards of the journal that are full at this state: another may have been cut short by the last file."""
+        left, finished = dict(state["tokens"]), []
+        for record in state["shards"]:
+            left[record["split"]] -= record["tokens"]
+            if record["tokens"] == self.config.shard_tokens and left[record["split"]] >= 0:
+                finished.append(record)
+        return finished
+
     def _writer(self, directory: Path, split: str, total: int = 0, records: tuple[dict, ...] = ()) -> ShardWriter:
-        stem = directory / f"{self.name}_{split}"
+        stem = directory / f"{self.request.name}_{split}"
         return ShardWriter(stem, self.config.shard_tokens, self.behind, total, records)
 
     # ---- Files to batches
 
     def _parts(self) -> Iterator[tuple[Part, tuple[int, int]]]:
         """Yields the parts of all files from `place` on, each with the place after it."""
-        first, start = self.place
+        (first, start), num_train = self.place, self.request.num_train
         for index in range(first, len(self.found.files)):
             before = None
-            for part, position in parts(self.downloads.fetch(self.found.files[index]), self.options, start):
+            for part, position in parts(self._fetch(self.found.files[index]), self.options, start):
                 if before is not None:
                     yield before
-                if self.num_train is not None:
-                    part = part._replace(split="train" if index < self.num_train else "val")
+                if num_train is not None:
+                    part = part._replace(split="train" if index < num_train else "val")
                 before = part, (index, position)
             if before is not None:
                 yield before[0], (index + 1, 0)
             start = 0
+
+    def _fetch(self, path: Path) -> Path:
+        """The local path of a file. Says on the way what is waited for."""
+        self.progress.doing(f"downloads {path.name}")
+        local = self.downloads.fetch(path)
+        self.progress.doing(f"reads {path.name}")
+        return local
 
     def _batches(self) -> Iterator[list[Part]]:
         batch, size, end = [], 0, self.place
@@ -120,9 +137,9 @@ class Build:
 
     def run(self) -> None:
         """Writes all shards."""
-        config, done = self.config, self.totals.source_bytes
+        config, done, total = self.config, self.totals.source_bytes, self.found.num_bytes
         if done:
-            print(f"prepare: goes on after {done:,} of {self.found.num_bytes:,} bytes", file=sys.stderr, flush=True)
+            print(f"prepare: goes on after {done:,} of {total:,} bytes", file=sys.stderr, flush=True)
         encode = partial(
             encode_batch,
             name=config.tokenizer,
@@ -133,11 +150,15 @@ class Build:
         )
         count, saved, finished = config.workers or os.cpu_count() or 1, time.monotonic(), self._num_finished()
         with ExitStack() as stack:
-            progress = stack.enter_context(closing(Progress(self.found.num_bytes, done=done)))
+            progress = stack.enter_context(closing(Progress(total if self.is_repeatable else None, done=done)))
+            self.progress = progress
             results = workers.map_in_order(encode, self._batches(), count, workers.max_pending(count))
             for encoded in stack.enter_context(closing(results)):
+                end = self.ends.popleft()
+                if journal.num_begun(end) > journal.num_begun(self.place):
+                    self.earlier = self._state()
                 num_tokens = self._take(encoded)
-                self.place = self.ends.popleft()
+                self.place = end
                 progress.advance(encoded.source_bytes, num_tokens)
                 now = time.monotonic()
                 after_shard = self._num_finished() > finished
@@ -185,13 +206,17 @@ class Build:
         open_files = [writer.file for writer in self.writers.values() if writer.file is not None]
         for writer in self.writers.values():
             writer.flush()
-        state = {
+        self.behind.do(self._write_journal, open_files, self._state() | {"earlier": self.earlier})
+
+    def _state(self) -> dict:
+        """How far it has come."""
+        return {
             "place": self.place,
+            "files": self.request.digest(self.place),
             "tokens": {split: writer.total for split, writer in self.writers.items()},
             "seen": [self.seen.count if self.seen is not None else 0, self.was_kept, *self.dropped],
             "totals": self.totals.to_json(),
         }
-        self.behind.do(self._write_journal, open_files, state)
 
     def _write_journal(self, open_files: list, state: dict) -> None:
         for file in open_files:
@@ -199,14 +224,16 @@ class Build:
         if self.seen is not None:
             self.seen.sync()
         records = [record for writer in self.writers.values() for record in writer.records]
-        journal.write(self.directory, self.key, state | {"shards": records})
+        if self.is_repeatable:
+            journal.write(self.directory, self.request.key, state | {"shards": records})
         for path in self.found.files[self.num_safe : state["place"][0]]:
             self.downloads.done(path)
         self.num_safe = state["place"][0]
 
     def cut_tails(self) -> bool:
         """Whether one split has all documents, whose tails then become the other, in a directory of their own."""
-        if self.num_train is not None or all(w.total for w in self.writers.values()) or not self._num_finished():
+        is_split = self.request.num_train is not None or all(writer.total for writer in self.writers.values())
+        if is_split or not self._num_finished():
             return False
         shutil.rmtree(self.directory / TAILS, ignore_errors=True)
         (self.directory / TAILS).mkdir()
@@ -227,14 +254,11 @@ class Build:
                 file.close()
 
 
-def build(found: Selection, num_train: int | None, config: PrepareConfig, directory: Path, key: str) -> dict:
-    """Writes all shards into `directory`, or into its TAILS. Returns the manifest, which it does not write.
-
-    num_train, key: as of Build.
-    """
-    with closing(Build(found, num_train, config, directory, key)) as made:
+def build(found: Selection, request: Request, config: PrepareConfig, directory: Path) -> dict:
+    """Writes all shards into `directory`, or into its TAILS. Returns the manifest, which it does not write."""
+    with closing(Build(found, request, config, directory)) as made:
         made.run()
-        split = TAIL if made.cut_tails() else OWN if num_train is not None else "hash of the document"
+        split = TAIL if made.cut_tails() else OWN if request.num_train is not None else "hash of the document"
     chosen, totals, losses = tokenizer.TOKENIZERS[config.tokenizer], made.totals, made.totals.losses
     manifest = {
         "version": 1,
@@ -260,12 +284,16 @@ def build(found: Selection, num_train: int | None, config: PrepareConfig, direct
     return manifest
 
 
-def clear(directory: Path) -> None:
-    """Removes what a preparation has made."""
+def clear(directory: Path, but: str = "") -> None:
+    """Removes what a preparation has made, except the file `but`."""
+    kept = (directory / but).read_text() if but and (directory / but).exists() else None
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
+    if kept is not None:
+        (directory / but).write_text(kept)
 
 
-def _stem(name: str) -> str:
-    """The name, or so much of it that a shard's name fits into the 255 bytes that a name may have."""
-    return os.fsencode(name)[:LONGEST_STEM].decode(errors="ignore") if len(os.fsencode(name)) > LONGEST_STEM else name
+def stem(out: Path) -> str:
+    """What the shards' names begin with: --out's name, or so much of it that they fit into the 255 bytes of a name."""
+    name = os.fsencode(out.name)
+    return name[:LONGEST_STEM].decode(errors="ignore") if len(name) > LONGEST_STEM else out.name or "data"

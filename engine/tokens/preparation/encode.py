@@ -10,12 +10,26 @@ import numpy as np
 
 from engine.tokens import tokenizer
 from engine.tokens.preparation import fast
-from engine.tokens.preparation.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded
+from engine.tokens.preparation.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded, Loss, lines_before
 from engine.tokens.reading.cuts import LONG
 from engine.tokens.reading.documents import parse, read
 from engine.tokens.reading.parts import UNITS, NotText, Part, ReadOptions
 
 SPLIT_DIGEST = 8  # bytes of the digest that decides a document's split; a text of over LONG bytes has no other
+
+
+class Difference(fast.Unusable):
+    """fast.Unusable of a document, whose line is counted from the begin of its span until it is located."""
+
+    def __init__(self, reason: str, document: Loss):
+        super().__init__(reason)
+        self.args = reason, document  # of which a copy is made in the parent process
+        self.document = document
+
+    def locate(self) -> str:
+        """The reason and the document. Raises BadInput if its file cannot be read."""
+        found = self.document.locate()
+        return f"{self.reason} in {found.file}" + (f", {found.unit} {found.place:,}" if found.place else "")
 
 
 def is_validation(text: str, val_fraction: float) -> bool:
@@ -45,7 +59,7 @@ def encode_batch(
     """Reads and tokenises the documents of a batch, and decides the split of those that have none.
 
     name: the tokenizer's. is_fast: with gigatoken, if it is installed. dedup: digests too. Raises
-    fast.Unusable, which names the document, if gigatoken and tiktoken differ.
+    Difference if gigatoken and tiktoken differ.
     """
     texts, rows, digests, places, result = [], [], [], [], Encoded({}, _table([]))
     for part, raw in ((one, raw) for one in batch for raw in read(one, options)):
@@ -61,7 +75,7 @@ def encode_batch(
         markers, with_nul = text.count(tokenizer.END_OF_TEXT), raw.has_nul if raw.digest else "\0" in text
         rows.append((split == "val", raw.is_first, 0, len(content), replaced, markers, with_nul))
         texts.append(text)
-        places.append((raw.file, raw.kind, raw.place))
+        places.append((raw.file, UNITS.get(raw.kind, "row"), raw.place, lines_before(part)))
         if dedup and raw.is_first:
             digests.append(full_digest(content) if len(content) <= LONG and not raw.digest else digest.ljust(DIGEST))
     try:
@@ -69,9 +83,8 @@ def encode_batch(
     except fast.Unusable as error:
         if error.document is None:
             raise
-        file, kind, place = places[error.document]
-        where = f", {UNITS.get(kind, 'row')} {place:,}" if place else ""
-        raise fast.Unusable(f"{error} in {file}{where}") from error
+        file, unit, place, before = places[error.document]
+        raise Difference(error.reason, Loss(file, 0, 1, "", unit, place, before)) from error
     result.rows = _table(rows)
     result.rows[:, TOKENS] = [len(one) for one in ids]
     result.rows[:, TOKENS] += result.rows[:, IS_FIRST]

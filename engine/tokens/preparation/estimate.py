@@ -3,9 +3,11 @@
 The places of the sample lie at equal distances in the bytes of all files. Each stands for as many
 bytes as any other, so the mean of their documents, tokens and seconds per byte is that of all files.
 A file with several places is read so many times as far; a long text at as many places in it.
+Of the files on the hub those that are here already stand for all of them. Nothing is downloaded.
 """
 
 import os
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -17,12 +19,12 @@ import numpy as np
 
 from engine import system
 from engine.errors import BadInput
-from engine.tokens import tokenizer
+from engine.tokens.preparation import fast
 from engine.tokens.preparation.options import PrepareConfig
-from engine.tokens.reading import formats
+from engine.tokens.reading import formats, hub
 from engine.tokens.reading.documents import parse, parts, read
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
-from engine.tokens.reading.sources import find, require_text, unreadable
+from engine.tokens.reading.sources import Selection, find, require_text, unreadable
 from model.files import few
 
 PLACES = 40
@@ -54,20 +56,65 @@ def estimate(sources: list[str], config: PrepareConfig) -> str:
     found = find([*sources, *config.val])
     require_text(found, config.text_field)
     options = ReadOptions(config.text_field, config.separator, config.on_bad_text == "replace", is_sample=True)
-    sizes = [_size(path) for path in found.files]
-    samples, files = _samples(found.files, sizes, options, tokenizer.load(config.tokenizer))
+    here, weights, num_bytes = _here(found, Path(config.out))
+    if not here:
+        return _unknown(config, found, num_bytes)
+    samples, files, encoder = _measured(here, weights, options, config)
     rates = np.mean([one.per_byte() for one in samples], axis=0) if samples else np.zeros(4)
-    totals = rates * sum(sizes)
+    totals = rates * num_bytes
     if options.split_on is None:
-        several = {_suffixes(found.files[index]) for index, one in files.items() if one.documents}
+        several = {_suffixes(here[index]) for index, one in files.items() if one.documents}
         totals[0] += sum(_suffixes(path) not in several for path in found.files)
     read_bytes = sum(one.bytes for one in {id(one): one for one in samples}.values())
     head = f"estimate from {_amount(read_bytes)} of {len(files):,} of the files; nothing was written"
-    return "\n".join([head, *_lines(config, found.files, sum(sizes), totals)])
+    return "\n".join([head, *_lines(config, found.files, num_bytes, totals, encoder)])
+
+
+def _here(found: Selection, out: Path) -> tuple[list[Path], list[int], int]:
+    """The files that a sample can read, the bytes that each stands for, and the bytes of all files.
+
+    No file, if one of the files on the hub would have to stand for the others and none is here.
+    """
+    local = {path: _size(path) for path in found.files if path not in found.remote}
+    here = {hub.downloaded(one, out): one.size for one in found.remote.values()}
+    here.pop(None, None)
+    of_remote = sum(one.size for one in found.remote.values())
+    num_bytes = sum(local.values()) + of_remote
+    if found.remote and not here:
+        return [], [], num_bytes
+    each = of_remote / max(sum(here.values()), 1)
+    return [*local, *here], [*local.values(), *(round(size * each) for size in here.values())], num_bytes
+
+
+def _unknown(config: PrepareConfig, found: Selection, num_bytes: int) -> str:
+    """What is known of sources on the hub, and how to know more."""
+    first = next(iter(found.remote.values()))
+    words = f"--revision {first.commit} {shlex.quote(first.repository)} {shlex.quote(first.name)}"
+    return "\n".join(
+        [
+            "no estimate: none of the files on the hub is here; nothing was downloaded or written",
+            _files(found.files, num_bytes),
+            f"  for more    hf download --repo-type dataset {words}",
+            f"              ({_amount(first.size)}), then the same command again: an estimate from this file",
+        ]
+    )
+
+
+def _measured(
+    files: list[Path], weights: list[int], options: ReadOptions, config: PrepareConfig
+) -> tuple[list[Sample], dict[int, Sample], str]:
+    """As _samples, and what encoded them: what the preparation would take."""
+    try:
+        is_fast, encoder = config.fast, fast.batch_encoder(config.tokenizer, config.fast)
+        measured = _samples(files, weights, options, encoder)
+    except fast.Unusable:
+        is_fast, encoder = False, fast.batch_encoder(config.tokenizer, False)
+        measured = _samples(files, weights, options, encoder)
+    return *measured, fast.version(config.tokenizer, is_fast)
 
 
 def _samples(
-    files: list[Path], sizes: list[int], options: ReadOptions, encoder: tokenizer.Tokenizer
+    files: list[Path], sizes: list[int], options: ReadOptions, encoder: fast.BatchEncoder
 ) -> tuple[list[Sample], dict[int, Sample]]:
     """The sample of each place, the same one again where a file has no more; and the last one of each file."""
     began, ends = time.perf_counter(), np.cumsum(sizes)
@@ -93,9 +140,10 @@ def _documents(path: Path, options: ReadOptions) -> Iterator[Raw]:
         yield from read(part, options)
 
 
-def _sample(raws: Iterator[Raw], options: ReadOptions, encoder: tokenizer.Tokenizer) -> Sample:
+def _sample(raws: Iterator[Raw], options: ReadOptions, encoder: fast.BatchEncoder) -> Sample:
     """Reads documents until they are PLACE_BYTES of the file, or all. A longer text is tokenised at its begin."""
     sample, began = Sample(), time.perf_counter()
+    begins, sizes = [], []  # characters of the whole text
     for raw in raws:
         sample.bytes += raw.num_bytes
         try:
@@ -104,17 +152,26 @@ def _sample(raws: Iterator[Raw], options: ReadOptions, encoder: tokenizer.Tokeni
             sample.lost += raw.num_bytes
         else:
             sample.documents += raw.kind != "file" or options.split_on is not None
-            begin, before = text[:PLACE_BYTES], time.perf_counter()
-            scale = len(text) / max(len(begin), 1)
-            sample.tokens += len(encoder.encode(begin)) * scale
-            sample.seconds += (time.perf_counter() - before) * (scale - 1)  # of the rest
+            begins.append(text[:PLACE_BYTES])
+            sizes.append(len(text))
         if sample.bytes >= PLACE_BYTES:
             break
-    sample.seconds += time.perf_counter() - began
+    before, lengths = time.perf_counter(), [max(len(one), 1) for one in begins]
+    ids = encoder.encode_batch(begins)  # together, as in a preparation: of a batch gigatoken's are compared once
+    sample.tokens = sum(len(one) * size / length for one, size, length in zip(ids, sizes, lengths, strict=True))
+    now = time.perf_counter()
+    rest = max(sum(sizes) / max(sum(lengths), 1) - 1, 0)  # of the texts, for what was tokenised
+    sample.seconds = now - began + (now - before) * rest
     return sample
 
 
-def _lines(config: PrepareConfig, files: list[Path], num_bytes: int, totals: np.ndarray) -> list[str]:
+def _files(files: list[Path], num_bytes: int) -> str:
+    kinds = Counter(path.suffix.lower() for path in files).most_common()
+    names = few([f"{count:,} {suffix}" for suffix, count in kinds], formats.MOST_NAMED)
+    return f"  files       {len(files):,} ({names}), {_amount(num_bytes)}"
+
+
+def _lines(config: PrepareConfig, files: list[Path], num_bytes: int, totals: np.ndarray, encoder: str) -> list[str]:
     documents, tokens, lost, seconds = totals
     tokens += documents  # the end-of-text tokens
     workers = config.workers or os.cpu_count() or 1
@@ -124,13 +181,11 @@ def _lines(config: PrepareConfig, files: list[Path], num_bytes: int, totals: np.
         free = shutil.disk_usage(place).free
     except OSError as error:
         raise BadInput(f"prepare: --out must be a directory, got {place}: {system.reason(error)}") from error
-    kinds = Counter(path.suffix.lower() for path in files).most_common()
-    needed = TOKEN_BYTES * tokens
-    names = few([f"{count:,} {suffix}" for suffix, count in kinds], formats.MOST_NAMED)
+    needed, by = TOKEN_BYTES * tokens, "" if encoder == config.tokenizer else f" by {encoder}"
     return [
-        f"  files       {len(files):,} ({names}), {_amount(num_bytes)}",
+        _files(files, num_bytes),
         f"  documents   {_rounded(documents)}",
-        f"  tokens      {_rounded(tokens)}, tokenizer {config.tokenizer}",
+        f"  tokens      {_rounded(tokens)}, tokenizer {config.tokenizer}{by}",
         f"  shards      {_amount(needed)} in {config.out}, where {_amount(free)} are free"
         + ("; WARNING: that is too little" if needed > free else ""),
         f"  time        {_duration(seconds / workers)} with {workers} workers: {rate / 1e6:,.1f} MB/s measured on one "

@@ -1,10 +1,11 @@
 """Batches of texts to token ids: GPT-2's with gigatoken where it is installed, else one by one.
 
-tiktoken is the definition. Of every batch that gigatoken encodes, about SAMPLE bytes are encoded
-with tiktoken too, at a place that a hash of the batch chooses; the ids that gigatoken gave there
-must be the same. A batch with other ids raises Unusable, and `prepare` then begins again without
-gigatoken. So data with a known difference is never kept; a difference outside the samples is not
-seen.
+tiktoken is the definition. The ids that gigatoken gives must be those of text, and have as many
+bytes as the text: every document is checked. Of every batch, at least SAMPLE bytes are encoded with
+tiktoken too, at a place that a hash of the batch chooses; the ids that gigatoken gave there must be
+the same. A batch with other ids raises Unusable, and `prepare` then begins again without gigatoken.
+So data with a known difference is never kept; a difference outside the samples that keeps the
+number of bytes is not seen.
 gigatoken remembers the ids of every word, without a bound. It is built again when this process has
 grown by MOST_GROWTH. It encodes on the calling thread and starts none.
 """
@@ -14,6 +15,7 @@ import importlib.util
 import mmap
 import re
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,7 @@ import numpy as np
 from engine.tokens import tokenizer
 from engine.tokens.tokenizer import Tokenizer
 
-SAMPLE = 4096  # bytes of a batch that are compared: about 0.5 ms of tiktoken's time, in 1 MB
+SAMPLE = 4096  # bytes of a batch that are compared, or all of a smaller one: about 0.5 ms of tiktoken's time, in 1 MB
 MOST_GROWTH = 128 << 20  # bytes that the process may grow until the encoder is built again
 MOST_BYTES = 64 << 20  # bytes of text until then where the system does not tell the size of a process
 STATM = Path("/proc/self/statm")
@@ -95,11 +97,12 @@ class Fast:
         ids = []
         for number, content in enumerate(contents):
             try:
-                ids.append(self._encoder.encode(content).astype(np.uint16))
+                ids.append(self._encoder.encode(content))
             except BaseException as error:  # a panic of its own is no Exception
                 if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                     raise
                 raise Unusable(f"gigatoken failed ({error!r})", number) from error
+        ids = self._checked(contents, ids)
         self._compare(contents, ids)
         self._bound_memory(sum(map(len, contents)))
         return ids
@@ -118,16 +121,35 @@ class Fast:
         if self._bytes > MOST_BYTES if now is None else now - self._size > MOST_GROWTH:
             self._build()
 
+    def _checked(self, contents: list[bytes], ids: list[np.ndarray]) -> list[np.ndarray]:
+        """The ids as uint16, if each is a token of text and those of a document have its number of bytes."""
+        if not ids:
+            return []
+        ends, joined = np.cumsum([len(one) for one in ids]), np.concatenate(ids)
+        if (is_strange := joined >= self._plain.end_of_text).any():
+            number = int(np.searchsorted(ends, is_strange.argmax(), side="right"))
+            raise Unusable("gigatoken gave a token that no text has", number)
+        joined = joined.astype(np.uint16)
+        num_bytes = np.concatenate([[0], np.cumsum(self._lengths[joined], dtype=np.int64)])
+        is_other = np.diff(num_bytes[ends], prepend=0) != [len(content) for content in contents]
+        if is_other.any():
+            raise Unusable("gigatoken gave tokens of more or fewer bytes than the text", int(is_other.argmax()))
+        return [joined[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+
     def _compare(self, contents: list[bytes], ids: list[np.ndarray]) -> None:
-        """Compares the ids at one place, each byte of the batch being as likely as any other."""
+        """Compares SAMPLE bytes from one place on, each byte of the batch being as likely as any other."""
         ends = np.cumsum([len(content) for content in contents])
         if not len(ends) or not ends[-1]:
             return
         place = zlib.crc32(repr([len(one) for one in ids]).encode()) % int(ends[-1])
-        number = int(np.searchsorted(ends, place, side="right"))
-        content = contents[number]
-        if not self._agrees(content, ids[number], place - int(ends[number]) + len(content)):
-            raise Unusable("gigatoken gave other tokens than tiktoken", number)
+        first = int(np.searchsorted(ends, place, side="right"))
+        place, compared = place - int(ends[first]) + len(contents[first]), 0
+        for number in (*range(first, len(ids)), *range(first)):
+            if contents[number] and not self._agrees(contents[number], ids[number], place):
+                raise Unusable("gigatoken gave other tokens than tiktoken", number)
+            place, compared = 0, compared + len(contents[number])
+            if compared >= SAMPLE:
+                break
 
     def _agrees(self, content: bytes, ids: np.ndarray, place: int) -> bool:
         """Whether the ids near a byte of the text are tiktoken's."""

@@ -23,7 +23,9 @@ class PrepareConfig:
     shard_tokens: int = 100_000_000  # tokens per shard
     text_field: str = "text"  # name of the text field in .jsonl lines, or of the text column in .parquet files
     on_bad_text: Literal["skip", "fail", "replace"] = "skip"  # bad documents: leave out, stop, or U+FFFD for bad bytes
-    overwrite: bool = False  # replace other data in the same directory
+    # Replace other data in the same directory, and the progress of another command. Complete data of the same sources
+    # and options is kept, also if gpt2 verify finds damage in it: remove the damaged shard to have all made again.
+    overwrite: bool = False
     val: tuple[str, ...] = ()  # sources of a validation set of its own; then none of the others is for validation
     # String in .txt, .md and .py files that ends a document, such as "<|endoftext|>". In it \n, \r and \t stand for a
     # line end, a return and a tab, and \\ for one backslash. Line ends around a document are no part of it, and white
@@ -31,7 +33,9 @@ class PrepareConfig:
     split_on: str | None = None
     format: Literal["txt", "jsonl"] = "jsonl"  # of standard input, the source -
     dedup: bool = False  # keep the first of documents with equal text
-    fast: bool = True  # tokenise with gigatoken where it is installed, compared with tiktoken on a sample
+    # Tokenise with gigatoken where it is installed, compared with tiktoken on a sample. Not standard input, which could
+    # not be read again after a difference.
+    fast: bool = True
     keep: bool = False  # keep the files that are fetched for an hf: source
     dry_run: bool = False  # read a sample and print an estimate of tokens, bytes and time, and write nothing
 

@@ -41,6 +41,7 @@ class Remote(NamedTuple):
     commit: str
     name: str  # path in the repository
     size: int  # bytes
+    blob: str  # its sha256 or git's id of its content: the same in every commit that does not change it
 
     @property
     def label(self) -> Path:
@@ -67,15 +68,20 @@ def find(source: str, suffixes: tuple[str, ...]) -> list[Remote]:
         info = HfApi().dataset_info(repository, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT)
     except Exception as error:  # of the HTTP library that this version of the package uses
         raise _refusal(source, repository, error) from error
-    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    known = {one.rfilename: one for one in info.siblings or ()}
     card = getattr(info, "card_data", None)
-    names = _of_subset(source, subset, list(sizes), (card.to_dict() if card else {}).get("configs") or [])
-    files = [Remote(repository, info.sha, name, sizes[name]) for name in sorted(names) if _has(name, suffixes)]
+    names = _of_subset(source, subset, list(known), (card.to_dict() if card else {}).get("configs") or [])
+    files = [_remote(repository, info.sha, known[name]) for name in sorted(names) if _has(name, suffixes)]
     if not files:
         kinds = Counter(PurePosixPath(name).suffix or "without a suffix" for name in names)
         got = few([f"{count:,} {kind}" for kind, count in kinds.most_common()], MOST_NAMED)
         raise BadInput(f"prepare: {source} must hold files in {', '.join(suffixes)}, got {got or 'none'}")
     return files
+
+
+def _remote(repository: str, commit: str, one: Any) -> Remote:
+    blob = one.lfs.sha256 if one.lfs else one.blob_id
+    return Remote(repository, commit, one.rfilename, one.size or 0, blob or commit)
 
 
 def _has(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -179,7 +185,7 @@ class Downloads:
     """
 
     def __init__(self, remote: dict[Path, Remote], directory: Path, keep: bool):
-        self._remote, self._directory, self._keep = remote, directory, keep
+        self._remote, self._directory, self._keep = remote, directory.resolve(), keep
         self._next = dict(zip(remote, [*remote][1:], strict=False))
         self._started: dict[Path, Future] = {}
         for broken in directory.rglob("*.incomplete"):  # of a preparation that was killed: nothing goes on with them
@@ -198,10 +204,11 @@ class Downloads:
         return local
 
     def done(self, path: Path) -> None:
-        """Removes a file whose tokens are safe, if it was downloaded only for them."""
-        if path in self._remote and (future := self._started.pop(path, None)) is not None:
-            local = future.result()
-            if self._directory in local.parents:
+        """Removes a file whose tokens are safe, if it was downloaded only for them, by whichever start."""
+        if path in self._remote:
+            self._started.pop(path, None)
+            local = (_inside(self._remote[path], self._directory) / self._remote[path].name).resolve()
+            if self._directory in local.parents:  # whatever name the hub gave
                 with suppress(OSError):
                     local.unlink()
 
@@ -220,18 +227,41 @@ class Downloads:
         return self._started[path]
 
 
+def _what(remote: Remote) -> dict[str, str]:
+    """The file, in huggingface_hub's words."""
+    return {
+        "repo_id": remote.repository,
+        "filename": remote.name,
+        "repo_type": "dataset",
+        "revision": remote.commit,
+    }
+
+
+def _inside(remote: Remote, directory: Path) -> Path:
+    """Where the files of a repository lie that are not kept."""
+    return directory / remote.repository.replace("/", "--")
+
+
+def downloaded(remote: Remote, out: Path) -> Path | None:
+    """A file of the hub that is here already, in the hub's cache or of a preparation of `out` that was stopped."""
+    from huggingface_hub import try_to_load_from_cache
+
+    places = try_to_load_from_cache(**_what(remote)), _inside(remote, out / DOWNLOADS) / remote.name
+    paths = [Path(one) for one in places if isinstance(one, str | Path)]  # else None, or that it does not exist
+    return next((one for one in paths if one.is_file() and one.stat().st_size == remote.size), None)
+
+
 def _download(remote: Remote, directory: Path, keep: bool) -> Path:
     """The local path of a file, downloaded if it is not there."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    what = {"repo_id": remote.repository, "filename": remote.name, "repo_type": "dataset", "revision": remote.commit}
+    what = _what(remote)
     try:
         local = try_to_load_from_cache(**what)
         if not isinstance(local, str):
-            inside = directory / remote.repository.replace("/", "--")
-            local = hf_hub_download(**what, **({} if keep else {"local_dir": inside}))
+            local = hf_hub_download(**what, **({} if keep else {"local_dir": _inside(remote, directory)}))
         size = os.stat(local).st_size
     except Exception as error:
         why = system.reason(error) if isinstance(error, OSError) and error.errno else _line(error)
@@ -243,6 +273,18 @@ def _download(remote: Remote, directory: Path, keep: bool) -> Path:
             f"{remote.label}: must have {remote.size:,} bytes, got {size:,} in {local}; remove it and begin again"
         )
     return Path(local)
+
+
+def new(files: Iterable[Remote], known: dict[Path, Remote]) -> list[Remote]:
+    """Those of the files that are not known, by label. Raises BadInput if a repository would be read at two commits."""
+    commits = {one.repository: one.commit for one in known.values()}
+    for one in files:
+        if commits.get(one.repository, one.commit) != one.commit:
+            raise BadInput(
+                f"prepare: sources of one data set must be of one commit, got {one.repository} at "
+                f"{commits[one.repository]} and {one.commit}; give all of them the same @REVISION"
+            )
+    return [one for one in files if one.label not in known]
 
 
 def held_out(files: Iterable[Remote], train: set[str], tests: set[str]) -> list[Remote]:

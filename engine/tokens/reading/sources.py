@@ -111,7 +111,11 @@ def _find_remote(source: str, found: Selection) -> None:
     files = hub.find(source, (*SUFFIXES, *PACKED))
     held_out = hub.held_out(files, TRAIN, TESTS)
     found.held_out += [one.label for one in held_out]
-    new = {one.label: one for one in files if one not in held_out}
+    chosen = [one for one in files if one not in held_out]
+    new = {one.label: one for one in hub.new(chosen, found.remote)}
+    for one in chosen:
+        if one.label not in new:  # it is removed once it is read
+            found.leave_out("named twice", one.label)
     found.files += new
     found.remote |= new
 

@@ -1,6 +1,8 @@
 """A tiny Hugging Face hub on this machine: one data set, over HTTP."""
 
+import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,8 +11,8 @@ REPOSITORY = "owner/texts"
 
 
 class Hub(ThreadingHTTPServer):
-    """files: path in the repository to content. card: its metadata. break_at: where each file
-    breaks off, once or, if it stays broken, always.
+    """files: path in the repository to content. card: its metadata. commit: of its main branch.
+    break_at: where each file breaks off, once or, if it stays broken, always.
     """
 
     daemon_threads = True
@@ -18,7 +20,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], **changes):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.card, self.status = files, None, 200
-        self.break_at, self.stays_broken = None, False
+        self.commit, self.break_at, self.stays_broken = COMMIT, None, False
         vars(self).update(changes)
         self.asked: list[tuple[str, str]] = []  # (path in the repository, range) of each download
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -42,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub: Hub = self.server
         if path.startswith("/api/datasets/"):
             return self._answer_list(path.removeprefix("/api/datasets/"), hub)
-        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        commit, name = [*re.split("/resolve/([0-9a-f]{40})/", path)[1:], "", ""][:2]
         if name not in hub.files:
             self.send_response(404)
             self.send_header("Content-Length", "0")
@@ -51,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         first = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.send_response(206 if self.headers["Range"] else 200)
         self.send_header("ETag", f'"{hash(content) & 0xFFFFFFFF:040x}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(content) - first))
         self.send_header("Accept-Ranges", "bytes")
         if self.headers["Range"]:
@@ -73,8 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository, _, revision = path.partition("/revision/")
         code = "RepoNotFound" if repository != REPOSITORY else "RevisionNotFound" if revision == "none" else ""
         code = {200: code, 403: "GatedRepo"}.get(hub.status, "")
-        siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
-        body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "cardData": hub.card}).encode()
+        siblings = [_file(name, content) for name, content in hub.files.items()]
+        commit = revision if len(revision) == len(COMMIT) else hub.commit
+        body = json.dumps({"id": REPOSITORY, "sha": commit, "siblings": siblings, "cardData": hub.card}).encode()
         self.send_response(hub.status if hub.status != 200 else 404 if code else 200)
         if code:
             self.send_header("X-Error-Code", code)
@@ -82,3 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def _file(name: str, content: bytes) -> dict:
+    """A file of the list. A large one, for which .parquet stands, has a sha256 too."""
+    file = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
+    if name.endswith(".parquet"):
+        file["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return file

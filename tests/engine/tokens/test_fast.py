@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.tokens import prepare, tokenizer
-from engine.tokens.preparation import encode, fast, summary
+from engine.tokens.preparation import encode, estimate, fast, summary
 
 installed = pytest.mark.skipif(not importlib.util.find_spec("gigatoken"), reason="gigatoken is not installed")
 WORDS = [
@@ -270,7 +270,64 @@ def test_every_part_of_a_batch_is_a_place_to_compare(faked, monkeypatch):
     faked(Fake)
     encoder, seen = fast.Fast(tokenizer_of_gpt2()), set()
     monkeypatch.setattr(encoder, "_agrees", lambda content, ids, place: seen.add((content, place)) or True)
+    monkeypatch.setattr(fast, "SAMPLE", 1)
     for words in range(200):
         encoder.encode_batch(["a", "b" + " c" * words, "d"])
     assert {content[:1] for content, _ in seen} == {b"a", b"b", b"d"}
     assert all(0 <= place < len(content) for content, place in seen)
+
+
+def test_short_documents_are_compared_until_they_are_a_sample(faked, monkeypatch):
+    faked(Fake)
+    encoder, texts = fast.Fast(tokenizer_of_gpt2()), [f"some words of text {i}" for i in range(150)]
+    for number in (0, 75, 149):  # all of them are less than SAMPLE bytes
+        with pytest.raises(fast.Unusable, match="other tokens than tiktoken") as error:
+            encoder.encode_batch([*texts[:number], "a WRONG text", *texts[number:]])
+        assert error.value.document == number
+    compared = []
+    monkeypatch.setattr(encoder, "_agrees", lambda content, ids, place: compared.append(len(content)) or True)
+    encoder.encode_batch([*texts, ""] * 10)
+    assert fast.SAMPLE <= sum(compared) < fast.SAMPLE + 25
+
+
+@pytest.mark.parametrize(
+    ("strange", "words"),
+    [
+        (50256, "a token that no text has"),
+        (50257, "a token that no text has"),
+        (65535, "a token that no text has"),
+        (65536 + 32, "a token that no text has"),
+        (tokenizer.gpt2_ranks()[b" the"], "tokens of more or fewer bytes than the text"),
+    ],
+)
+def test_every_document_is_checked_for_strange_tokens_and_its_number_of_bytes(faked, monkeypatch, strange, words):
+    class Strange(Fake):
+        def encode(self, content: bytes) -> np.ndarray:
+            ids = super().encode(content)
+            return np.array([strange], np.uint32) if b"x" in content else ids
+
+    faked(Strange)
+    encoder = fast.Fast(tokenizer_of_gpt2())
+    monkeypatch.setattr(encoder, "_compare", lambda *_: None)  # as if the sample lay elsewhere
+    assert len(encoder.encode_batch(["", "a", ""])) == 3
+    with pytest.raises(fast.Unusable, match=words) as error:
+        encoder.encode_batch(["", "a", "", "x", "", "x"])
+    assert error.value.document == 3
+
+
+def test_an_estimate_measures_what_the_preparation_would_take(faked, source, tmp_path):
+    def estimated(path: Path = source, **changes) -> tuple[str, str]:
+        lines = estimate.estimate([str(path)], config(tmp_path / "out", tokenizer="gpt2", **changes)).splitlines()
+        number, by = next(line for line in lines if line.startswith("  tokens")).removeprefix("  tokens").split(",")
+        return number, by.removeprefix(" tokenizer gpt2 by ").split()[0]
+
+    plain = estimated(fast=False)
+    assert plain[1] == "tiktoken"
+    faked(Fake)
+    assert estimated() == (plain[0], "gigatoken")
+    assert estimated(fast=False) == plain
+    faked(lambda: 1 / 0)
+    assert estimated() == plain
+    (source / "13.txt").write_text("a WRONG text")
+    faked(Fake)
+    assert estimated(source / "13.txt")[1] == "tiktoken"

@@ -1,5 +1,6 @@
 """Sources on the Hugging Face hub, which a server on this machine plays."""
 
+import hashlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from hub_server import COMMIT, Hub
 
 from engine.errors import BadInput
 from engine.tokens import prepare, shards
-from engine.tokens.preparation import building, journal
+from engine.tokens.preparation import building, estimate, journal
 from engine.tokens.reading import hub, sources
 
 pytest.importorskip("huggingface_hub")
@@ -227,9 +228,88 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 
 def test_a_file_of_another_size_is_not_read(serve, tmp_path, monkeypatch):
     serve()
-    monkeypatch.setattr(hub, "find", lambda source, suffixes: [hub.Remote("owner/texts", COMMIT, "data/0.jsonl", 7)])
+    monkeypatch.setattr(
+        hub, "find", lambda source, suffixes: [hub.Remote("owner/texts", COMMIT, "data/0.jsonl", 7, "")]
+    )
     with pytest.raises(BadInput, match=r"data/0\.jsonl: must have 7 bytes, got "):
         run(tmp_path / "out")
+
+
+def test_a_file_keeps_its_blob_in_a_commit_that_does_not_change_it(serve):
+    first = serve(FILES | {"data/4.parquet": b"large"})
+    before = hub.find(SOURCE, sources.SUFFIXES)
+    first.files = FILES | {"README.md": b"new", "data/4.parquet": b"large", "data/0.jsonl": b"{}"}
+    first.commit = "f" * 40
+    after = hub.find(SOURCE, sources.SUFFIXES)
+    assert {one.commit for one in after} == {"f" * 40}
+    assert [one.blob == other.blob for one, other in zip(before, after, strict=True)] == [False, True, True, True, True]
+    assert after[-1].blob == hashlib.sha256(b"large").hexdigest()
+
+
+@pytest.mark.parametrize("is_relative", [False, True], ids=["absolute", "relative"])
+def test_a_file_is_removed_by_this_start_and_by_the_next_one(serve, tmp_path, monkeypatch, is_relative):
+    serve()
+    monkeypatch.chdir(tmp_path)
+    directory = (Path() if is_relative else tmp_path) / "out" / hub.DOWNLOADS
+    remote = {one.label: one for one in hub.find(SOURCE, sources.SUFFIXES)[:2]}
+    downloads = hub.Downloads(remote, directory, keep=False)
+    first, second = [(label, downloads.fetch(label)) for label in remote]
+    downloads.done(first[0])
+    assert not first[1].exists()
+    hub.Downloads(remote, directory, keep=False).done(second[0])  # killed between the journal and the removal
+    assert not second[1].exists()
+
+
+def test_no_name_on_the_hub_has_a_file_elsewhere_removed(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    one = hub.Remote("owner/texts", COMMIT, "../../../mine.txt", 0, "")
+    hub.Downloads({one.label: one}, tmp_path / "out" / hub.DOWNLOADS, keep=False).done(one.label)
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_file_in_two_sources_is_read_once_and_that_is_said(serve, tmp_path):
+    server = serve()
+    manifest = prepare.prepare([f"{SOURCE}/data/1.jsonl", SOURCE], config(tmp_path / "out"))
+    assert [name for name, _ in server.asked] == [f"data/{i}.jsonl" for i in (1, 0, 2, 3)]
+    assert sum(manifest["documents"].values()) == sum(map(len, LINES.values()))
+    assert manifest["not_read"] == {"named twice": 1}
+
+
+def test_two_revisions_of_a_data_set_are_refused(serve):
+    serve()
+    with pytest.raises(BadInput, match=f"got owner/texts at {COMMIT} and {'f' * 40}; give all .* the same @REVISION"):
+        sources.find([f"{SOURCE}/data/0.jsonl", f"{SOURCE}/data/1.jsonl@{'f' * 40}"])
+    assert len(sources.find([f"{SOURCE}/data/0.jsonl", f"{SOURCE}/data/1.jsonl@{COMMIT}"]).files) == 2
+
+
+def test_an_estimate_downloads_nothing_and_is_from_the_files_that_are_here(serve, tmp_path):
+    server = serve()
+    total = sum(map(len, FILES.values()))
+    text = estimate.estimate([SOURCE], config(tmp_path / "out"))
+    assert f"files       4 (4 .jsonl), {total / 1000:.1f} kB" in text
+    assert f"hf download --repo-type dataset --revision {COMMIT} owner/texts data/0.jsonl" in text
+    assert "tokens" not in text
+    assert not server.asked
+    made = run(tmp_path / "one" / "out", f"{SOURCE}/data/[01].jsonl", keep=True)
+    lines = estimate.estimate([SOURCE], config(tmp_path / "out")).splitlines()
+    assert len(server.asked) == 2
+    assert "of 2 of the files" in lines[0]
+    tokens = int(next(line for line in lines if "tokens" in line).split()[1].rstrip(",").replace(",", ""))
+    assert tokens == pytest.approx(2 * sum(made["tokens"].values()), rel=0.05)
+
+
+def test_a_local_source_beside_the_hub_s_counts_by_its_bytes(serve, tmp_path):
+    serve()
+    here = {one.label: one for one in hub.find(SOURCE, sources.SUFFIXES)}
+    hub.Downloads(here, tmp_path / "out" / hub.DOWNLOADS, keep=False).fetch(next(iter(here)))
+    (tmp_path / "x.txt").write_bytes(b"y" * 1000)
+    found = sources.find([SOURCE, str(tmp_path / "x.txt")])
+    files, weights, num_bytes = estimate._here(found, tmp_path / "out")
+    whole = sum(map(len, FILES.values()))
+    assert num_bytes == whole + 1000
+    assert files[0] == tmp_path / "x.txt"
+    assert weights[0] == 1000
+    assert sum(weights[1:]) == pytest.approx(whole, abs=2)  # one or two files stand for all four
 
 
 def test_the_next_file_is_downloaded_while_one_is_read(serve, tmp_path):

@@ -143,7 +143,7 @@ def test_data_of_an_older_version_that_read_other_files_is_a_sentence_of_its_own
     if rule == 1:
         del manifest["rules"]
     older = sources.find_by_rule([str(source)], rule)
-    manifest["request"] = prepare._request([str(source)], older, config(tmp_path / "out"))
+    manifest["request"] = prepare._request([str(source)], prepare._identities(older), config(tmp_path / "out"))
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BadInput, match=rf"a version that read other files of them \(.*/{name} ...\); train on it"):
         run(source, tmp_path / "out")

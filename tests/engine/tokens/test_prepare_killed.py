@@ -230,10 +230,16 @@ def test_a_stop_after_any_batch_makes_the_same_bytes(source, tmp_path, monkeypat
         assert files(tmp_path / "out") == whole
 
 
-def test_another_request_removes_what_was_left_and_says_so(big_source, tmp_path, monkeypatch, capsys):
+def test_another_command_does_not_remove_what_was_left_but_with_overwrite_and_says_so(
+    big_source, tmp_path, monkeypatch, capsys
+):
     stop(big_source, tmp_path / "out", monkeypatch)
-    run(big_source, tmp_path / "out", shard_tokens=5000)
-    assert "out/.building, which another request has left" in capsys.readouterr().err
+    before = files(tmp_path / "out")
+    with pytest.raises(BadInput, match=r"got .*\.building of another command, which has read 1\d,\d\d\d bytes; go on "):
+        run(big_source, tmp_path / "out", shard_tokens=5000)
+    assert files(tmp_path / "out") == before
+    run(big_source, tmp_path / "out", shard_tokens=5000, overwrite=True)
+    assert "out/.building, which another command has left" in capsys.readouterr().err
     run(big_source, tmp_path / "quiet" / "out", shard_tokens=5000)
     assert files(tmp_path / "out") == files(tmp_path / "quiet" / "out")
 

@@ -1,9 +1,14 @@
 """Progress of a preparation: the rate of the last while, a start that goes on, a total that is not known."""
 
 import io
+import os
+import threading
+import time
 
 import pytest
+from corpora import run
 
+from engine.tokens.preparation import progress as module
 from engine.tokens.preparation.progress import Progress
 
 MB = 1_000_000
@@ -83,3 +88,59 @@ def test_a_terminal_that_cannot_draw_gets_lines(monkeypatch):
     clock, stream = Clock(), terminal(monkeypatch, "dumb")
     advance(Progress(1000 * MB, stream=stream, clock=clock), clock, 11, 10 * MB)
     assert stream.getvalue() == "prepare: 100 of 1,000 MB, 10.0 MB/s, 1:30 left, 25.0M tokens\n"
+
+
+def wait_for(stream: io.StringIO, words: str) -> None:
+    latest = time.monotonic() + 10
+    while words not in stream.getvalue():
+        assert time.monotonic() < latest, stream.getvalue()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["lines", "a bar"])
+def test_a_long_wait_is_shown_with_what_is_waited_for(monkeypatch, is_terminal):
+    monkeypatch.setattr(module, "TICK", 0.005)
+    clock, stream = Clock(), terminal(monkeypatch, columns=120) if is_terminal else io.StringIO()
+    progress = Progress(1000 * MB, stream=stream, clock=clock)
+    progress.doing("downloads a.parquet")
+    advance(progress, clock, 1, 10 * MB)
+    assert "downloads" not in progress.line(clock.now)
+    clock.now = 20.0
+    wait_for(stream, "10 of 1,000 MB")
+    wait_for(stream, "downloads a.parquet")
+    assert "downloads" not in advance(progress, clock, 1, 10 * MB)
+    progress.doing("reads a.parquet")
+    clock.now = 40.0
+    wait_for(stream, "reads a.parquet")
+    progress.close()
+    after, clock.now = stream.getvalue(), 80.0
+    time.sleep(0.03)
+    assert stream.getvalue() == after
+
+
+def test_a_preparation_says_which_file_it_downloads_and_reads(tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "doing", lambda self, what: said.append(what))
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text(name * 100)
+    run(tmp_path / "texts", tmp_path / "out", val_fraction=0.5)
+    assert said == ["downloads a.txt", "reads a.txt", "downloads b.txt", "reads b.txt"]
+
+
+def test_a_worker_is_not_forked_while_something_is_shown():
+    began, shown = threading.Event(), threading.Event()
+
+    def show() -> None:
+        with module._showing:
+            began.set()
+            shown.wait(0.2)
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    began.wait()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if module._showing.acquire(blocking=False) else 1)
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0

@@ -69,7 +69,7 @@ def test_held_out_sets_that_are_named_are_no_longer_held_out(tmp_path):
 
 def test_requests_without_the_new_options_are_as_they_were(tmp_path):
     source = write(tmp_path / "a.jsonl", ["one"])
-    found = prepare.find([str(source)])
+    found = prepare._identities(prepare.find([str(source)]))
     stat = source.stat()
     before = [["bytes", 0.3, 100_000_000, "text", [str(source)]], [[str(source), stat.st_size, stat.st_mtime_ns]]]
     expected = hashlib.sha256(json.dumps(before).encode()).hexdigest()
