@@ -84,6 +84,7 @@ def _add(found: Selection, val: Selection) -> None:
                 f"prepare: --val must name other files than the sources for training, got {path} in both; "
                 "name files or directories that do not overlap"
             )
+    hub.new(val.remote.values(), found.remote)  # one commit of each data set
     found.files += val.files
     found.remote |= val.remote
     found.not_read += val.not_read

@@ -115,9 +115,10 @@ class Build:
 
     def _fetch(self, path: Path) -> Path:
         """The local path of a file. Says on the way what is waited for."""
-        self.progress.doing(f"downloads {path.name}")
+        name = "standard input" if str(path) == "-" else path.name
+        self.progress.doing(f"downloads {name}")
         local = self.downloads.fetch(path)
-        self.progress.doing(f"reads {path.name}")
+        self.progress.doing(f"reads {name}")
         return local
 
     def _batches(self) -> Iterator[list[Part]]:

@@ -123,18 +123,20 @@ class Fast:
 
     def _checked(self, contents: list[bytes], ids: list[np.ndarray]) -> list[np.ndarray]:
         """The ids as uint16, if each is a token of text and those of a document have its number of bytes."""
-        if not ids:
-            return []
-        ends, joined = np.cumsum([len(one) for one in ids]), np.concatenate(ids)
-        if (is_strange := joined >= self._plain.end_of_text).any():
-            number = int(np.searchsorted(ends, is_strange.argmax(), side="right"))
-            raise Unusable("gigatoken gave a token that no text has", number)
-        joined = joined.astype(np.uint16)
-        num_bytes = np.concatenate([[0], np.cumsum(self._lengths[joined], dtype=np.int64)])
-        is_other = np.diff(num_bytes[ends], prepend=0) != [len(content) for content in contents]
+        sizes = np.array([len(one) for one in ids], np.int64)
+        ends, num_bytes = np.cumsum(sizes), np.zeros(len(ids), np.int64)
+        if sizes.any():
+            joined = np.concatenate(ids)
+            if joined.max() >= self._plain.end_of_text:
+                number = int(np.searchsorted(ends, (joined >= self._plain.end_of_text).argmax(), side="right"))
+                raise Unusable("gigatoken gave a token that no text has", number)
+            joined, has_ids = joined.astype(np.uint16), sizes > 0
+            num_bytes[has_ids] = np.add.reduceat(self._lengths.take(joined), (ends - sizes)[has_ids], dtype=np.int64)
+            ids = [joined[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+        is_other = num_bytes != [len(content) for content in contents]
         if is_other.any():
             raise Unusable("gigatoken gave tokens of more or fewer bytes than the text", int(is_other.argmax()))
-        return [joined[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
+        return ids
 
     def _compare(self, contents: list[bytes], ids: list[np.ndarray]) -> None:
         """Compares SAMPLE bytes from one place on, each byte of the batch being as likely as any other."""
@@ -162,7 +164,7 @@ class Fast:
         if end - begin > 2 * SAMPLE:  # no place to cut at: a piece is encoded for itself
             piece = content[begin : begin + SAMPLE].decode(errors="ignore")
             return np.array_equal(self._encoder.encode(piece.encode()), self._plain.encode(piece))
-        ends = np.cumsum(self._lengths[ids], dtype=np.int64)
+        ends = np.cumsum(self._lengths.take(ids), dtype=np.int64)
         if not len(ends) or ends[-1] != len(content):
             return False
         first, last = np.searchsorted(ends, [begin, end], side="right")

@@ -198,6 +198,7 @@ def test_standard_input_is_tokenised_with_tiktoken_which_never_begins_again(stdi
 def test_an_error_of_standard_input_promises_nothing_and_leaves_nothing(stdin, source, tmp_path, monkeypatch):
     write(source / "b.jsonl", [*rows("b"), BAD])
     totals, plain = [], building.Progress
+    monkeypatch.setattr(journal, "EVERY", 0)
     monkeypatch.setattr(building, "Progress", lambda total, **more: totals.append(total) or plain(total, **more))
     with pytest.raises(BadInput, match="line 31, no text field") as error:
         prepare.prepare(["-", str(source / "b.jsonl")], config(tmp_path / "out", on_bad_text="fail"))
@@ -276,8 +277,13 @@ def test_another_commit_costs_nothing_where_the_files_are_the_same(source, tmp_p
         run(Path("hf:all"), out)
 
 
-def test_validation_sources_may_lie_on_the_hub(tmp_path, commit):
+def test_validation_sources_may_lie_on_the_hub_in_the_same_commit(tmp_path, monkeypatch, commit):
     commit("1" * 40)
     prepare.prepare(["hf:a"], config(tmp_path / "out", val=("hf:b",), val_fraction=0.01))
     assert set(texts(tmp_path / "out", "val")) == {json.loads(row)["text"] for row in rows("b")}
     assert len(texts(tmp_path / "out", "train")) == ROWS
+    numbers = itertools.count()
+    find = hub.find
+    monkeypatch.setattr(hub, "find", lambda *given: [one._replace(commit=f"{next(numbers)}") for one in find(*given)])
+    with pytest.raises(BadInput, match="of one data set must be of one commit, got o/n at 0 and 1"):
+        prepare.prepare(["hf:a"], config(tmp_path / "other", val=("hf:b",), val_fraction=0.01))
