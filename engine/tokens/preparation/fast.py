@@ -123,20 +123,20 @@ class Fast:
 
     def _checked(self, contents: list[bytes], ids: list[np.ndarray]) -> list[np.ndarray]:
         """The ids as uint16, if each is a token of text and those of a document have its number of bytes."""
-        sizes = np.array([len(one) for one in ids], np.int64)
-        ends, num_bytes = np.cumsum(sizes), np.zeros(len(ids), np.int64)
-        if sizes.any():
-            joined = np.concatenate(ids)
-            if joined.max() >= self._plain.end_of_text:
-                number = int(np.searchsorted(ends, (joined >= self._plain.end_of_text).argmax(), side="right"))
-                raise Unusable("gigatoken gave a token that no text has", number)
-            joined, has_ids = joined.astype(np.uint16), sizes > 0
+        if not ids:
+            return []
+        sizes, joined = np.array([len(one) for one in ids]), np.concatenate(ids)
+        ends, num_bytes, has_ids = np.cumsum(sizes), np.zeros(len(ids), np.int64), sizes > 0
+        if joined.max(initial=0) >= self._plain.end_of_text:
+            number = int(np.searchsorted(ends, (joined >= self._plain.end_of_text).argmax(), side="right"))
+            raise Unusable("gigatoken gave a token that no text has", number)
+        joined = joined.astype(np.uint16)
+        if len(joined):
             num_bytes[has_ids] = np.add.reduceat(self._lengths.take(joined), (ends - sizes)[has_ids], dtype=np.int64)
-            ids = [joined[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
         is_other = num_bytes != [len(content) for content in contents]
         if is_other.any():
             raise Unusable("gigatoken gave tokens of more or fewer bytes than the text", int(is_other.argmax()))
-        return ids
+        return [joined[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
 
     def _compare(self, contents: list[bytes], ids: list[np.ndarray]) -> None:
         """Compares SAMPLE bytes from one place on, each byte of the batch being as likely as any other."""
