@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
@@ -11,6 +12,7 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 from bench import prepare, results
 
 
+@pytest.mark.slow
 def test_it_times_both_sides_on_the_same_text(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)

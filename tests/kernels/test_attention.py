@@ -260,7 +260,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("needs_grad", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dropout_p", [0.0, pytest.param(0.25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_passes_opcheck(layout, dropout_p, needs_grad):
     qkv, dout = inputs((2, 5, 2, 16))

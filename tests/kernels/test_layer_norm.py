@@ -96,10 +96,8 @@ def test_matches_reference(ops, shape, dtype):
     compare(ops, *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.bfloat16))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_a_row_and_its_sums_fill_the_registers(ops, dtype):
     compare(ops, *inputs((3, 8193), dtype))
