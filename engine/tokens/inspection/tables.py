@@ -33,7 +33,7 @@ def write(found: dict[str, Any], stream: TextIO) -> None:
             console.print(_line(f"{Path(found['directory'], row['file'])}: {row['damage']}", "bold red"))
     for name in found["unlisted"]:
         console.print(_line(f"{Path(found['directory'], name)}: not in manifest.json, so nothing reads it", "yellow"))
-    console.print("", _splits(found), sep="\n")
+    console.print("", _splits(found), "", _lengths(found), sep="\n")
     for line, style in _facts(found):
         console.print(_line(line, style))
     is_wide = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
@@ -93,18 +93,25 @@ def _shards(found: dict[str, Any]) -> Table:
 
 
 def _splits(found: dict[str, Any]) -> Table:
-    numbers = ("shards", "tokens", "documents", "shortest", "median", "mean", "longest")
+    numbers = ("shards", "tokens", "documents")
     table = _table(("split",), numbers)
     for name, split in found["splits"].items():
+        table.add_row(_line(name), *(f"{split[key]:,}" for key in numbers))
+    return table
+
+
+def _lengths(found: dict[str, Any]) -> Table:
+    numbers = ("shortest", "median", "mean", "longest")
+    table = _table(("tokens of a document",), numbers)
+    for name, split in found["splits"].items():
         lengths = split["lengths"] or {}
-        spread = [f"{lengths[key]:,.0f}" if lengths else "-" for key in numbers[3:]]
-        table.add_row(_line(name), *(f"{split[key]:,}" for key in numbers[:3]), *spread)
+        table.add_row(_line(name), *(f"{lengths[key]:,.0f}" if lengths else "-" for key in numbers))
     return table
 
 
 def _facts(found: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Lines under the totals, and the style of each."""
-    lines: list[tuple[str, str | None]] = [("shortest to longest: tokens of a document", None), ("", None)]
+    lines: list[tuple[str, str | None]] = [("", None)]
     tokens = sum(split["tokens"] for split in found["splits"].values())
     if found["bytes_per_token"] is not None:
         measured = found["measured_tokens"]

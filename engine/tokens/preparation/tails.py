@@ -10,24 +10,25 @@ from pathlib import Path
 import numpy as np
 
 from engine.tokens.preparation.writer import ShardWriter
-from engine.tokens.shards import open_shard
+from engine.tokens.shards import HEADER_INTS, open_shard
 
 PIECE = 1 << 22  # tokens that are looked at or copied at once
 
 
 class _Shards:
-    """Shards as one array of tokens, read piece by piece."""
+    """Shards as one array of tokens, read piece by piece. Mapped, all of them would stay in memory."""
 
     def __init__(self, paths: list[Path]):
-        self.shards = [open_shard(path) for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.paths, self.sizes = paths, [len(open_shard(path)) for path in paths]
+        self.ends = np.cumsum(self.sizes)
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (position, tokens) of pieces of [start, end)."""
         while start < end:
             index = int(np.searchsorted(self.ends, start, side="right"))
-            first = start - int(self.ends[index] - len(self.shards[index]))
-            piece = self.shards[index][first : first + min(PIECE, end - start)]
+            first = start - int(self.ends[index] - self.sizes[index])
+            count = min(PIECE, end - start, self.sizes[index] - first)
+            piece = np.fromfile(self.paths[index], "<u2", count, offset=4 * HEADER_INTS + 2 * first)
             yield start, piece
             start += len(piece)
 
