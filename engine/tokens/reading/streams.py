@@ -123,7 +123,7 @@ def _long(begin: int, held: bytes, file: BinaryIO, options: ReadOptions, is_spoo
 def _spooled(spool: BinaryIO | None, content: bytes) -> BinaryIO:
     """Writes to the temporary file, or to a new one. Raises BadInput if there is no room."""
     try:
-        spool = tempfile.TemporaryFile() if spool is None else spool
+        spool = tempfile.TemporaryFile() if spool is None else spool  # noqa: SIM115 it goes with the document
         spool.write(content)
         spool.flush()
     except OSError as error:
