@@ -74,5 +74,5 @@ def test_a_long_text_is_cut_in_parts_or_needs_room_in_a_sentence(tmp_path, give,
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     give(long.encode())
-    with pytest.raises(BadInput, match="needs a temporary file, got No space left .*; set TMPDIR to a directory"):
+    with pytest.raises(BadInput, match=r"needs a temporary file, got No space left .*; set TMPDIR to a directory"):
         run(tmp_path / "other", format="txt")
