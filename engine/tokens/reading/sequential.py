@@ -18,6 +18,8 @@ from engine.tokens.reading.parts import Part, Raw, ReadOptions, Span
 
 STDIN = Path("-")  # the source
 NAME = Path("standard input")  # in messages
+UNPACKED = 16 << 20  # bytes in a packed file that a worker reads
+UNTOLD = 1 << 18  # bytes of a packed file that a worker reads, and that does not tell how much is in it
 Reopen = Callable[[], io.BufferedReader] | None
 
 
@@ -28,7 +30,7 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
     BadInput, BadFile or OSError.
     """
     size = os.stat(path).st_size
-    if size <= records.SMALL:
+    if _is_small(path, size):
         if start == 0:
             yield Span("whole", str(path), 0, size, size), max(size, 1)
         return
@@ -36,6 +38,14 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
         for raw, position in _stream(file, path, packed.suffixes(path)[0], options, partial(packed.open_stream, path)):
             if position > start:  # all is unpacked again, and counted as before
                 yield raw, position
+
+
+def _is_small(path: Path, size: int) -> bool:
+    """Whether a worker may hold all that is in a file of this size. Raises BadFile or OSError."""
+    if not packed.suffixes(path)[1] or size > records.SMALL:
+        return size <= records.SMALL
+    unpacked = packed.unpacked_size(path)
+    return size <= UNTOLD if unpacked is None else unpacked <= UNPACKED
 
 
 def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
