@@ -66,8 +66,8 @@ def groups(file: BinaryIO, options: ReadOptions, is_spooled: bool = False) -> It
     searched = 0  # no separator begins before this byte of what is held
     while True:
         block = file.read(cuts.BLOCK)
-        rest = len(held[searched:].split(separator)[-1]) if separator else len(held)
-        whole = len(held) - rest if rest < len(held) - searched else 0
+        last = len(held[searched:].split(separator)[-1]) if separator else len(held)
+        whole = len(held) - last if last < len(held) - searched else 0
         searched = max(whole, len(held) - len(separator) + 1)
         if not block and len(held) - whole <= cuts.LONG:  # the last document ends with the stream
             whole = len(held)
