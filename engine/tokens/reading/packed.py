@@ -18,7 +18,11 @@ from model.files import BadFile, open_file
 PACKINGS = {".gz": "gzip", ".zst": "Zstandard", ".bz2": "bzip2", ".xz": "xz"}
 BUFFER = 1 << 20  # bytes that a stream reads ahead, of which its head can be seen
 BLOCK = 1 << 20  # bytes of lines that become one part
-INPUT = 1 << 12  # packed bytes that are unpacked at once: the package zstandard bounds not what becomes of them
+INPUT = 1 << 16  # packed bytes that are read at once
+INPUT_OF_PACKAGE = 1 << 12  # for the package zstandard, which unpacks all that it is given at once
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # first bytes of a frame
+ZSTANDARD_HEADER = 18  # bytes of the longest header of a frame
+GZIP_END = 4  # bytes at the end of a member that tell the size of what is in it, modulo 2^32
 WIDEST = 31  # log2 of the largest window of Zstandard, as `zstd --long=31` writes it
 
 
@@ -39,16 +43,46 @@ def stem(path: str | Path) -> str:
 def open_stream(path: Path) -> io.BufferedReader:
     """Opens a file for reading what is in it. Its `raw` is an Unpacked. Raises BadFile or FileNotFoundError."""
     packing = suffixes(path)[1]
-    make = _unpacker(path, packing) if packing else None
-    return io.BufferedReader(Unpacked(open_file(path), packing, make), BUFFER)
+    make, most = _unpacker(path, packing) if packing else (None, INPUT)
+    return io.BufferedReader(Unpacked(open_file(path), packing, make, most), BUFFER)
+
+
+def unpacked_size(path: Path) -> int | None:
+    """Bytes in a packed file, as its header or its end tells; None if neither does.
+
+    Of a file of several streams only one tells: None if what it tells is less than the packed bytes.
+    Raises BadFile or OSError.
+    """
+    packing = suffixes(path)[1]
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        told = None
+        if packing == ".gz" and size > GZIP_END:
+            file.seek(-GZIP_END, os.SEEK_END)
+            told = int.from_bytes(file.read(), "little")
+        elif packing == ".zst":
+            told = _size_of_frame(file.read(ZSTANDARD_HEADER))
+    return told if told is not None and told >= size else None
+
+
+def _size_of_frame(head: bytes) -> int | None:
+    """The content size in the header of a Zstandard frame, if it has one. Source: RFC 8878, section 3.1.1.1."""
+    if not head.startswith(ZSTANDARD) or len(head) < ZSTANDARD_HEADER:
+        return None
+    flags = head[len(ZSTANDARD)]
+    is_one_segment = flags >> 5 & 1
+    num_bytes = (is_one_segment, 2, 4, 8)[flags >> 6]
+    begin = len(ZSTANDARD) + 1 + (not is_one_segment) + (0, 1, 2, 4)[flags & 3]  # after the window and the dictionary
+    size = int.from_bytes(head[begin : begin + num_bytes], "little") + (256 if num_bytes == 2 else 0)
+    return size if num_bytes else None
 
 
 class Unpacked(io.RawIOBase):
     """Bytes in a packed file, or those of a plain one. Not seekable: they are read once, from the begin."""
 
-    def __init__(self, file: BinaryIO, packing: str = "", make: Any = None):
-        """packing: of PACKINGS, or "". make: makes the object that unpacks one stream."""
-        self.file, self.packing, self.make = file, packing, make
+    def __init__(self, file: BinaryIO, packing: str = "", make: Any = None, most: int = INPUT):
+        """packing: of PACKINGS, or "". make: makes the object that unpacks one stream. most: packed bytes for it."""
+        self.file, self.packing, self.make, self.most = file, packing, make, most
         self.consumed = self.produced = 0  # bytes of the file, and of what is in it
         self.is_at_end = False
         self._streams = 0  # that have begun
@@ -110,7 +144,7 @@ class Unpacked(io.RawIOBase):
                 self._packed, self._unpacker = self._unpacker.unused_data, None
             if content:
                 return content
-            if self._unpacker is not None and not (packed := self._read(INPUT)):
+            if self._unpacker is not None and not (packed := self._read(self.most)):
                 raise BadFile(f"{name} data that is cut off, {self._where()}")
             self._packed = packed if self._unpacker is not None else self._packed
 
@@ -118,7 +152,7 @@ class Unpacked(io.RawIOBase):
         """Begins the next stream of the file. Returns whether there is one."""
         while True:
             self._packed = self._packed.lstrip(b"\0") if self._streams else self._packed  # tapes and .xz pad with zeros
-            if self._packed or not (packed := self._read(INPUT)):
+            if self._packed or not (packed := self._read(self.most)):
                 break
             self._packed = packed
         if not self._packed and not self._streams:
@@ -168,22 +202,22 @@ class _Zstandard:
         return self.inner.unused_data
 
 
-def _unpacker(path: Path, packing: str) -> Any:
-    """What makes the object that unpacks one stream of a packed file."""
+def _unpacker(path: Path, packing: str) -> tuple[Any, int]:
+    """What makes the object that unpacks one stream of a packed file, and the bytes to give it at once."""
     if packing == ".gz":
-        return _Gzip
+        return _Gzip, INPUT
     if packing == ".bz2":
-        return bz2.BZ2Decompressor
+        return bz2.BZ2Decompressor, INPUT
     if packing == ".xz":
-        return lzma.LZMADecompressor
+        return lzma.LZMADecompressor, INPUT
     try:
         from compression import zstd  # from Python 3.14 on
     except ImportError:
         pass
     else:
-        return lambda: zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WIDEST})
+        return lambda: zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WIDEST}), INPUT
     try:
         import zstandard
     except ImportError as error:
         raise BadInput(f"prepare: {path} needs zstandard; install it with: pip install zstandard") from error
-    return lambda: _Zstandard(zstandard)
+    return lambda: _Zstandard(zstandard), INPUT_OF_PACKAGE

@@ -4,9 +4,11 @@ Without a separator the text is one document. With one, the documents are what l
 separators, found from the left, without the line ends around it. What is white space alone is none.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
+from engine.errors import BadInput
 from engine.tokens.reading import cuts
 from engine.tokens.reading.cuts import Scan
 from engine.tokens.reading.parts import Raw, ReadOptions
@@ -26,12 +28,15 @@ class Group(NamedTuple):
 class Long(NamedTuple):
     """One document of more than cuts.LONG bytes, not held in memory: from byte `begin` to before `after`.
 
-    The scan has the begin and end of the text in it.
+    The scan has the begin and end of the text in it. is_space: all of it is ASCII white space. spool: a
+    copy of the text in a temporary file.
     """
 
     begin: int
     after: int
     scan: Scan
+    is_space: bool
+    spool: BinaryIO | None
 
     def refusal(self, file: str) -> Raw | None:
         """The document as one that is left out, if it is no text."""
@@ -51,40 +56,46 @@ def separator_of(options: ReadOptions) -> bytes:
     return (options.split_on or "").encode("utf-8")
 
 
-def groups(file: BinaryIO, options: ReadOptions, most: float | None = None) -> Iterator[Group | Long]:
+def groups(file: BinaryIO, options: ReadOptions, is_spooled: bool = False) -> Iterator[Group | Long]:
     """Yields all documents of a stream, about cuts.BLOCK bytes at a time.
 
-    most: bytes of a document that are held; None: cuts.LONG.
+    is_spooled: a document of more than cuts.LONG bytes is copied into a temporary file.
     """
-    separator, most = separator_of(options), cuts.LONG if most is None else most
-    begin, held = 0, b""
+    separator = separator_of(options)
+    begin, held = 0, bytearray()
+    searched = 0  # no separator begins before this byte of what is held
     while True:
         block = file.read(cuts.BLOCK)
-        whole = len(held) - len(held.split(separator)[-1]) if separator else 0
-        if not block and len(held) - whole <= most:  # the last document ends with the stream
+        last = len(held[searched:].split(separator)[-1]) if separator else len(held)
+        whole = len(held) - last if last < len(held) - searched else 0
+        searched = max(whole, len(held) - len(separator) + 1)
+        if not block and len(held) - whole <= cuts.LONG:  # the last document ends with the stream
             whole = len(held)
+        if not whole and options.is_sample and (place := cuts.PLACE.search(held, cuts.PART)):
+            whole = place.start()
         if whole:
-            yield Group(begin, begin + whole, held[:whole])
-            begin, held = begin + whole, held[whole:]
-        if options.is_sample and (place := cuts.PLACE.search(held, cuts.PART)):
-            yield Group(begin, begin + place.start(), held[: place.start()])
-            begin, held = begin + place.start(), held[place.start() :]
-        if len(held) > most:
-            long, held = _long(begin, held + block, file, options)
-            begin = long.after
-            if not separator or long.scan.problem is None or long.scan.problem.reason != "empty":
+            yield Group(begin, begin + whole, bytes(held[:whole]))
+            begin, searched = begin + whole, max(searched - whole, 0)
+            del held[:whole]
+        if len(held) > cuts.LONG:
+            long, rest = _long(begin, bytes(held) + block, file, options, is_spooled)
+            begin, held, searched = long.after, bytearray(rest), 0
+            if not separator or not long.is_space:
                 yield long
+            elif long.spool is not None:
+                long.spool.close()
         elif not block:
             return
         else:
             held += block
 
 
-def _long(begin: int, held: bytes, file: BinaryIO, options: ReadOptions) -> tuple[Long, bytes]:
+def _long(begin: int, held: bytes, file: BinaryIO, options: ReadOptions, is_spooled: bool) -> tuple[Long, bytes]:
     """Reads a document to its end. Returns it and what was read of the next one."""
     separator = separator_of(options)
     line_ends, overlap = (LINE_ENDS, len(separator) - 1) if separator else (b"", 0)
     scan, position, ends = Scan(begin, options.is_replacing), begin, b""
+    is_space, spool = True, None
     while True:
         at = held.find(separator) if separator else -1
         block = file.read(cuts.BLOCK) if at < 0 else b""
@@ -96,12 +107,31 @@ def _long(begin: int, held: bytes, file: BinaryIO, options: ReadOptions) -> tupl
         kept = body.rstrip(line_ends)
         ends = body[len(kept) :]
         scan.update(kept)
+        is_space = is_space and (not kept or kept.isspace())
+        if is_spooled:
+            spool = _spooled(spool, kept)
         if not block:
             break
         held = held[size:] + block
     scan.finish()
     after, rest = (position + len(separator), held[at + len(separator) :]) if at >= 0 else (position, b"")
-    return Long(begin, after, scan), rest
+    if spool is not None:
+        spool.seek(0)
+    return Long(begin, after, scan, is_space, spool), rest
+
+
+def _spooled(spool: BinaryIO | None, content: bytes) -> BinaryIO:
+    """Writes to the temporary file, or to a new one. Raises BadInput if there is no room."""
+    try:
+        spool = tempfile.TemporaryFile() if spool is None else spool  # noqa: SIM115 it goes with the document
+        spool.write(content)
+        spool.flush()
+    except OSError as error:
+        raise BadInput(
+            f"prepare: a document of over {cuts.LONG >> 20} MiB of standard input needs a temporary file, got "
+            f"{error.strerror or error}; set TMPDIR to a directory with room, or write the text to a file and name that"
+        ) from error
+    return spool
 
 
 def documents(content: bytes, separator: bytes, begin: int = 0) -> Iterator[tuple[int, int, bytes]]:
@@ -131,10 +161,11 @@ def documents_of_stream(
     """Yields the documents of a stream such as a packed text, each with the byte of the stream after it.
 
     reopen: opens the stream again from its begin, for the parts of a document of more than cuts.LONG
-    bytes. Without it such a document is held whole.
+    bytes: all before it is unpacked again for each such document. Without it they come from a copy of
+    the document in a temporary file.
     """
     separator, after, is_empty = separator_of(options), 0, True
-    for found in groups(file, options, float("inf") if reopen is None else None):
+    for found in groups(file, options, is_spooled=reopen is None):
         if isinstance(found, Group):
             after = found.begin
             for place, num_bytes, text in documents(found.content, separator, found.begin):
@@ -143,20 +174,20 @@ def documents_of_stream(
             after = found.after
             continue
         after, is_empty = found.after, False
-        if (refused := found.refusal(path)) is not None:
-            yield refused, found.after
-        else:
-            with reopen() as again:
-                yield from _parts(again, found, path)
+        with found.spool or reopen() as copy:
+            if (refused := found.refusal(path)) is not None:
+                yield refused, found.after
+            else:
+                yield from _parts(copy, 0 if found.spool else found.scan.start, found, path)
     if is_empty:  # counted as an empty document, as a file of white space is
         yield Raw("file", b"", path, 0, after), max(after, 1)
 
 
-def _parts(file: BinaryIO, long: Long, path: str) -> Iterator[tuple[Raw, int]]:
+def _parts(file: BinaryIO, start: int, long: Long, path: str) -> Iterator[tuple[Raw, int]]:
+    """Yields the parts of a document, which begins at byte `start` of the file."""
     scan, after = long.scan, long.begin
-    position = 0
-    while position < scan.start:  # an unpacked stream cannot seek
-        position += len(read_exactly(file, min(cuts.BLOCK, scan.start - position)))
+    while start:  # an unpacked stream cannot seek
+        start -= len(read_exactly(file, min(cuts.BLOCK, start)))
     for (begin, end), num_bytes in zip(scan.parts(), long.lengths(), strict=True):
         after, is_first = after + num_bytes, begin == scan.start
         content = read_exactly(file, end - begin)

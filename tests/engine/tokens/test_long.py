@@ -255,6 +255,20 @@ def test_a_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
     assert peak < 3_000_000
 
 
+@pytest.mark.parametrize("separator", [None, "<|end|>"])
+def test_a_long_text_of_a_stream_is_not_held_whole(monkeypatch, separator):
+    for name in ("LONG", "PART", "BLOCK"):
+        monkeypatch.setattr(cuts, name, 1 << 16)
+    content = b"many words of a text\n" * 200_000  # 4.2 MB
+    tracemalloc.start()
+    found = documents_of_stream(io.BytesIO(content), "x", ReadOptions(split_on=separator))
+    size = sum(len(raw.content) for raw, _ in found)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == len(content) - (separator is not None)  # without the last line end
+    assert peak < 2_000_000
+
+
 # ---- Separators ---------------------------------------------------------------------------------------------------
 
 

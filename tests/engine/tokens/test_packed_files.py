@@ -15,7 +15,7 @@ from test_record_files import after_each_part, read
 
 from engine.errors import BadInput
 from engine.tokens import prepare
-from engine.tokens.reading import documents, packed, records, sources
+from engine.tokens.reading import documents, packed, records, sequential, sources
 from engine.tokens.reading.parts import ReadOptions, Span
 from model.files import BadFile
 
@@ -120,6 +120,45 @@ def test_packed_lines_are_streamed_in_bounded_memory(tmp_path, packing):
     tracemalloc.stop()
     assert count == 300
     assert peak < 4_500_000
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_a_worker_unpacks_only_files_that_tell_how_little_is_in_them(tmp_path, monkeypatch, packing):
+    """A .jsonl.zst of 20 KB with 211 MB of text took a worker 1 GB of memory."""
+    monkeypatch.setattr(sequential, "UNPACKED", 5000)
+    monkeypatch.setattr(sequential, "UNTOLD", 150)
+    path, tells = tmp_path / f"x.jsonl{packing}", packing in (".gz", ".zst")
+    for lines, is_span in ((1, True), (200, tells), (280, False)):
+        path.write_bytes(PACK[packing](b"".join(b'{"text": %09d}\n' % i**3 for i in range(lines))))
+        (part, _), *_ = documents.parts(path, ReadOptions())
+        assert isinstance(part, Span) == is_span, lines
+
+
+@pytest.mark.parametrize("size", [1, 200, 255, 256, 257, 65_791, 65_792, 70_000])
+def test_the_size_in_a_packed_file_is_read_from_it(tmp_path, size):
+    for packing in (".gz", ".zst"):
+        path = tmp_path / f"x.txt{packing}"
+        whole = PACK[packing](b"a" * size)
+        path.write_bytes(whole)
+        assert packed.unpacked_size(path) == (size if size >= len(whole) else None)
+        for cut in range(20):
+            path.write_bytes(whole[:cut])
+            packed.unpacked_size(path)
+    path.write_bytes(b"plain text, and more of it than a header")
+    assert packed.unpacked_size(path) is None
+    path.write_bytes(pytest.importorskip("zstandard").ZstdCompressor(write_content_size=False).compress(b"a" * 9000))
+    assert packed.unpacked_size(path) is None
+
+
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz"])
+def test_packed_bytes_are_read_in_large_blocks(tmp_path, packing):
+    path, reads = tmp_path / f"x.txt{packing}", []
+    path.write_bytes(PACK[packing](random.Random(0).randbytes(200_000)))
+    with packed.open_stream(path) as file:
+        plain = file.raw._read
+        file.raw._read = lambda most: reads.append(most) or plain(most)
+        assert len(file.read()) == 200_000
+    assert len(reads) <= 6
 
 
 # ---- Directories ---------------------------------------------------------------------------------------------------

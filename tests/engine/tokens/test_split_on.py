@@ -69,6 +69,16 @@ def test_nothing_but_separators_is_one_empty_document(tmp_path):
     assert run(tmp_path / "in", tmp_path / "out", split_on="--")["skipped"] == {"empty": 1}
 
 
+@pytest.mark.parametrize("long", [cuts.LONG, 10])
+def test_white_space_that_is_not_ascii_is_an_empty_document(tmp_path, monkeypatch, long):
+    for name, value in (("LONG", long), ("PART", 10), ("BLOCK", 10)):
+        monkeypatch.setattr(cuts, name, value)
+    (tmp_path / "x.txt").write_text("".join(f"{story}--" for story in [*STORIES, "\u3000" * 20, " " * 40]))
+    manifest = run(tmp_path / "x.txt", tmp_path / "out", split_on="--")
+    assert manifest["skipped"] == {"empty": 1}
+    assert manifest["left_out"]["files"][0]["bytes"] >= 60
+
+
 def test_another_separator_is_another_request(tmp_path):
     source = stories(tmp_path / "x.txt", "\n--\n==\n")
     run(source, tmp_path / "out", split_on="--")
