@@ -15,6 +15,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from engine.errors import BadInput
@@ -46,7 +47,7 @@ class Rule:
     tools: tuple[str, ...]  # directories that are not read; .git, .venv and the like are hidden
     marks: tuple[str, ...] = ()  # nor are those that hold such a file
 
-    @property
+    @cached_property
     def sets(self) -> set[str]:
         """Suffixes of the files of train and test sets."""
         return {one for one in self.suffixes if one.startswith((".txt", *self.records))}
@@ -96,7 +97,7 @@ def find(sources: Iterable[str], rule: Rule = RULE_3) -> Selection:
             continue
         if _is_directory(source):
             found.files += _walk(path, found, rule)
-        elif _kind(path) in rule.suffixes:
+        elif _kind(path.name) in rule.suffixes:
             found.files.append(path)
         else:
             raise BadInput(f"prepare: a source must end in {ENDINGS}, got {source}, {_unread(path)}")
@@ -230,32 +231,43 @@ def _library(root: Path) -> list[Path]:
     return files
 
 
-def _kind(path: str | Path) -> str:
-    """Suffixes of a file in lower case: ".json.gz" of a.JSON.gz."""
-    return "".join(packed.suffixes(path))
+def _suffixes(name: str) -> tuple[str, str]:
+    """As packed.suffixes, of a file's name: a Path of each of many names takes long."""
+    stem, _, last = name.rpartition(".")
+    suffix = f".{last.lower()}" if stem and last else ""
+    return (_suffixes(stem)[0], suffix) if suffix in packed.PACKINGS else (suffix, "")
+
+
+def _kind(name: str) -> str:
+    """Suffixes of a file's name in lower case: ".json.gz" of a.JSON.gz."""
+    return "".join(_suffixes(name))
 
 
 def _walk(root: Path, found: Selection, rule: Rule) -> list[Path]:
     """The files of a directory that are to be read. Counts the others in `found`."""
-    files, cards, has_packed, has_programs = [], [], False, False
+    files, cards, contents, has_packed, has_programs = [], [], {}, False, False
     for directory, names in _directories(root, found, rule):
+        folder = Path(directory)
+        of_folder = contents.setdefault(folder, set())
         for name in names:
+            content, packing = _suffixes(name)
+            has_programs |= content in PROGRAMS and not packing
             path = Path(directory, name)
-            has_programs |= path.suffix.lower() in PROGRAMS
             if name.startswith("."):
                 found.leave_out("hidden", path)
-            elif _kind(path) not in rule.suffixes:
+            elif content + packing not in rule.suffixes:
                 found.leave_out(_suffix(path), path)
-                has_packed |= path.suffix.lower() in packed.PACKINGS
+                has_packed |= bool(packing)
             elif (kind := _special(path)) is not None:
                 found.leave_out(kind, path)
             else:
-                if (_is_card(path) and path.suffix.lower() in (".md", ".txt")) or name in INFO:
+                if (content + packing in (".md", ".txt") and _is_card(path)) or name in INFO:
                     cards.append(path)
                 files.append(path)
-    records = tuple(one for one in rule.records if one != ".json" or not has_programs)  # package.json is no data set
-    with_records = {path.parent for path in files if packed.suffixes(path)[0] in records}
-    with_records |= {directory.parent for directory in with_records}  # of data/a.jsonl
+                of_folder.add(content)
+    records = {one for one in rule.records if one != ".json" or not has_programs}  # package.json is no data set
+    with_records = {folder for folder, of_folder in contents.items() if of_folder & records}
+    with_records |= {folder.parent for folder in with_records}  # of data/a.jsonl
     is_packed = has_packed and len(files) == len(cards)
     left = {card for card in cards if is_packed or card.parent in with_records}
     for card in sorted(left):
@@ -319,7 +331,9 @@ def _held_out(directory: str, children: list[str], names: list[str], rule: Rule)
     c4-validation.00000-of-00008 beside c4-train.00000-of-01024. A directory is one if it has the
     word for a name and lies beside `train`, and neither holds a program.
     """
-    files = [name for name in names if _kind(name) in rule.sets and not name.startswith(".")]
+    files = []
+    if "train" in "".join(names).lower():  # of few directories, and soon known
+        files = [name for name in names if _kind(name) in rule.sets and not name.startswith(".")]
     train = {rest for name in files for rest in _without(name, TRAIN)}
     held_out = {name for name in files if train.intersection(_without(name, TESTS))} if train else set()
     tests = TESTS.intersection(children)

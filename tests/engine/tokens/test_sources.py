@@ -232,3 +232,15 @@ def test_another_field_is_read_when_named(tmp_path):
     assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(
         f"words {i}" for i in range(20)
     )
+
+
+def test_the_names_of_many_files_cost_little(tmp_path, monkeypatch):
+    for i in range(4):
+        (tmp_path / str(i)).mkdir()
+        for j in range(50):
+            (tmp_path / str(i) / f"{j}.txt").touch()
+    made = []
+    monkeypatch.setattr(sources.packed, "suffixes", lambda path: made.append(path))  # of a Path, slow
+    monkeypatch.setattr(sources.re, "findall", lambda *words: made.append(words))
+    assert len(sources.find([str(tmp_path)]).files) == 200
+    assert made == []
