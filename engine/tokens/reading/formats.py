@@ -105,13 +105,25 @@ def _is_array(head: bytes, file: BinaryIO | None) -> bool:
 
 
 def has_lines(head: bytes) -> bool:
-    """Whether a .json file holds lines of JSON, by its first bytes, and not an array or values of several lines."""
-    first, _, rest = (one.strip() for one in head.removeprefix(BOM).lstrip().partition(b"\n"))
+    """Whether a .json file holds a value in each line, by its first bytes, and not an array or other values.
+
+    A damaged line, or one that is longer than the head, is a line too; one with several values is none.
+    """
+    lines = head.removeprefix(BOM).lstrip().split(b"\n")
+    first, rest = lines[0].strip(), b"\n".join(lines[1:]).strip()
+    if first.startswith(b"["):
+        return bool(rest) and _is_value(first)
+    if rest and not _is_value(first) and not (first.endswith(b"}") and rest.startswith(b"{")):
+        return False
+    return not any(len(_values(line)) > 1 for line in lines if line.strip() and not _is_value(line))
+
+
+def _is_value(line: bytes) -> bool:
     try:
-        parse_json(first)
-    except BadFile:  # also a line that is longer than the head
-        return not first.startswith(b"[") and (not rest or (first.endswith(b"}") and rest.startswith(b"{")))
-    return not first.startswith(b"[") or bool(rest)
+        parse_json(line)
+    except BadFile:
+        return False
+    return True
 
 
 def unread(path: Path) -> str:

@@ -10,12 +10,13 @@ the middle of the file; a killed preparation begins with that file again.
 """
 
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def _of_subset(source: str, subset: str, names: list[str], configs: list[dict[st
     if subset in known:
         chosen = known[subset]
     elif subset:
-        if of_subset := [name for name in names if name.startswith(f"{subset}/") or fnmatchcase(name, subset)]:
+        if of_subset := [name for name in names if name.startswith(f"{subset}/") or _matches(name, [subset])]:
             return of_subset
         others = [*known] or sorted({name.partition("/")[0] for name in names if "/" in name})
         raise BadInput(
@@ -127,7 +128,23 @@ def _of_subset(source: str, subset: str, names: list[str], configs: list[dict[st
             return names
         chosen = defaults[0] if defaults else next(iter(known.values()))
     patterns = _patterns(chosen["data_files"])
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if _matches(name, patterns)]
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    """Whether a path fits a pattern of the hub: * and ? stay within a directory, ** is any directories, or none."""
+    return any(name == pattern or _expression(pattern).fullmatch(name) for pattern in patterns)
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern:
+    signs = {"**/": "(.+/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]\\/]+\])", pattern.removeprefix("./"))
+    words = [part.replace("[!", "[^") if i % 2 else re.escape(part) for i, part in enumerate(parts)]
+    try:
+        return re.compile("".join(signs.get(word, word) for word in words))
+    except re.error:  # such as [z-a], which fits nothing but itself
+        return re.compile(re.escape(pattern))
 
 
 def _patterns(data_files: Any) -> list[str]:

@@ -4,7 +4,8 @@
 directory every file with one of the suffixes is read, also in linked directories, each once. Left
 out are what is hidden or made by tools, test and validation sets beside a train set of the same
 name, the README and licence of a data set, links to a directory above, and directories without
-permission. All that is not read is counted. A file that is named is always read.
+permission. All that is not read is counted. A file that is named is always read, once under all of
+its names.
 """
 
 import os
@@ -15,6 +16,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from engine.errors import BadInput
@@ -45,8 +47,9 @@ class Rule:
     records: tuple[str, ...]  # beside files of these a README is the card of the data set
     tools: tuple[str, ...]  # directories that are not read; .git, .venv and the like are hidden
     marks: tuple[str, ...] = ()  # nor are those that hold such a file
+    is_once: bool = False  # whether a file that is named twice is read once
 
-    @property
+    @cached_property
     def sets(self) -> set[str]:
         """Suffixes of the files of train and test sets."""
         return {one for one in self.suffixes if one.startswith((".txt", *self.records))}
@@ -58,7 +61,7 @@ class Rule:
 
 OLD_TOOLS = ("__MACOSX", "__pycache__", "node_modules")
 RULE_2 = Rule((*TEXT, ".jsonl", ".parquet"), (".jsonl", ".parquet"), OLD_TOOLS)
-RULE_3 = Rule((*SUFFIXES, *PACKED), (*formats.JSON, *formats.TABLES), (*OLD_TOOLS, "_temporary"), ("pyvenv.cfg",))
+RULE_3 = Rule((*SUFFIXES, *PACKED), (*formats.JSON, *formats.TABLES), (*OLD_TOOLS, "_temporary"), ("pyvenv.cfg",), True)
 
 
 @dataclass
@@ -73,6 +76,20 @@ class Selection:
     num_bytes: int = 0  # of the files to read
     remote: dict[Path, hub.Remote] = field(default_factory=dict)  # those of `files` that are to be downloaded
 
+    _names: dict[int, Path] = field(default_factory=dict)  # of `files`, by their places on the disk
+    _hard_links: set[Path] = field(default_factory=set)  # to those
+
+    def add(self, path: Path, place: int, rule: Rule) -> None:
+        """Adds a file, unless another name of it, such as a link, has come before. A hard link is a file of its own."""
+        first = self._names.setdefault(place, path)
+        if first is not path and rule.is_once:
+            true_path = Path(os.path.realpath(path))
+            if true_path == Path(os.path.realpath(first)) or true_path in self._hard_links:
+                self.leave_out("named twice", path)
+                return
+            self._hard_links.add(true_path)
+        self.files.append(path)
+
     def leave_out(self, why: str, path: Path) -> None:
         """Counts a file or directory that is not read."""
         self.not_read[why] += 1
@@ -84,20 +101,19 @@ def find(sources: Iterable[str], rule: Rule = RULE_3) -> Selection:
     found = Selection()
     for source in sources:
         path = Path(source)
-        if path == sequential.STDIN:
+        if source == str(sequential.STDIN):
             sequential.check_standard_input(path in found.files)
             found.files.append(path)
-            continue
-        if hub.is_remote(source):
+        elif hub.is_remote(source):
             _find_remote(source, found)
-            continue
-        if source == STDLIB and not path.exists():
-            found.files += _library(Path(sysconfig.get_path("stdlib")))
-            continue
-        if _is_directory(source):
-            found.files += _walk(path, found, rule)
-        elif _kind(path) in rule.suffixes:
-            found.files.append(path)
+        elif source == STDLIB and not path.exists():
+            for one in _library(Path(sysconfig.get_path("stdlib"))):
+                found.add(one, _place(os.stat(one)), rule)
+        elif _is_directory(source):
+            for one, place in _walk(path, found, rule):
+                found.add(one, place, rule)
+        elif _kind(path.name) in rule.suffixes:
+            found.add(path, _place(os.stat(path)), rule)
         else:
             raise BadInput(f"prepare: a source must end in {ENDINGS}, got {source}, {_unread(path)}")
     if not found.files:
@@ -208,7 +224,7 @@ def _got(sources: Iterable[str], found: Selection) -> str:
     if not found.not_read:
         return ""
     examples = [found.examples[why] for why, _ in found.not_read.most_common()]
-    paths = [path for path in examples if path.is_file() and not path.name.startswith(".") and not _is_card(path)]
+    paths = [path for path in examples if path.is_file() and not path.name.startswith(".") and not _is_card(path.name)]
     way = f"; {paths[0]} {_unread(paths[0]).removeprefix('which ')}" if paths else ""
     return f"; {not_read(found.not_read)}{way}"
 
@@ -230,41 +246,53 @@ def _library(root: Path) -> list[Path]:
     return files
 
 
-def _kind(path: str | Path) -> str:
-    """Suffixes of a file in lower case: ".json.gz" of a.JSON.gz."""
-    return "".join(packed.suffixes(path))
+def _suffixes(name: str) -> tuple[str, str]:
+    """As packed.suffixes, of a file's name: a Path of each of many names takes long."""
+    stem, _, last = name.rpartition(".")
+    suffix = f".{last.lower()}" if stem and last else ""
+    return (_suffixes(stem)[0], suffix) if suffix in packed.PACKINGS else (suffix, "")
 
 
-def _walk(root: Path, found: Selection, rule: Rule) -> list[Path]:
-    """The files of a directory that are to be read. Counts the others in `found`."""
-    files, cards, has_packed, has_programs = [], [], False, False
+def _kind(name: str) -> str:
+    """Suffixes of a file's name in lower case: ".json.gz" of a.JSON.gz."""
+    return "".join(_suffixes(name))
+
+
+def _walk(root: Path, found: Selection, rule: Rule) -> Iterator[tuple[Path, int]]:
+    """The files of a directory that are to be read, with their places. Counts the others in `found`."""
+    files, places, cards, contents, has_packed, has_programs = [], [], [], {}, False, False
     for directory, names in _directories(root, found, rule):
+        folder = Path(directory)
+        of_folder = contents.setdefault(folder, set())
         for name in names:
+            content, packing = _suffixes(name)
+            has_programs |= content in PROGRAMS and not packing
             path = Path(directory, name)
-            has_programs |= path.suffix.lower() in PROGRAMS
             if name.startswith("."):
                 found.leave_out("hidden", path)
-            elif _kind(path) not in rule.suffixes:
+            elif content + packing not in rule.suffixes:
                 found.leave_out(_suffix(path), path)
-                has_packed |= path.suffix.lower() in packed.PACKINGS
-            elif (kind := _special(path)) is not None:
-                found.leave_out(kind, path)
+                has_packed |= bool(packing)
+            elif not stat.S_ISREG((status := _status(path)).st_mode):  # such as a named pipe
+                found.leave_out(kind_of(status.st_mode).removeprefix("a "), path)
             else:
-                if (_is_card(path) and path.suffix.lower() in (".md", ".txt")) or name in INFO:
+                if (content + packing in (".md", ".txt") and _is_card(name)) or name in INFO:
                     cards.append(path)
                 files.append(path)
-    records = tuple(one for one in rule.records if one != ".json" or not has_programs)  # package.json is no data set
-    with_records = {path.parent for path in files if packed.suffixes(path)[0] in records}
-    with_records |= {directory.parent for directory in with_records}  # of data/a.jsonl
+                places.append(_place(status))
+                of_folder.add(content)
+    records = {one for one in rule.records if one != ".json" or not has_programs}  # package.json is no data set
+    with_records = {folder for folder, of_folder in contents.items() if of_folder & records}
+    with_records |= {folder.parent for folder in with_records}  # of data/a.jsonl
     is_packed = has_packed and len(files) == len(cards)
     left = {card for card in cards if is_packed or card.parent in with_records}
     for card in sorted(left):
         found.leave_out(f"{card.name} beside data", card)
-    return [path for path in files if path not in left] if left else files
+    return ((path, place) for path, place in zip(files, places, strict=True) if not left or path not in left)
 
 
-def _is_card(path: Path) -> bool:
-    return path.stem.lower() in CARDS
+def _is_card(name: str) -> bool:
+    return os.path.splitext(name)[0].lower() in CARDS
 
 
 def _directories(root: Path, found: Selection, rule: Rule) -> Iterator[tuple[str, list[str]]]:
@@ -319,13 +347,18 @@ def _held_out(directory: str, children: list[str], names: list[str], rule: Rule)
     c4-validation.00000-of-00008 beside c4-train.00000-of-01024. A directory is one if it has the
     word for a name and lies beside `train`, and neither holds a program.
     """
-    files = [name for name in names if _kind(name) in rule.sets and not name.startswith(".")]
-    train = {rest for name in files for rest in _without(name, TRAIN)}
-    held_out = {name for name in files if train.intersection(_without(name, TESTS))} if train else set()
+    named = [name for name in names if "train" in name.lower()]  # few, and soon found
+    train = {rest for name in named if _is_of_set(name, rule) for rest in _without(name, TRAIN)}
+    others = names if train else []
+    held_out = {name for name in others if _is_of_set(name, rule) and train.intersection(_without(name, TESTS))}
     tests = TESTS.intersection(children)
     if tests and "train" in children and _is_set(Path(directory, "train"), rule):
         held_out |= {name for name in tests if _is_set(Path(directory, name), rule)}
     return held_out
+
+
+def _is_of_set(name: str, rule: Rule) -> bool:
+    return _kind(name) in rule.sets and not name.startswith(".")
 
 
 def _without(name: str, split: set[str]) -> list[tuple[str, ...]]:
@@ -348,11 +381,15 @@ def _suffix(path: Path) -> str:
     return "".join(one for one in suffixes if re.fullmatch(r"\.[A-Za-z]\w{0,7}", one)) or "without a suffix"
 
 
-def _special(path: Path) -> str | None:
-    """Kind of a file that is none to read, such as a named pipe. A link without a target is an error."""
+def _status(path: Path) -> os.stat_result:
+    """Status of a file of a directory. A link without a target is an error."""
     try:
-        mode = os.stat(path).st_mode
+        return os.stat(path)
     except OSError as error:
         gone = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else error.strerror
         raise unreadable(path, BadFile(gone)) from error
-    return None if stat.S_ISREG(mode) else kind_of(mode).removeprefix("a ")
+
+
+def _place(status: os.stat_result) -> int:
+    """Device and inode, as one number: many tuples would slow the garbage collection."""
+    return status.st_dev << 64 | status.st_ino

@@ -7,6 +7,7 @@ A worker reads row groups or record batches of moderate size; the parent process
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ SPAN = 1 << 20  # bytes of text from which a span is long enough
 LARGE = 16 << 20  # bytes of text of a row group or record batch that the parent process streams
 ROWS = 1024  # that are made Python objects at once
 MAGIC = b"ARROW1"  # of the file format
+MARK, END = b"\xff" * 4, bytes(4)  # before each message of a stream since Arrow 0.15; in place of one at its end
 
 
 class Table(NamedTuple):
@@ -109,7 +111,9 @@ def _open(path: Path, column: str) -> Iterator[Table]:
 def _parquet(file: Any, path: Path, name: str) -> Iterator[Table]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file, buffer_size=SPAN) as parquet:  # else a whole row group is held packed
+    known = _metadata(path, *_version(file))
+    # without a buffer a whole row group is held packed
+    with pyarrow.parquet.ParquetFile(file, metadata=known, buffer_size=SPAN) as parquet:
         _check_column(path, parquet.schema_arrow, name)
         groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
         leaves = [groups[0].column(number).path_in_schema for number in range(groups[0].num_columns)] if groups else []
@@ -123,26 +127,87 @@ def _parquet(file: Any, path: Path, name: str) -> Iterator[Table]:
         yield Table(pieces, column)
 
 
+def _version(file: Any) -> tuple[int, int]:
+    """Size and time of the last change. The layout of a file is kept for its next span by these."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _metadata(path: Path, size: int, changed: int) -> Any:
+    """Footer of a parquet file."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(path)
+
+
 @contextmanager
 def _arrow(file: Any, path: Path, name: str) -> Iterator[Table]:
     import pyarrow
 
     is_file = file.read(len(MAGIC)) == MAGIC
-    open_it = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-    with pyarrow.memory_map(str(path)) as source, open_it(source) as reader:
-        schema = reader.schema
+    schema, pieces, begins = _layout(path, name, is_file, *_version(file))
+    with pyarrow.memory_map(str(path)) as source:
+        if is_file or "dictionary<" in str(schema):
+            reader = _reader(source, is_file, schema.names.index(name))
+            numbered = () if is_file else enumerate(reader)
+
+            def column(number: int) -> list[Any]:
+                if is_file:
+                    return [reader.get_batch(number).column(0)]
+                return [next(batch.column(0) for at, batch in numbered if at == number)]
+        else:
+
+            def column(number: int) -> list[Any]:
+                source.seek(begins[number])
+                batch = pyarrow.ipc.read_record_batch(pyarrow.ipc.read_message(source), schema)
+                return [batch.column(schema.names.index(name))]
+
+        yield Table(pieces, column)
+
+
+def _reader(source: Any, is_file: bool, column: int) -> Any:
+    """Reader of one column of an Arrow file or stream."""
+    import pyarrow
+
+    only = pyarrow.ipc.IpcReadOptions(included_fields=[column], use_threads=False)
+    return (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source, options=only)
+
+
+@lru_cache(maxsize=1)
+def _layout(path: Path, name: str, is_file: bool, size: int, changed: int) -> tuple[Any, list[tuple[int, int]], list]:
+    """Schema, pieces, and the bytes of a stream at which they begin. Compressed batches are unpacked for this."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        schema = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(source).schema
     _check_column(path, schema, name)
-    only = pyarrow.ipc.IpcReadOptions(included_fields=[schema.names.index(name)], use_threads=False)
-
-    def batches(source: Any) -> Iterator[Any]:
-        reader = open_it(source, options=only)
-        return map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-
+    pieces, begins = [], []
     with pyarrow.memory_map(str(path)) as source:
-        pieces = [(batch.num_rows, batch.column(0).nbytes) for batch in batches(source)]
-    with pyarrow.memory_map(str(path)) as source:
-        numbered = enumerate(batches(source))
-        yield Table(pieces, lambda number: [next(batch.column(0) for at, batch in numbered if at == number)])
+        reader = _reader(source, is_file, schema.names.index(name))
+        if is_file:
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            begins.append(source.tell())
+            batches = reader
+        for batch in batches:
+            pieces.append((batch.num_rows, batch.column(0).nbytes))
+            begins.append(source.tell())
+        if not is_file:
+            _check_end(path, source, begins[-1], sum(rows for rows, _ in pieces))
+    return schema, pieces, begins
+
+
+def _check_end(path: Path, source: Any, place: int, rows: int) -> None:
+    """Raises BadInput if a stream has no mark of its end: pyarrow takes one that is cut there for a shorter one."""
+    source.seek(0)
+    mark = MARK + END if source.read(len(MARK)) == MARK else END
+    source.seek(place)
+    if source.read(len(mark)) != mark:
+        raise BadInput(
+            f"{path}: must end with the mark of an Arrow stream's end, got none after {rows:,} rows, as if it were cut "
+            "off; copy it again, or if these are all rows, write them anew and close the writer"
+        )
 
 
 def _check_column(path: Path, schema: Any, column: str) -> None:

@@ -162,6 +162,28 @@ def test_a_subset_is_one_of_the_card_or_a_directory_or_a_pattern(serve, source, 
     assert names(source) == expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.parquet", ["0.parquet"]),
+        ("./0.p?rquet", ["0.parquet"]),
+        ("data/*.parquet", ["data/1.parquet"]),
+        ("data/**/*.parquet", ["data/1.parquet", "data/x/2.parquet"]),
+        ("**/*.parquet", ["0.parquet", "data/1.parquet", "data/x/2.parquet"]),
+        ("data/**", ["data/1.parquet", "data/x/2.parquet"]),
+        ("d*", []),
+        ("data/[!0].parquet", ["data/1.parquet"]),
+        ("[z-a]*", []),
+    ],
+)
+def test_a_pattern_of_the_card_fits_the_files_that_it_fits_on_the_hub(pattern, expected):
+    files = ["0.parquet", "data/1.parquet", "data/x/2.parquet"]
+    card = [{"config_name": "default", "data_files": pattern}]
+    assert hub._of_subset(SOURCE, "", files, card) == expected
+    if expected:  # as the user's own
+        assert hub._of_subset(SOURCE, pattern, files, []) == expected
+
+
 def test_short_names_stand_for_repositories(tmp_path, monkeypatch):
     assert hub._parse("fineweb-edu") == ("HuggingFaceFW/fineweb-edu", "sample-10BT", None)
     assert hub._parse("fineweb-edu/sample-100BT@v1") == ("HuggingFaceFW/fineweb-edu", "sample-100BT", "v1")

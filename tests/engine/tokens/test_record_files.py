@@ -86,6 +86,8 @@ LAYOUTS = {
     "an array in a line": json.dumps(RECORDS),
     "an array of several lines": json.dumps(RECORDS, indent=1, ensure_ascii=False),
     "an array of lines": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n",
+    "values on one line": " ".join(map(json.dumps, RECORDS)),
+    "values on a later line": "\n".join(map(json.dumps, RECORDS[:2])) + " " + "\n".join(map(json.dumps, RECORDS[2:])),
     "values of several lines": "\r\n".join(json.dumps(one, indent=2) for one in RECORDS),
 }
 
@@ -104,6 +106,12 @@ def test_one_object_is_one_record(tmp_path):
     for name, content in (("a", '{"text": "words"}'), ("b", '{\n "text": "words",\n "more": {"text": 1}\n}')):
         (tmp_path / f"{name}.json").write_text(content)
         assert read(tmp_path / f"{name}.json") == [("words", 1)]
+
+
+def test_a_damaged_line_of_a_json_file_costs_itself_alone(tmp_path):
+    for damaged in ('{"text": "b"} no JSON', '{"text": "b', '{"text": "b"} {"text'):
+        (tmp_path / "x.json").write_text(f'{{"text": "a"}}\n{damaged}\n{{"text": "c"}}\n')
+        assert read(tmp_path / "x.json") == [("a", 1), ("not JSON", 2), ("c", 3)]
 
 
 BROKEN = [

@@ -232,3 +232,52 @@ def test_another_field_is_read_when_named(tmp_path):
     assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(
         f"words {i}" for i in range(20)
     )
+
+
+def test_the_names_of_many_files_cost_little(tmp_path, monkeypatch):
+    for i in range(4):
+        (tmp_path / str(i)).mkdir()
+        for j in range(50):
+            (tmp_path / str(i) / f"{j}.txt").touch()
+    made = []
+    monkeypatch.setattr(sources.packed, "suffixes", lambda path: made.append(path))  # of a Path, slow
+    monkeypatch.setattr(sources.re, "findall", lambda *words: made.append(words))
+    assert len(sources.find([str(tmp_path)]).files) == 200
+    assert made == []
+
+
+def test_a_file_is_read_once_under_all_of_its_names(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    once = sources.find(["library"]).files
+    (tmp_path / "link").symlink_to(source)
+    (source / "z.txt").symlink_to(once[0].absolute())
+    (tmp_path / "one.txt").hardlink_to(once[0])  # a file of its own
+    for names, count in (
+        (["library"], 1),
+        (["library", str(once[0]), "library"], 2 + len(once) + 1),
+        (["link", "library", f"./{once[0]}"], 2 + len(once) + 1),
+        (["library", "one.txt", "one.txt"], 2),
+    ):
+        found = sources.find(names)
+        assert [path.resolve() for path in found.files] == [
+            *(path.resolve() for path in once),
+            *([tmp_path / "one.txt"] if "one.txt" in names else []),
+        ]
+        assert found.not_read["named twice"] == count
+    twice = [str(once[0])] * 2
+    assert len(sources.find_by_rule(twice, 2).files) == len(sources.find_by_rule(twice, 1).files) == 2
+
+
+def test_a_card_that_is_named_beside_its_directory_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')
+    (tmp_path / "README.md").write_text("words")
+    found = sources.find([str(tmp_path), str(tmp_path / "README.md")])
+    assert [path.name for path in found.files] == ["a.jsonl", "README.md"]
+    assert "named twice" not in found.not_read
+
+
+def test_a_directory_with_the_name_of_standard_input_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-").mkdir()
+    (tmp_path / "-" / "a.txt").write_text("words")
+    assert sources.find(["./-"]).files == [Path("-/a.txt")]

@@ -92,3 +92,40 @@ def test_workers_read_tables_and_make_the_same_bytes(tmp_path, monkeypatch):
     assert files(tmp_path / "1") == files(tmp_path / "2")
     written = [text for split in ("train", "val") for text in texts(tmp_path / "1" / "out", split)]
     assert sorted(written) == sorted([row for row in ROWS if row] * 3)
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_an_arrow_stream_that_is_cut_between_batches_is_refused(tmp_path, is_legacy):
+    table = pyarrow.table({"text": ["no zeros"] * 30})
+    options = pyarrow.ipc.IpcWriteOptions(use_legacy_format=is_legacy)
+    with pyarrow.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=10)
+    assert len(read(tmp_path / "x.arrow")) == 30
+    content = (tmp_path / "x.arrow").read_bytes()
+    with pyarrow.memory_map(str(tmp_path / "x.arrow")) as source:
+        stream, begins = pyarrow.ipc.open_stream(source), []
+        for _ in stream:
+            begins.append(source.tell())
+    for begin, rows in zip(begins, (10, 20, 30), strict=True):
+        (tmp_path / "x.arrow").write_bytes(content[:begin])
+        with pytest.raises(BadInput, match=f"mark of an Arrow stream's end, got none after {rows} rows.*copy it again"):
+            read(tmp_path / "x.arrow")
+
+
+@pytest.mark.parametrize(("name", "stream"), KINDS, ids=["parquet", "arrow file", "arrow stream"])
+def test_each_span_reads_its_own_batches_and_no_footer_again(tmp_path, monkeypatch, name, stream):
+    monkeypatch.setattr(tables, "SPAN", 1)
+    path = write(tmp_path / name, pyarrow.array(ROWS), stream=stream)
+    layouts, batches = [], []
+    for function, calls in ((tables._layout, layouts), (tables._metadata, layouts)):
+        original = function.__wrapped__
+        counted = tables.lru_cache(maxsize=1)(lambda *key, to=original, calls=calls: calls.append(key) or to(*key))
+        monkeypatch.setattr(tables, function.__name__, counted)
+    reader = tables._reader
+    monkeypatch.setattr(tables, "_reader", lambda *rest: batches.append(rest) or reader(*rest))
+    assert read(path) == EXPECTED
+    assert len(layouts) == 1
+    assert len(batches) == {"x.parquet": 0, "x.arrow": 1 + 7, "x.ARROW": 1}[name]  # a stream is read from its spans
+    path.unlink()
+    write(path, pyarrow.array(["another"]), stream=stream)
+    assert read(path) == [("another", 1)]
