@@ -4,6 +4,7 @@ Everything comes in the order of the files, whatever the number of workers. The 
 and then, and the same command goes on from there.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from engine.errors import BadInput
 from engine.tokens import tokenizer
 from engine.tokens.preparation import duplicates, fast, journal, tails, workers
 from engine.tokens.preparation.account import IS_FIRST, IS_VAL, TEXT_BYTES, TOKENS, Encoded, Totals
-from engine.tokens.preparation.encode import encode_batch
+from engine.tokens.preparation.encode import encode_batch, encoder
 from engine.tokens.preparation.journal import Request
 from engine.tokens.preparation.options import PrepareConfig
 from engine.tokens.preparation.progress import Progress
@@ -149,6 +150,8 @@ class Build:
             options=self.options,
             dedup=config.dedup,
         )
+        if multiprocessing.get_start_method() == "fork":
+            encoder(config.tokenizer, config.fast)  # the workers have it then, and none builds its own
         count, saved, finished = config.workers or os.cpu_count() or 1, time.monotonic(), self._num_finished()
         with ExitStack() as stack:
             progress = stack.enter_context(closing(Progress(total if self.is_repeatable else None, done=done)))
