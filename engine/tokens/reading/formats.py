@@ -48,25 +48,26 @@ FORMATS = (
         None,
     ),
 )
+FIRST = tuple(first for first, _, _ in FORMATS)
 ARRAY = "a JSON array"
 BOM = b"\xef\xbb\xbf"
 
 
-def foreign(head: bytes, path: Path, file: BinaryIO | None = None) -> str | None:
+def foreign(head: bytes, path: str | Path, file: BinaryIO | None = None) -> str | None:
     """What lies in a file of text or records that is neither, and the way in; or None.
 
     head: the first bytes, at most HEAD. file: to look at its end; None for a stream, such as what lies
     in a packed file, which has no way in.
     """
-    where = path if file is not None else None
-    for first, name, command in FORMATS:
+    where = Path(path) if file is not None else None
+    for first, name, command in FORMATS if head.startswith(FIRST) else ():
         if head.startswith(first) and (first != b"BZh" or head[4:7] == b"1AY"):
             return _with_command(name, command, where)
     if head[257:262] == b"ustar":
         return _with_command("a tar archive", "tar -xf {old}", where)
     if head.count(0) > 8 + len(head) // 20:
         return "binary data, or UTF-16 text without a byte-order mark"
-    if packed.suffixes(path)[0] in LINES and _is_array(head, file):
+    if head.removeprefix(BOM).lstrip()[:1] == b"[" and packed.suffixes(path)[0] in LINES and _is_array(head, file):
         return _with_command(ARRAY, "mv {old} {stem}.json", where)
     return None
 

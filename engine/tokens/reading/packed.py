@@ -28,10 +28,14 @@ WIDEST = 31  # log2 of the largest window of Zstandard, as `zstd --long=31` writ
 
 def suffixes(path: str | Path) -> tuple[str, str]:
     """Suffixes of the content and of the packing: (".json", ".gz") of a.JSON.gz, (".txt", "") of a.txt."""
-    path = Path(path)
-    if (packing := path.suffix.lower()) in PACKINGS:
-        return Path(path.stem).suffix.lower(), packing
-    return packing, ""
+    stem, suffix = _split(os.path.basename(path))  # a Path would take most of the time of reading a small file
+    return (_split(stem)[1], suffix) if suffix in PACKINGS else (suffix, "")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Stem and suffix of a name, as of a Path, the suffix in lower case."""
+    stem, _, last = name.rpartition(".")
+    return (stem, f".{last.lower()}") if stem and last else (name, "")
 
 
 def stem(path: str | Path) -> str:

@@ -33,7 +33,7 @@ def parts(path: Path, options: ReadOptions, start: int = 0) -> Iterator[tuple[Pa
 
 def _parts_of_long(path: Path, options: ReadOptions) -> Iterator[tuple[Part, int]]:
     with open_file(path) as file:
-        if (foreign := _foreign(file, path)) is not None:
+        if (foreign := _foreign(file.read(formats.HEAD), file, path)) is not None:
             yield foreign, foreign.num_bytes
             return
         if options.is_sample:
@@ -71,11 +71,7 @@ def _windows(path: Path, file: BinaryIO) -> Iterator[tuple[Span, int]]:
 
 def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
     """Yields the documents of a span, or its part of one. Raises BadFile or OSError."""
-    path = Path(span.file)
-    with open_file(path) as file:
-        if not span.start and not span.digest and (foreign := _foreign(file, path)) is not None:
-            yield foreign
-            return
+    with open_file(span.file) as file:
         file.seek(span.start)
         if span.digest:
             content = read_exactly(file, span.end - span.start)
@@ -84,6 +80,9 @@ def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
         is_whole = not span.start and os.fstat(file.fileno()).st_size <= cuts.LONG
         # In one piece: two would be held twice.
         content = file.read() if is_whole else read_exactly(file, span.end - span.start)
+        if not span.start and (foreign := _foreign(content[: formats.HEAD], file, span.file)) is not None:
+            yield foreign
+            return
     is_empty = is_whole
     for place, num_bytes, text in documents(content, separator_of(options), span.start):
         is_empty = False
@@ -92,9 +91,9 @@ def read(span: Span, options: ReadOptions) -> Iterator[Raw]:
         yield Raw("file", b"", span.file, 0, len(content))
 
 
-def _foreign(file: BinaryIO, path: Path) -> Raw | None:
+def _foreign(head: bytes, file: BinaryIO, path: str | Path) -> Raw | None:
     """The whole file as one that is left out, if it cannot be text."""
-    found = formats.foreign(file.read(formats.HEAD), path, file)
+    found = formats.foreign(head, path, file)
     if found is None:
         return None
     return Raw("foreign", found.encode("utf-8", "replace"), str(path), 0, os.fstat(file.fileno()).st_size)
