@@ -20,7 +20,7 @@ from model.presets import GPT2Config
 MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=33, vocab_size=257)
 FLAGS = "tiny --model.n-layer 2 --model.n-embd 130 --model.n-head 2 --optim.name adamw"  # shards are padded
 WAYS = [
-    ["--parallel", "ddp"],
+    pytest.param(["--parallel", "ddp"], marks=pytest.mark.slow),
     ["--parallel", "fsdp", "--recompute", "block"],
     pytest.param(["--parallel", "hsdp"], marks=pytest.mark.slow),
 ]

@@ -285,6 +285,7 @@ def test_configure_reaches_every_op_of_the_model():
     assert called == set(names)
 
 
+@pytest.mark.slow  # test_kernel_model compiles the model with its kernels
 def test_compiles_fullgraph_and_equals_eager():
     torch._dynamo.reset()
     model, tokens, targets = build(), some_tokens(), some_tokens(seed=2)
