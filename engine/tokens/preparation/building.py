@@ -34,7 +34,7 @@ from engine.tokens.reading.sequential import STDIN
 from engine.tokens.reading.sources import Selection
 
 BATCH_BYTES = 1 << 20  # bytes of the sources per batch handed to a worker
-BATCH_PARTS = 4096
+BATCH_PARTS = 4096  # and at most so many parts, such as small files
 LONGEST_STEM = 200  # bytes of --out's name that the names of its shards begin with
 SPLITS = ("train", "val")
 TAILS = "tails"  # directory in .building of the shards that are cut again

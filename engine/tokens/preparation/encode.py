@@ -11,11 +11,9 @@ import numpy as np
 from engine.tokens import tokenizer
 from engine.tokens.preparation import fast
 from engine.tokens.preparation.account import DIGEST, IS_FIRST, IS_VAL, TOKENS, WITH_NUL, Encoded, Loss, lines_before
-from engine.tokens.reading.cuts import LONG
+from engine.tokens.reading.cuts import LONG, SPLIT_HASH
 from engine.tokens.reading.documents import parse, read
 from engine.tokens.reading.parts import UNITS, NotText, Part, ReadOptions
-
-SPLIT_DIGEST = 8  # bytes of the digest that decides a document's split; a text of over LONG bytes has no other
 
 
 class Difference(fast.Unusable):
@@ -32,13 +30,13 @@ class Difference(fast.Unusable):
         return f"{self.reason} in {found.file}" + (f", {found.unit} {found.place:,}" if found.place else "")
 
 
-def is_validation(text: str, val_fraction: float) -> bool:
-    """Whether a document is in the validation split: 64-bit hash / 2^64 < val_fraction."""
-    return in_validation(hashlib.blake2b(text.encode("utf-8"), digest_size=SPLIT_DIGEST).digest(), val_fraction)
+def split_digest(content: bytes) -> bytes:
+    """Digest of a document's text that decides its split, 8 bytes. A text of over LONG bytes has no other."""
+    return hashlib.blake2b(content, digest_size=SPLIT_HASH).digest()
 
 
 def in_validation(digest: bytes, val_fraction: float) -> bool:
-    """Whether the document with this hash of 8 bytes is in the validation split."""
+    """Whether the document of this split_digest is in the validation split: 64-bit hash / 2^64 < val_fraction."""
     return int.from_bytes(digest, "little") < val_fraction * 2**64
 
 
@@ -70,7 +68,7 @@ def encode_batch(
             result.leave_out(part, raw, error)
             continue
         content = text.encode("utf-8")
-        digest = raw.digest or hashlib.blake2b(content, digest_size=SPLIT_DIGEST).digest()
+        digest = raw.digest or split_digest(content)
         split = raw.split or part.split or ("val" if in_validation(digest, val_fraction) else "train")
         markers, with_nul = text.count(tokenizer.END_OF_TEXT), raw.has_nul if raw.digest else "\0" in text
         rows.append((split == "val", raw.is_first, 0, len(content), replaced, markers, with_nul))

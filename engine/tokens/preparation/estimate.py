@@ -23,6 +23,7 @@ from engine.tokens.preparation import fast
 from engine.tokens.preparation.options import PrepareConfig
 from engine.tokens.reading import formats, hub
 from engine.tokens.reading.documents import parse, parts, read
+from engine.tokens.reading.packed import suffixes
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
 from engine.tokens.reading.sources import Selection, find, require_text, unreadable
 from model.files import few
@@ -63,8 +64,8 @@ def estimate(sources: list[str], config: PrepareConfig) -> str:
     rates = np.mean([one.per_byte() for one in samples], axis=0) if samples else np.zeros(4)
     totals = rates * num_bytes
     if options.split_on is None:
-        several = {_suffixes(here[index]) for index, one in files.items() if one.documents}
-        totals[0] += sum(_suffixes(path) not in several for path in found.files)
+        several = {suffixes(here[index]) for index, one in files.items() if one.documents}
+        totals[0] += sum(suffixes(path) not in several for path in found.files)
     read_bytes = sum(one.bytes for one in {id(one): one for one in samples}.values())
     head = f"estimate from {_amount(read_bytes)} of {len(files):,} of the files; nothing was written"
     return "\n".join([head, *_lines(config, found.files, num_bytes, totals, encoder)])
@@ -199,10 +200,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _suffixes(path: Path) -> str:
-    return "".join(path.suffixes[-2:]).lower()
 
 
 def _amount(num_bytes: float) -> str:

@@ -170,7 +170,21 @@ class Unpacked(io.RawIOBase):
         return f"at or before byte {self.consumed:,}"
 
 
-class _Gzip:
+class _Stream:
+    """One stream of a packed file."""
+
+    inner: Any  # what zlib or the package zstandard unpacks it with
+
+    @property
+    def eof(self) -> bool:
+        return self.inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self.inner.unused_data
+
+
+class _Gzip(_Stream):
     """One member of a gzip file."""
 
     def __init__(self) -> None:
@@ -179,16 +193,8 @@ class _Gzip:
     def decompress(self, packed: bytes, most: int) -> bytes:
         return self.inner.decompress(self.inner.unconsumed_tail + packed, most)
 
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
-
-
-class _Zstandard:
+class _Zstandard(_Stream):
     """One frame of a Zstandard file, by the package zstandard."""
 
     def __init__(self, package: Any) -> None:
@@ -196,14 +202,6 @@ class _Zstandard:
 
     def decompress(self, packed: bytes, most: int) -> bytes:
         return self.inner.decompress(packed) if packed else b""  # it holds nothing back
-
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
 
 
 def _unpacker(path: Path, packing: str) -> tuple[Any, int]:

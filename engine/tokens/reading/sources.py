@@ -246,16 +246,9 @@ def _library(root: Path) -> list[Path]:
     return files
 
 
-def _suffixes(name: str) -> tuple[str, str]:
-    """As packed.suffixes, of a file's name: a Path of each of many names takes long."""
-    stem, _, last = name.rpartition(".")
-    suffix = f".{last.lower()}" if stem and last else ""
-    return (_suffixes(stem)[0], suffix) if suffix in packed.PACKINGS else (suffix, "")
-
-
 def _kind(name: str) -> str:
     """Suffixes of a file's name in lower case: ".json.gz" of a.JSON.gz."""
-    return "".join(_suffixes(name))
+    return "".join(packed.suffixes(name))
 
 
 def _walk(root: Path, found: Selection, rule: Rule) -> Iterator[tuple[Path, int]]:
@@ -265,7 +258,7 @@ def _walk(root: Path, found: Selection, rule: Rule) -> Iterator[tuple[Path, int]
         folder = Path(directory)
         of_folder = contents.setdefault(folder, set())
         for name in names:
-            content, packing = _suffixes(name)
+            content, packing = packed.suffixes(name)
             has_programs |= content in PROGRAMS and not packing
             path = Path(directory, name)
             if name.startswith("."):

@@ -19,7 +19,7 @@ from model.files import few, open_file
 
 SPAN = 1 << 20  # bytes of text from which a span is long enough
 LARGE = 16 << 20  # bytes of text of a row group or record batch that the parent process streams
-ROWS = 1024  # that are made Python objects at once
+ROWS = 128  # that are made Python objects at once
 MAGIC = b"ARROW1"  # of the file format
 MARK, END = b"\xff" * 4, bytes(4)  # before each message of a stream since Arrow 0.15; in place of one at its end
 

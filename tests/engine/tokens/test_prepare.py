@@ -8,7 +8,7 @@ from corpora import config, documents, files, run, set_batch, texts, write_libra
 
 from engine.errors import BadInput
 from engine.tokens import prepare, shards, tokenizer
-from engine.tokens.preparation.encode import is_validation
+from engine.tokens.preparation.encode import in_validation, split_digest
 from engine.tokens.prepare import PrepareConfig
 from engine.tokens.reading import sources
 from engine.tokens.shards import TokenStream
@@ -60,10 +60,12 @@ def test_documents_keep_their_split_when_the_corpus_grows(source, tmp_path):
 
 
 def test_the_split_takes_its_share():
-    chosen = [is_validation(f"document {i}", 0.2) for i in range(5000)]
+    chosen = [in_validation(split_digest(b"document %d" % i), 0.2) for i in range(5000)]
     assert sum(chosen) / 5000 == pytest.approx(0.2, abs=0.03)
-    assert chosen == [is_validation(f"document {i}", 0.2) for i in range(5000)]
-    assert all(is_validation(f"document {i}", 0.5) for i in range(5000) if chosen[i])  # a larger share adds
+    assert chosen == [in_validation(split_digest(b"document %d" % i), 0.2) for i in range(5000)]
+    assert all(
+        in_validation(split_digest(b"document %d" % i), 0.5) for i in range(5000) if chosen[i]
+    )  # a larger share adds
 
 
 def test_a_single_book_gives_its_tail_to_validation(tmp_path):

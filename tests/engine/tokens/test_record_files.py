@@ -12,7 +12,7 @@ from corpora import run, texts
 
 from engine import cli
 from engine.errors import BadInput
-from engine.tokens.preparation.encode import is_validation
+from engine.tokens.preparation.encode import in_validation, split_digest
 from engine.tokens.reading import documents, packed, records, sources, values
 from engine.tokens.reading.parts import NotText, Raw, ReadOptions
 
@@ -211,8 +211,9 @@ def test_standard_input_is_read_among_files_and_is_never_the_data_of_before(tmp_
     stdin(pipe(lines))
     assert cli.main(args) == 2
     assert "must be new or empty" in capsys.readouterr().err
-    other = is_validation("a file", 0.3)
-    text = next(text for i in range(99) if is_validation(text := f"Plain words.\n\nOf document {i}.", 0.3) != other)
+    other = in_validation(split_digest(b"a file"), 0.3)
+    candidates = (f"Plain words.\n\nOf document {i}." for i in range(99))
+    text = next(text for text in candidates if in_validation(split_digest(text.encode()), 0.3) != other)
     stdin(pipe(text.encode()))
     assert cli.main([*args, "--format", "txt", "--workers", "1", "--overwrite"]) == 0
     assert sorted(texts(out, "train") + texts(out, "val")) == [text, "a file"]
