@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_attention import inputs, pytorch
+from test_attention import IMPLEMENTATIONS, inputs, pytorch
 from test_attention_dropout import kept_weights
 from test_attention_variants import choose, launched_with
 from tolerances import (
@@ -23,10 +23,6 @@ from kernels.attention import attention_reference, attention_torch, attention_tr
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-IMPLEMENTATIONS = [
-    pytest.param(attention_torch, id="torch"),
-    pytest.param(attention_triton, id="triton"),
-]
 WITH_REFERENCE = [*IMPLEMENTATIONS, pytest.param(attention_reference, id="reference")]
 T = 37
 LENGTHS = {  # of the documents in 37 tokens; a block is 16 or 32
