@@ -36,7 +36,7 @@ def test_bad_sources_are_sentences(tmp_path):
     (tmp_path / "x.pdf").write_bytes(b"%PDF")
     (tmp_path / "empty").mkdir()
     for name, sentence in (
-        ("nowhere", "must be a file, a directory or the word stdlib, got .*nowhere"),
+        ("nowhere", "must be a file, a directory, stdlib, - or hf:OWNER/NAME, got .*nowhere"),
         (
             "x.pdf",
             "a source must end in .txt, .*, .arrow, .* with .gz, .*, got .*x.pdf, which holds a PDF document",
