@@ -179,7 +179,8 @@ def _is_directory(source: str) -> bool:
             why += f", a link to {os.readlink(source)}, which does not exist"
         elif not isinstance(error, FileNotFoundError):
             why += f", {getattr(error, 'strerror', None) or error}"
-        raise BadInput(f"prepare: a source must be a file, a directory, {STDLIB}, - or hf:OWNER/NAME, got {why}") from error
+        kinds = f"a file, a directory, {STDLIB}, - or hf:OWNER/NAME"
+        raise BadInput(f"prepare: a source must be {kinds}, got {why}") from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
         raise BadInput(
             f"prepare: a source must be a file or a directory, got {source}, {kind_of(mode)}; write it to a file"
