@@ -99,9 +99,9 @@ def _npy_header(file: BinaryIO) -> dict:
 
 def _open_bin(path: Path) -> np.ndarray:
     with open_file(path) as file:
-        header = np.frombuffer(file.read(4 * HEADER_INTS), dtype=np.uint8)
-        if len(header) < 4 * HEADER_INTS:
-            raise BadInput(f"{path}: the header must be {4 * HEADER_INTS} bytes, got {len(header)}")
+        header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+        if len(header) < HEADER_BYTES:
+            raise BadInput(f"{path}: the header must be {HEADER_BYTES} bytes, got {len(header)}")
         header = header.view("<i4")
         if header[0] == foreign.LLAMA_MAGIC:
             raise BadInput(
@@ -112,7 +112,7 @@ def _open_bin(path: Path) -> np.ndarray:
             raise BadInput(f"{path}: the magic number must be {MAGIC}, got {header[0]}; this is not a token shard")
         if header[1] != VERSION:
             raise BadInput(f"{path}: the version must be {VERSION}, got {header[1]}")
-        return _mapped(path, file, int(header[2]), 4 * HEADER_INTS)
+        return _mapped(path, file, int(header[2]), HEADER_BYTES)
 
 
 def _mapped(path: Path, file: BinaryIO, count: int, offset: int) -> np.ndarray:

@@ -87,9 +87,7 @@ class Fast:
 
     def __init__(self, plain: Tokenizer):
         self._plain = plain
-        self._lengths = np.zeros(plain.vocab_size, np.uint8)  # bytes of each token
-        for token, rank in tokenizer.gpt2_ranks().items():
-            self._lengths[rank] = len(token)
+        self._lengths = plain.byte_lengths()
         self._build()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.tokens.preparation.writer import ShardWriter
-from engine.tokens.shards import HEADER_INTS, open_shard
+from engine.tokens.shards import HEADER_BYTES, open_shard
 
 PIECE = 1 << 22  # tokens that are looked at or copied at once
 
@@ -28,7 +28,7 @@ class _Shards:
             index = int(np.searchsorted(self.ends, start, side="right"))
             first = start - int(self.ends[index] - self.sizes[index])
             count = min(PIECE, end - start, self.sizes[index] - first)
-            piece = np.fromfile(self.paths[index], "<u2", count, offset=4 * HEADER_INTS + 2 * first)
+            piece = np.fromfile(self.paths[index], "<u2", count, offset=HEADER_BYTES + 2 * first)
             yield start, piece
             start += len(piece)
 
