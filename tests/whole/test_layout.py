@@ -35,7 +35,7 @@ LAYERS = (
     {"train", "commands", "rehearsal"},
     {"cli"},
 )
-FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "optim", "evaluation", "distributed"}
+FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
 FILES |= {"rehearsal", "durable"}
 FOLDERS = {
@@ -50,6 +50,7 @@ FOLDERS = {
     | {"tensors", "vocabulary"},
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor", "network"},
     "config": {"fields", "presets", "parse", "file", "toml"},
+    "optim": {"groups", "muon", "schedule"},
     "planning": {"memory", "roofline_ops", "communication", "efficiencies", "plan", "summary"},
     "tasks": {"scoring", "records", "hellaswag", "lambada", "text"},
     "commands": {
