@@ -25,6 +25,8 @@ class OptimConfig:
     lr: float = 6e-4  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon, on the same schedule
     muon_momentum: float = 0.95  # decay of Muon's running mean of the gradient
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then down in a line
+    decay_share: float = 0.2  # wsd: share of the run in which the learning rate goes down
     min_lr_ratio: float = 0.1  # final learning rate / peak learning rate
     warmup_tokens: int = 375_000_000  # tokens of linear warm-up; at most a tenth of the run
     beta1: float = 0.9  # decay of AdamW's running mean of the gradient
@@ -36,7 +38,7 @@ class OptimConfig:
     def problems(self) -> list[str]:
         """Error messages for all fields with invalid values; empty if there are none."""
         wrong = []
-        for name in ("muon_lr", "min_lr_ratio"):
+        for name in ("muon_lr", "decay_share", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{flag_of('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):

@@ -1,6 +1,6 @@
 """Learning rate of every step.
 
-Source: Brown et al. 2020, arXiv:2005.14165, appendix B.
+Sources: Brown et al. 2020, arXiv:2005.14165, appendix B; Hu et al. 2024 (MiniCPM), arXiv:2404.06395.
 """
 
 import math
@@ -14,11 +14,34 @@ def warmup_steps(config: TrainConfig) -> int:
     return min(wanted, max(1, config.num_steps // 10))
 
 
+def decay_begins(config: TrainConfig) -> int:
+    """First step whose learning rate is below the peak after the warm-up."""
+    warmup = warmup_steps(config)
+    if config.optim.schedule == "cosine":
+        return warmup
+    return max(warmup, config.num_steps - max(1, round(config.optim.decay_share * config.num_steps)))
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate at `step` (0-based): linear warm-up to lr, cosine down to min_lr_ratio * lr."""
-    peak, warmup = config.optim.lr, warmup_steps(config)
+    """Learning rate at `step` (0-based): linear warm-up to lr, then down to min_lr_ratio * lr at the end.
+
+    cosine: half a period, from the end of the warm-up. wsd (warm-up, stable, decay): lr until
+    decay_share of the run is left, then in a line.
+    """
+    optim, warmup = config.optim, warmup_steps(config)
     if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, config.num_steps - warmup))
-    lowest = peak * config.optim.min_lr_ratio
-    return lowest + (peak - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return optim.lr * (step + 1) / warmup
+    begins = decay_begins(config)
+    progress = min(1.0, max(0, step - begins) / max(1, config.num_steps - begins))
+    height = 0.5 * (1.0 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0 - progress
+    lowest = optim.lr * optim.min_lr_ratio
+    return lowest + (optim.lr - lowest) * height
+
+
+def describe(config: TrainConfig) -> str:
+    """The schedule in words."""
+    optim = config.optim
+    stable = "" if optim.schedule == "cosine" else f"constant to step {decay_begins(config):,}, "
+    fall = "cosine" if optim.schedule == "cosine" else "linear"
+    warmup = f"linear warm-up over {warmup_steps(config):,} steps"
+    return f"{warmup}, {stable}{fall} to {100 * optim.min_lr_ratio:.0f}% at step {config.num_steps:,}"

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import optim, output, system
+from engine import output, system
 from engine.config import TrainConfig
 from engine.errors import BadInput
+from engine.optim import schedule
 from engine.run.curves import SCORES
 from engine.run.rows import number
 
@@ -207,18 +208,13 @@ def _scores(axes, rows: list[dict], size: float) -> list:
 
 
 def _lr_schedule(config: TrainConfig, rows: list[dict], unit: str) -> Path:
-    peak = max(0, optim.warmup_steps(config) - 1)
-    points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | {peak})
+    corners = {max(0, schedule.warmup_steps(config) - 1), min(schedule.decay_begins(config), config.num_steps - 1)}
+    points = sorted({round(i * (config.num_steps - 1) / 500) for i in range(501)} | corners)
     size, label = token_axis(config.num_steps * config.tokens_per_step, unit)
-    subtitle = (
-        f"linear warm-up over {optim.warmup_steps(config):,} steps, cosine to "
-        f"{100 * config.optim.min_lr_ratio:.0f}% at step {config.num_steps:,}"
-    )
-    figure, axes = new_figure("Learning rate", subtitle, label, "learning rate of AdamW")
+    figure, axes = new_figure("Learning rate", schedule.describe(config), label, "learning rate of AdamW")
     planned = [config.tokens_per_step * step / size for step in points]
-    axes.plot(
-        planned, [optim.learning_rate(step, config) for step in points], color="#bbbbbb", linewidth=3, label="planned"
-    )
+    rates = [schedule.learning_rate(step, config) for step in points]
+    axes.plot(planned, rates, color="#bbbbbb", linewidth=3, label="planned")
     done = [(tokens / size, lr) for tokens, lr in _points(rows, "lr")]
     if done:
         axes.plot(*zip(*done, strict=True), color=TRAIN_COLOR, linewidth=1.4, label=f"done, last {done[-1][1]:.2e}")

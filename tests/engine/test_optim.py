@@ -24,7 +24,13 @@ def schedules(draw) -> TrainConfig:
     return TrainConfig(
         num_steps=draw(st.integers(1, 300)),
         tokens_per_step=1000,
-        optim=OptimConfig(lr=6e-4, min_lr_ratio=ratio, warmup_tokens=warmup_tokens),
+        optim=OptimConfig(
+            lr=6e-4,
+            min_lr_ratio=ratio,
+            warmup_tokens=warmup_tokens,
+            schedule=draw(st.sampled_from(["cosine", "wsd"])),
+            decay_share=draw(st.sampled_from([0.2, 1.0])),
+        ),
     )
 
 
@@ -56,6 +62,13 @@ def test_gpt2_warms_up_for_716_steps():
 def test_the_cosine_is_half_way_down_in_the_middle():
     config = TrainConfig(num_steps=1100, tokens_per_step=1000, optim=OptimConfig(lr=1e-3, warmup_tokens=100_000))
     assert learning_rate(600, config) == pytest.approx(0.55e-3)  # between 1e-3 and 0.1e-3
+
+
+def test_wsd_stays_at_the_peak_until_its_share_is_left_then_falls_in_a_line():
+    optim_config = OptimConfig(lr=1e-3, warmup_tokens=50_000, schedule="wsd", decay_share=0.4)
+    config = TrainConfig(num_steps=1000, tokens_per_step=1000, optim=optim_config)
+    rates = [learning_rate(step, config) for step in (49, 50, 599, 600, 700, 800, 1000)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-3, 0.775e-3, 0.55e-3, 0.1e-3])
 
 
 def test_exactly_the_matrices_and_embeddings_decay():

@@ -49,7 +49,7 @@ def test_each_field_of_a_config_is_in_one_list_and_each_list_holds_fields_only()
 
 @pytest.mark.parametrize("kind", KINDS, ids=["fixed", "computed", "schedule", "free"])
 def test_what_changes_the_numbers_is_compared_and_nothing_else_is(kind):
-    train = parsed("--optim.name", "muon", "--context", "32")
+    train = parsed("--optim.name", "muon", "--optim.schedule", "wsd", "--context", "32")
     is_compared = kind in (settings.FIXED, settings.COMPUTED)
     for name in set(kind) - {"precision", "context"}:  # which are resolved, or have a default that follows another
         new = changed(name, train)
@@ -63,6 +63,7 @@ def test_a_field_in_its_other_spelling_is_no_change():
     assert lines(train, changed("context", train, 32)) == []  # which is the model's n_positions
     assert lines(train, changed("context", train, 16)) == ["context 32 -> 16"]
     assert lines(train, changed("optim.muon_lr", train)) == []  # AdamW reads no rate of Muon's
+    assert lines(train, changed("optim.decay_share", train)) == []  # nor a cosine this
     assert lines(train, changed("precision", train, "auto")) == []  # which was resolved to the same
     assert lines(train, train, precision="bf16") == ["precision fp32 -> bf16"]
     assert lines(train, train, precision=None) == []  # --precision fp32 says the same
