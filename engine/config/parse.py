@@ -4,13 +4,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from engine import flags, output, sizes
 from engine.config import toml
 from engine.config.fields import TrainConfig, flag_of
 from engine.config.file import given
-from engine.config.presets import PRESETS, presets_help
+from engine.config.presets import PRESETS, presets_help, with_recipe
 from engine.errors import BAD_INPUT, DONE, BadInput, nearest
 from model.files import few
 
@@ -19,6 +19,7 @@ from model.files import few
 class Asked(TrainConfig):
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
+    recipe: Literal["preset", "fast"] = "preset"  # fast: for the GPT presets, Muon over half of the steps
     config: str | None = None  # file of settings that flags change: TOML, or a run's config.json; the preset may go
     print_config: bool = False  # print all settings as TOML, for --config, and stop
 
@@ -42,7 +43,7 @@ def parse(args: list[str], prog: str) -> TrainConfig:
         flag, has_value, value = word.replace("_", "-").partition("=")
         if flag == "--micro-batch-size" and (value if has_value else "".join(args[index + 1 : index + 2])) == "auto":
             args[index : index + 2 - bool(has_value)] = [flag, "None"]
-    file = file_of(args)
+    file = last_value(args, "--config")
     base, named = _base(preset, file, args, prog)
     called = f"{prog} {preset}" if preset is not None else prog
     try:
@@ -58,13 +59,13 @@ def parse(args: list[str], prog: str) -> TrainConfig:
     return config
 
 
-def file_of(args: list[str]) -> str | None:
-    """The last value of --config, or None."""
+def last_value(args: list[str], flag: str) -> str | None:
+    """The last value of a flag, or None."""
     found = None
     for word, following in zip_longest(args, args[1:]):
-        if word.startswith("--config="):
+        if word.startswith(f"{flag}="):
             found = word.partition("=")[2]
-        elif word == "--config":
+        elif word == flag:
             found = following
     return found
 
@@ -78,8 +79,12 @@ def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> t
     name = preset if preset is not None or held is None else held.preset
     if name is not None and name not in PRESETS:
         raise BadInput(f"{prog}: the preset must be one that exists, got {name!r}{nearest(name, PRESETS)}")
+    recipe = last_value(args, "--recipe") or "preset"
+    if recipe != "preset" and (name is None or (held is not None and held.is_run)):
+        raise BadInput(f"{prog}: --recipe must go with a preset, got every setting from {file}; leave out one of them")
+    start = with_recipe(PRESETS[name], recipe) if name is not None else TrainConfig()
     if held is None:
-        return PRESETS[name], []
+        return start, []
     if held.is_run and not any(word.partition("=")[0] == "--out" for word in args):
         raise BadInput(f"{prog}: --out must be given with the config of the run {file}, which has its own; choose one")
     if name is None and not held.is_run and (missing := [each for each in toml.FIELDS if each not in held.values]):
@@ -88,7 +93,7 @@ def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> t
             f'{few(missing)}; put the preset first, or preset = "gpt2" into the file'
         )
     try:
-        base = toml.applied(held.values, PRESETS[name] if name is not None else TrainConfig())
+        base = toml.applied(held.values, start)
     except ValueError as error:
         raise BadInput(f"{prog}: {file}: {error}") from error
     if held.is_run and name is not None and PRESETS[name].model != base.model:

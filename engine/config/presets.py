@@ -38,6 +38,18 @@ def _gpt(name: str) -> TrainConfig:
     )
 
 
+# Muon and a decay in a line, over half of the steps: see docs/learning.md. The rates are of published runs of 124M.
+_FAST = OptimConfig("muon", lr=1.8e-3, muon_lr=0.02, schedule="wsd", decay_share=0.7, min_lr_ratio=0.0)
+
+
+def with_recipe(preset: TrainConfig, recipe: str) -> TrainConfig:
+    """The preset with this recipe: "preset" is its own. "fast" changes the presets whose own is AdamW."""
+    if recipe != "fast" or preset.optim.name == "muon":
+        return preset
+    lr = _FAST.lr * preset.optim.lr / _GPT3_RECIPE["gpt2"][0]  # smaller for larger models, as the preset's
+    return dataclasses.replace(preset, num_steps=preset.num_steps // 2, optim=dataclasses.replace(_FAST, lr=lr))
+
+
 _LAPTOP = TrainConfig(
     data="data/stdlib",
     out="runs/tiny",

@@ -113,6 +113,23 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(write):
     assert parse(["tiny", "--config", mine, "--config", named], PROG).seed == 7  # the last one counts, alone
 
 
+def test_a_recipe_changes_the_preset_and_a_file_or_a_flag_changes_it_again(write):
+    gpt2, fast = PRESETS["gpt2"], parse(["gpt2", "--recipe", "fast"], PROG)
+    assert (fast.optim.name, fast.optim.schedule, fast.num_steps) == ("muon", "wsd", gpt2.num_steps // 2)
+    assert (fast.model, fast.tokens_per_step, fast.data) == (gpt2.model, gpt2.tokens_per_step, gpt2.data)
+    medium = parse(["gpt2-medium", "--recipe=fast"], PROG).optim
+    assert medium.lr == pytest.approx(fast.optim.lr / 2)  # as the presets' own
+    assert medium.muon_lr == fast.optim.muon_lr
+    named = write('preset = "gpt2"\n[optim]\nlr = 1\n')
+    asked = parse(["--config", named, "--recipe", "fast", "--num-steps", "7"], PROG)
+    assert (asked.optim, asked.num_steps) == (dataclasses.replace(fast.optim, lr=1.0), 7)
+    for preset in ("tiny", "mini", "small"):  # whose own it is
+        assert parse([preset, "--recipe", "fast"], PROG) == PRESETS[preset]
+    everything = write(toml.dump(PRESETS["tiny"], PROG).replace('preset = "', '# "'), "all.toml")
+    with pytest.raises(BadInput, match=r"--recipe must go with a preset, got every setting from .*all\.toml"):
+        parse(["--config", everything, "--recipe", "fast"], PROG)
+
+
 def test_a_windows_editor_s_file_is_read(write):
     assert parse(["tiny", "--config", write(b"\xef\xbb\xbfseed = 0x7\r\n")], PROG).seed == 7
 
