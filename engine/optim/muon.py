@@ -61,7 +61,7 @@ def _iterate(x: Tensor, coefficients: Quintics) -> Tensor:
     P = a + b G + c G^2; the next x is P x, so the next G is P G P. All are polynomials of one G, and
     commute. The last x is the product of all P with x.
     """
-    gram, product = x @ x.mT, None
+    gram, product = torch.bmm(x, x.mT), None
     for index, (a, b, c) in enumerate(coefficients, start=1):
         even = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
         if len(coefficients) == 1:
@@ -74,7 +74,7 @@ def _iterate(x: Tensor, coefficients: Quintics) -> Tensor:
         if index < len(coefficients):
             half = torch.baddbmm(gram, even, gram, beta=a)
             gram = torch.baddbmm(half, even, half, beta=a)
-    return product @ x
+    return torch.bmm(product, x)
 
 
 def normalize_rows(updates: Tensor, row_square: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,11 @@ def normalize_rows(updates: Tensor, row_square: Tensor) -> tuple[Tensor, Tensor]
     A bias correction of the mean would divide all rows alike: the norm that is kept undoes it.
     Source: Li et al. 2025, "NorMuon", arXiv:2510.05491.
     """
-    row_square = row_square.lerp(updates.square().mean(dim=2, keepdim=True), 1.0 - ROW_DECAY)
-    scaled = updates / (row_square.sqrt() + TINY)
-    norms = [each.norm(dim=(1, 2), keepdim=True) for each in (updates, scaled)]
-    return scaled * (norms[0] / norms[1].clamp_min(TINY)), row_square
+    square = updates.norm(dim=2, keepdim=True).square() / updates.shape[2]
+    row_square = row_square.lerp(square, 1.0 - ROW_DECAY)
+    factor = 1.0 / (row_square.sqrt() + TINY)
+    grown = (square * factor.square()).sum(dim=1, keepdim=True) / square.sum(dim=1, keepdim=True).clamp_min(TINY)
+    return updates * (factor / grown.clamp_min(TINY).sqrt()), row_square
 
 
 class Muon(torch.optim.AdamW):
