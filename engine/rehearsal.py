@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from engine import distributed, optim, start, step
 from engine.config import TrainConfig, batch_shape
 from engine.distributed import Ranks
+from engine.optim import muon
 from engine.parts import Past
 from engine.tokens.batches import Batches
 from kernels import cross_entropy
@@ -152,12 +153,14 @@ def rehearse(config: TrainConfig, ranks: Ranks, precision: str) -> tuple[dict[st
         return future
 
     patches = patch.object(torch.UntypedStorage, "resize_", resized), patch.object(step, "phase", phase)
+    no_value = patch.object(muon, "is_readable", lambda flag: False)  # a fake flag has none
     with (
         closing(batches(config, ranks)) as data,
         FakeTensorMode(allow_non_fake_inputs=True),
         seen,
         patches[0],
         patches[1],
+        no_value,
     ):
         raw_model, _ = start.first_weights(config, Past({}, None, step=0, tokens=0), ranks, None)
         raw_model.to = lambda device: raw_model  # where it is already; fake parameters cannot be replaced

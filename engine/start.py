@@ -185,7 +185,7 @@ def build_step(
         compute_dtype=compute_dtype,
     )
     raw_model.configure(choices.ops(config, precision, ranks, tuned), compute_dtype, config.recompute)
-    optimizer = optim.build(raw_model, config.optim)
+    optimizer = optim.build(raw_model, config.optim, replicas.group(model, ranks))
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=precision == "fp16")
     guard, clock = Guard(ranks.device, config.max_skipped, config.skip_z_score), Clock(ranks.device)
     if ranks.world_size > 1 and config.parallel == "ddp":

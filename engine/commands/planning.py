@@ -84,8 +84,6 @@ def request(asked: Any) -> "Request":
         )
     changes = {"parallel": asked.parallel, "recompute": asked.recompute, "precision": asked.precision}
     config = dataclasses.replace(PRESETS[asked.preset], **changes)
-    if asked.parallel != "ddp" and config.optim.name == "muon":  # as gpt2 train asks for
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
     inputs = (asked.preset, config, asked.gpus, chips[asked.gpu.lower()], asked.precision, round(tokens))
     return Request(*inputs, asked.gpus_per_node, price, budget_hours(asked.budget, price, asked.gpus))
 

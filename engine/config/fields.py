@@ -25,6 +25,7 @@ class OptimConfig:
     lr: float = 6e-4  # peak learning rate of AdamW
     muon_lr: float = 0.02  # peak learning rate of Muon, on the same schedule
     muon_momentum: float = 0.95  # decay of Muon's running mean of the gradient
+    muon_rows: bool = False  # Muon: also divide rows by a running mean of their size, as NorMuon does
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then down in a line
     decay_share: float = 0.2  # wsd: share of the run in which the learning rate goes down
     min_lr_ratio: float = 0.1  # final learning rate / peak learning rate
@@ -154,10 +155,6 @@ class TrainConfig:
             if not (may_be_none and value is None) and not 0 < value <= LONGEST_WAIT:
                 advice = "; None: no limit" if may_be_none else ""
                 wrong.append(f"{flag_of(name)} must be above 0 and at most {LONGEST_WAIT:,}, got {value}{advice}")
-        if self.parallel != "ddp" and self.optim.name == "muon":
-            wrong.append(
-                "--optim.name must be adamw with --parallel fsdp or hsdp, got muon, which needs whole matrices"
-            )
         if self.cuda_graphs and (self.parallel != "ddp" or self.compile is False):
             got = "--no-compile" if self.compile is False else f"--parallel {self.parallel}"
             wrong.append(f"--cuda-graphs must go with --compile and --parallel ddp, got {got}; leave one of them out")

@@ -124,8 +124,9 @@ def rows() -> list[dict[str, Any]]:
 def _memory_bytes(preset: TrainConfig) -> int:
     """Float32 numbers, as engine.planning.memory has them. Muon keeps one moment of the blocks' matrices, not two."""
     shapes = parameter_shapes(preset.model)
-    matrices = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("h.") and len(shape) == 2)
-    return 16 * num_parameters(preset.model) - 4 * matrices * (preset.optim.name == "muon")
+    matrices = [shape for name, shape in shapes.items() if name.startswith("h.") and len(shape) == 2]
+    fewer = sum(map(math.prod, matrices)) - preset.optim.muon_rows * sum(rows for rows, _ in matrices)
+    return 16 * num_parameters(preset.model) - 4 * fewer * (preset.optim.name == "muon")
 
 
 COLUMNS = ("preset", "parameters", "L", "H", "C", "T", "a step", "in all", "lr", "memory")

@@ -132,9 +132,7 @@ def _advice(config: TrainConfig, micro_batch_size: int, ranks: Ranks) -> str:
     steps = {"none": ["--recompute attention", "--recompute block"], "attention": ["--recompute block"]}
     left = steps.get(config.recompute, []).copy()
     if config.parallel == "ddp" and ranks.device.type in BACKENDS:
-        left.append(
-            "--parallel fsdp over more GPUs" + (" with --optim.name adamw" if config.optim.name == "muon" else "")
-        )
+        left.append("--parallel fsdp over more GPUs")
     left.append(f"a --context shorter than {config.sequence_length}")
     return f"try {', then '.join(left)} or a smaller preset"
 

@@ -7,7 +7,7 @@ appendix B.
 import torch
 
 from engine.config import OptimConfig
-from engine.optim.muon import Muon, momentum_of
+from engine.optim.muon import Muon, muon_state
 from model.gpt2 import GPT2
 
 
@@ -23,29 +23,36 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             state = optimizer.state[p]
             if group.get("muon"):
-                momentum_of(state, p)
+                muon_state(state, p, group["rows"])
             elif not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 
 
-def build(model: GPT2, optim: OptimConfig) -> torch.optim.Optimizer:
+def build(
+    model: GPT2, optim: OptimConfig, replicas: torch.distributed.ProcessGroup | None = None
+) -> torch.optim.Optimizer:
     """Makes the optimizer of a raw model.
 
-    Matrices and embeddings have weight decay; biases and LayerNorm have none.
+    Matrices and embeddings have weight decay; biases and LayerNorm have none. replicas: the
+    processes of DDP, which share Muon's work; a sharded model knows its own.
     """
     named = list(model.named_parameters())
     uses_muon = optim.name == "muon"
-    hidden = [p for name, p in named if uses_muon and p.ndim == 2 and name.startswith("h.")]
-    muon_params = set(hidden)
+    hidden = {p: name for name, p in named if uses_muon and p.ndim == 2 and name.startswith("h.")}
     adamw = {"lr_scale": 1.0, "muon": False}
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2 and p not in muon_params], "weight_decay": optim.weight_decay}
+        {"params": [p for _, p in named if p.ndim >= 2 and p not in hidden], "weight_decay": optim.weight_decay}
         | adamw,
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0} | adamw,
     ]
     if uses_muon:
         muon = {"lr_scale": optim.muon_lr / optim.lr, "muon": True, "momentum": optim.muon_momentum}
-        groups.append({"params": hidden, "weight_decay": optim.weight_decay} | muon)
+        parts = [3 if name.endswith("attn.c_attn.weight") else 1 for name in hidden.values()]  # q, k and v
+        muon |= {"parts": parts, "rows": optim.muon_rows}
+        groups.append({"params": list(hidden), "weight_decay": optim.weight_decay} | muon)
     kind = Muon if uses_muon else torch.optim.AdamW
-    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    optimizer = kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    if uses_muon:
+        optimizer.replicas = replicas
+    return optimizer

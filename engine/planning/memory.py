@@ -24,7 +24,9 @@ MARGIN = 0.1  # share of the free memory left for fragments and what the estimat
 PARTS = ("weights", "gradients", "moments", "activations", "head", "buffers")
 WORKSPACES = 2 * 2**25  # bytes of cuBLAS's and cuBLASLt's on a Hopper
 BLOCK_GRADIENTS = 5  # of activations at once in a block's backward pass, in widths C per token
-MUON_BYTES = 60  # per C^2 and block: four copies of c_attn's matrices at once, and two of their products
+# Muon's work at once, per C^2. On a CPU it is that of one 4C x C matrix: four copies. On a GPU, per block of the rank's
+# share, it is that of all matrices of one shape: the update, a float32 and a bfloat16 copy.
+MUON_ON_CPU, MUON_ON_GPU = 64, 40
 
 Parts = dict[str, int]  # bytes by the names of PARTS
 
@@ -150,16 +152,30 @@ def peaks(config: TrainConfig, micro_batch_size: int, precision: str, place: Pla
             (1 if is_whole else 2) * it.table,
             2 * root,
         ),
-        "optimizer": (all_gradients, 0, 0, MUON_BYTES * L * model.n_embd**2 if config.optim.name == "muon" else 0),
+        "optimizer": (all_gradients, 0, 0, muon_bytes(config, place) if config.optim.name == "muon" else 0),
     }
     return {name: _parts(sizes, config, it, place) for name, sizes in found.items()}
+
+
+def muon_bytes(config: TrainConfig, place: Place) -> int:
+    """Muon's matrices on one rank: what it multiplies, and those it sends and receives."""
+    L, squared = config.model.n_layer, config.model.n_embd**2
+    is_sharded = config.parallel != "ddp"
+    peers = place.shards(config) if is_sharded else place.world_size
+    share = max(16, 48 * L // peers) * squared  # the matrices of which it makes the update
+    work = squared * (MUON_ON_CPU if place.device_type == "cpu" else MUON_ON_GPU * -(-L // peers))
+    if peers == 1:
+        return work
+    return share + max(work, 2 * share) if is_sharded else max(work, share)
 
 
 def _parts(sizes: tuple[int, int, int, int], config: TrainConfig, it: _Sizes, place: Place) -> Parts:
     gradients, activations, head, buffers = sizes
     moments_ = 8 * it.local
-    if config.optim.name == "muon":  # one moment of the blocks' matrices
-        moments_ -= 4 * config.model.n_layer * sum(K * M for K, M, _ in linear_layers(config.model).values())
+    if config.optim.name == "muon":  # one moment of the blocks' matrices, and a number for each of their rows
+        layers = linear_layers(config.model).values()
+        fewer = sum(K * M for K, M, _ in layers) - sum(M for _, M, _ in layers) * config.optim.muon_rows
+        moments_ -= 4 * config.model.n_layer * fewer // place.shards(config)
     if place.device_type == "cuda":
         buffers += WORKSPACES
     if not it.is_sharded:

@@ -51,7 +51,7 @@ from model.files import make, read_json
 from model.presets import GPT2Config
 from model.pretrained import not_finite
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum")  # of AdamW the first three, of Muon the last
+MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum", "row_square")  # of AdamW the first three, of Muon the others
 
 
 @dataclass(frozen=True)

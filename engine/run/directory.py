@@ -119,19 +119,21 @@ def report(
 # ---- Disk space ---------------------------------------------------------------------------------------------------
 
 
-def checkpoint_bytes(model: GPT2Config, optimizer: str | None) -> int:
+def checkpoint_bytes(model: GPT2Config, optimizer: str | None, has_rows: bool = False) -> int:
     """Size of a checkpoint on the disk, to a fraction of a percent: float32 weights and the
     optimizer's state.
 
     AdamW keeps two moments and a step count per parameter. Muon keeps one moment per matrix of a
-    block, and AdamW's state for the rest. optimizer None: no state, as for imported weights.
+    block, and AdamW's state for the rest. has_rows: --optim.muon-rows, one more number per row.
+    optimizer None: no state, as for imported weights.
     """
     elements = tensors = 0
     for name, shape in parameter_shapes(model).items():
         is_muon = optimizer == "muon" and len(shape) == 2 and name.startswith("h.")
         moments, counts = (1, 0) if is_muon else (2, 1) if optimizer is not None else (0, 0)
-        elements += (1 + moments) * math.prod(shape) + counts
-        tensors += 1 + moments + counts
+        rows = shape[0] if is_muon and has_rows else 0
+        elements += (1 + moments) * math.prod(shape) + counts + rows
+        tensors += 1 + moments + counts + bool(rows)
     return 4 * elements + _HEADER * tensors + _JSON
 
 
@@ -142,7 +144,7 @@ def check_disk(train: TrainConfig) -> None:
     written, but at most as many as the run saves. Space used by existing checkpoints counts as
     free. Call it on one rank, if steps are left to train, after open_out.
     """
-    each = checkpoint_bytes(train.model, train.optim.name)
+    each = checkpoint_bytes(train.model, train.optim.name, train.optim.muon_rows)
     saves = 1 if train.save_every is None else math.ceil(train.num_steps / train.save_every)
     count = min(train.keep_last + 2, saves)
     existing_bytes = sum(map(_bytes_under, checkpoints.step_directories(Path(train.out) / CHECKPOINTS)))

@@ -15,7 +15,15 @@ from engine.run.checkpoint import Checkpoint
 from model.files import check_fields, check_present, read_json
 
 # Never change: the weights and the optimizer's state have their shapes and meaning from these.
-FIXED = ("model.n_layer", "model.n_head", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name")
+FIXED = (
+    "model.n_layer",
+    "model.n_head",
+    "model.n_embd",
+    "model.n_positions",
+    "model.vocab_size",
+    "optim.name",
+    "optim.muon_rows",
+)
 # Change what is computed: only with --resume-changed.
 COMPUTED = (
     "model.dropout",

@@ -26,18 +26,25 @@ from model.gpt2 import GPT2, GPT2Config
 MODEL = GPT2Config(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=97)
 # With an eps of 1e-8 AdamW would make steps of the rounding error in gradients that should be zero.
 CONFIG = TrainConfig(model=MODEL, eval_tokens=16 * 21, optim=OptimConfig(clip=0.5, eps=1e-5))
+MUON = replace(CONFIG.optim, name="muon", muon_rows=True)
 NUM_STEPS, ACCUMULATION = 5, 2
 MASK = {"document_mask": True, "document_positions": True}  # documents begin with token 1
 WAYS = {
     2: {
-        "ddp, block, masked": {"parallel": "ddp", "recompute": "block", **MASK},
-        "fsdp, block, compiled, masked": {"parallel": "fsdp", "recompute": "block", **MASK},
+        "ddp, block, masked": {"parallel": "ddp", "recompute": "block", "optim": MUON, **MASK},
+        "fsdp, block, compiled, masked": {"parallel": "fsdp", "recompute": "block", "optim": MUON, **MASK},
         "fsdp, bf16": {"parallel": "fsdp"},
     },
     4: {
         "fsdp": {"parallel": "fsdp"},
         "fsdp, block, no reshard": {"parallel": "fsdp", "recompute": "block", "reshard": False},
-        "hsdp, attention, masked": {"parallel": "hsdp", "shard_size": 2, "recompute": "attention", **MASK},
+        "hsdp, attention, masked": {
+            "parallel": "hsdp",
+            "shard_size": 2,
+            "recompute": "attention",
+            "optim": MUON,
+            **MASK,
+        },
     },
 }
 
@@ -106,7 +113,9 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
     batches = torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
     batches[..., 9] = 1
     alone = build(replace(config, recompute="none"), compute_dtype)
-    expected_losses, expected_norms = train(alone, optim.build(alone, CONFIG.optim), batches.flatten(2, 3))
+    optimizer = optim.build(alone, config.optim)
+    optim.set_learning_rate(optimizer, config.optim.lr)
+    expected_losses, expected_norms = train(alone, optimizer, batches.flatten(2, 3))
 
     raw_model = build(config, compute_dtype)
     graphs.clear()
@@ -120,7 +129,7 @@ def try_way(name: str, changes: dict, ranks: Ranks) -> dict:
         is_compiled="compiled" in name,
         compute_dtype=compute_dtype,
     )
-    optimizer = optim.build(raw_model, config.optim)
+    optimizer = optim.build(raw_model, config.optim, replicas.group(model, ranks))
     optim.set_learning_rate(optimizer, config.optim.lr)
     losses, norms = train(model, optimizer, batches[:, :, ranks.rank])
     report = {"graphs": len(graphs), "sums over replicas": len(sums)}

@@ -185,7 +185,7 @@ def test_an_abandoned_update_is_skipped_and_leaves_no_trace_in_the_guard():
 def training(name: str, device: str = "cpu") -> tuple[GPT2, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = GPT2(TINY).to(device)
-    return model, optim.build(model, OptimConfig(name, lr=1e-2))
+    return model, optim.build(model, OptimConfig(name, lr=1e-2, muon_rows=True))
 
 
 def set_gradients(model: nn.Module, seed: int, spoil: float | None = None) -> None:

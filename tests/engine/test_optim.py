@@ -119,18 +119,6 @@ def test_adamw_follows_its_equations():
 # ---- Muon ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4), (1, 5)], ids=["square", "wide", "tall", "one row"])
-def test_orthogonalized_singular_values_are_near_one_and_directions_stay(shape):
-    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    u, _, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-    result = optim.orthogonalize(matrices).double()
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    cosine = (result * (u @ vh)).sum() / result.norm() / (u @ vh).norm()
-    assert cosine > 0.97
-
-
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model = GPT2(SMALL)
     config = TrainConfig(model=SMALL, optim=OptimConfig("muon", lr=1e-3, muon_lr=0.02))
@@ -145,7 +133,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-4, 0.01])
 
 
-def test_a_muon_step_is_its_equation_and_leaves_adamw_s_part_alone():
+def test_muon_leaves_adamw_s_part_alone():
     torch.manual_seed(0)
     models = [GPT2(SMALL), GPT2(SMALL)]
     models[1].load_state_dict(models[0].state_dict())
@@ -155,13 +143,8 @@ def test_a_muon_step_is_its_equation_and_leaves_adamw_s_part_alone():
     for model, optimizer, config in zip(models, optimizers, configs, strict=True):
         model(tokens, tokens).backward()
         optim.set_learning_rate(optimizer, config.optim.lr)
-    weight = models[1].h[0].mlp.c_fc.weight  # (4 C, C): taller than wide
-    before, gradient = weight.detach().clone(), weight.grad.clone()
     for optimizer in optimizers:
         optimizer.step()
-    ahead = gradient.lerp(0.05 * gradient, 0.95)
-    expected = before * (1 - 0.02 * 0.1) - 0.02 * 2.0 * optim.orthogonalize(ahead[None])[0]
-    torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-6)
     for name in ("wte.weight", "wpe.weight", "ln_f.bias", "h.1.mlp.c_fc.bias"):
         assert torch.equal(*(model.get_parameter(name) for model in models)), name
 

@@ -18,6 +18,7 @@ from engine.run import checkpoint, metrics, resume
 from engine.run.verify import checkpoint_damage
 
 STEPS = ["--num-steps", "8", "--eval-every", "4", "--save-every", "4", "--keep-last", "9", "--micro-batch-size", "2"]
+STEPS += ["--optim.name", "muon", "--optim.muon-rows"]
 
 
 def without_last(run: Path, copy: Path) -> Path:

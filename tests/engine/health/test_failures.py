@@ -129,8 +129,7 @@ def test_the_micro_batch_that_it_advises_is_the_largest_that_runs(sequences, wor
         ),
         (
             {"recompute": "block", "optim": PRESETS["tiny"].optim},
-            "try --parallel fsdp over more GPUs with --optim.name adamw, then a --context shorter than 1024 or a "
-            "smaller preset",
+            "try --parallel fsdp over more GPUs, then a --context shorter than 1024 or a smaller preset",
         ),
         (
             {"recompute": "block", "parallel": "fsdp", "context": 512},

@@ -13,6 +13,7 @@ from bench.counts import memory as counted
 from engine import distributed, optim
 from engine.config import PRESETS, TrainConfig
 from engine.distributed import Ranks
+from engine.health import replicas
 from engine.health.timing import Clock
 from engine.planning import memory
 from engine.planning.memory import PARTS, Place
@@ -22,6 +23,7 @@ from model.presets import GPT2Config, num_parameters
 
 SMALL = GPT2Config(n_layer=4, n_head=4, n_embd=128, n_positions=64, vocab_size=257)
 LARGE_VOCABULARY = GPT2Config(n_layer=3, n_head=2, n_embd=128, n_positions=64, vocab_size=3000)
+MUON = {"B": 1, "micro_batches": 2, "preset": "tiny"}
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,7 +47,7 @@ def peak(config: TrainConfig, precision: str, world_size: int = 1) -> int:
     if world_size > 1 and config.parallel == "ddp":
         model.register_comm_hook(None, summed)
     raw_model.configure("torch", DTYPES[precision], config.recompute)
-    optimizer = optim.build(raw_model, config.optim)
+    optimizer = optim.build(raw_model, config.optim, replicas.group(model, ranks))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     step = Step(model, optimizer, scaler, Guard(CPU), 1, 1.0, ranks, Clock(CPU))
     B, T = config.micro_batch_size, config.sequence_length
@@ -95,14 +97,17 @@ def test_the_estimate_is_within_a_tenth_of_the_real_peak(config, precision):
     [
         pytest.param("ddp", {}, "fp32", id="ddp"),
         pytest.param("fsdp", {}, "fp32", id="fsdp"),
+        pytest.param("ddp", MUON, "fp32", id="ddp-muon", marks=pytest.mark.slow),
+        pytest.param("fsdp", MUON, "fp32", id="fsdp-muon", marks=pytest.mark.slow),
         pytest.param("fsdp", {"reshard": False}, "fp32", id="fsdp-kept", marks=pytest.mark.slow),
         pytest.param("fsdp", {}, "bf16", id="fsdp-bf16", marks=pytest.mark.slow),
         pytest.param("hsdp", {"shard_size": 2}, "fp32", id="hsdp", marks=pytest.mark.slow),
     ],
 )
 def test_so_it_is_on_one_of_four_ranks(four_ranks, parallel, changes, precision):
-    config = config_of(SMALL, 4, world_size=4, parallel=parallel, **changes)
-    estimate = memory.step_bytes(config, 4, precision, Place(4, device_type="cpu"))
+    sizes = {"B": 4, "world_size": 4} | changes
+    config = config_of(SMALL, parallel=parallel, **sizes)
+    estimate = memory.step_bytes(config, sizes["B"], precision, Place(4, device_type="cpu"))
     assert estimate == pytest.approx(peak(config, precision, 4), rel=0.1)
 
 
@@ -151,3 +156,18 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices():
         memory.parts(config_of(SMALL, 8, preset=name), 8, "fp32", Place(device_type="cpu")) for name in ("gpt2", "tiny")
     )
     assert adamw["moments"] - muon["moments"] == 4 * 12 * 4 * 128**2
+
+
+def test_muon_s_moments_and_rows_are_sharded_too():
+    held = []
+    for rows in (False, True):
+        settings = dataclasses.replace(PRESETS["tiny"].optim, muon_rows=rows)
+        optimizer = optim.build(GPT2(SMALL), settings)
+        optim.allocate_state(optimizer)
+        states = optimizer.state.values()
+        held.append(sum(t.nbytes for state in states for name, t in state.items() if name != "step"))
+        for parallel, shards in (("ddp", 1), ("fsdp", 4)):
+            config = config_of(SMALL, 8, world_size=4, preset="tiny", parallel=parallel, optim=settings)
+            found = memory.parts(config, 8, "fp32", Place(4, device_type="cpu"))["moments"]
+            assert found == pytest.approx(held[-1] / shards, rel=1e-3)
+    assert held[1] - held[0] == 4 * 4 * 9 * 128  # 3C + C + 4C + C rows a block

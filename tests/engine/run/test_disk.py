@@ -46,16 +46,17 @@ def save(run, optimizer_name: str | None):
     return checkpoint.save(run.out, state, model, optimizer if optimizer_name else None, keep_last=1)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", None])
+@pytest.mark.parametrize(("optimizer", "rows"), [("adamw", False), ("muon", True), (None, False)])
 @pytest.mark.parametrize(
     "model",
     [PRESETS["tiny"].model, GPT2Config(2, 2, 64, 32, 257), GPT2Config(12, 1, 32, 8, 300)],
     ids=["tiny", "small", "deep_and_narrow"],
 )
-def test_the_bytes_counted_ahead_are_those_on_the_disk(model, optimizer, tmp_path):
-    path = save(dataclasses.replace(PRESETS["tiny"], model=model, out=str(tmp_path)), optimizer)
+def test_the_bytes_counted_ahead_are_those_on_the_disk(model, optimizer, rows, tmp_path):
+    settings = dataclasses.replace(PRESETS["tiny"].optim, muon_rows=rows)
+    path = save(dataclasses.replace(PRESETS["tiny"], model=model, out=str(tmp_path), optim=settings), optimizer)
     true = sum(file.stat().st_size for file in path.iterdir())
-    counted = checkpoint_bytes(model, optimizer)
+    counted = checkpoint_bytes(model, optimizer, rows)
     assert counted == pytest.approx(true, rel=0.02)
     assert counted >= true
 
