@@ -1,5 +1,6 @@
 """bench.scaling: a step sends the bytes that engine.planning.communication computes, and leaves no process behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -24,11 +26,25 @@ EACH_WAY = [
 ]
 
 
+# A launch whose ranks are forks of a process that has imported what they need.
+LAUNCH = """
+import functools, json, sys
+import torch.multiprocessing
+from bench import scaling
+from model.presets import GPT2Config
+torch.multiprocessing.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+request = scaling.Request(GPT2Config(**json.loads(sys.argv[2])), micro_batches=2)
+print(json.dumps(scaling.launch(int(sys.argv[1]), request)))
+"""
+
+
 class Reports(dict):
     """What a launch of so many processes counted, launched when it is first asked for."""
 
     def __missing__(self, n: int) -> dict:
-        self[n] = scaling.launch(n, scaling.Request(MODEL, micro_batches=2))
+        done = forks.run("-c", LAUNCH, n, json.dumps(dataclasses.asdict(MODEL)))
+        assert done.returncode == 0, done.stderr
+        self[n] = json.loads(done.stdout)
         return self[n]
 
 
