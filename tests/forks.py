@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ("engine.start", "engine.cli", "torch._dynamo", "tyro", "matplotlib.backends.backend_agg")
@@ -48,26 +49,32 @@ class Server:
 server = functools.cache(Server)
 
 
-def run(
-    *command: str | Path, ranks: int = 1, seconds: float = 120.0, **environment: str
-) -> subprocess.CompletedProcess:
-    """Runs forks of a command, which are ranks as torchrun starts them if there are several. Waits for all.
+class Done(NamedTuple):
+    """What a process, or several ranks, left."""
 
-    Their output is one text each for stdout and stderr; `args` holds every rank's exit code, `returncode` the largest
-    distance from 0.
-    """
+    codes: list[int]  # every rank's exit code
+    stdout: str  # of all
+    stderr: str
+
+    @property
+    def returncode(self) -> int:
+        """The code of a rank that failed, or 0."""
+        return max(self.codes, key=abs)
+
+
+def run(*command: str | Path, ranks: int = 1, seconds: float = 120.0, **environment: str) -> Done:
+    """Runs forks of a command, which are ranks as torchrun starts them if there are several. Waits for all."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    meeting |= {"LOCAL_WORLD_SIZE": str(ranks)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     base = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     with tempfile.TemporaryDirectory(prefix="forks_") as directory:
         out, err = Path(directory, "out"), Path(directory, "err")
         each = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] if ranks > 1 else [{}]
         pids = [server().start(command, base | of_rank, str(out), str(err)) for of_rank in each]
         codes = [server().wait(pid, seconds) for pid in pids]
-        texts = (path.read_text(errors="replace") for path in (out, err))
-        return subprocess.CompletedProcess(codes, max(codes, key=abs), *texts)
+        return Done(codes, *(path.read_text(errors="replace") for path in (out, err)))
 
 
 def child(command: list[str], environment: dict[str, str], out: str, err: str) -> None:
@@ -92,7 +99,8 @@ def child(command: list[str], environment: dict[str, str], out: str, err: str) -
             runpy.run_path(first, run_name="__main__")
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-        _ = isinstance(ended.code, str) and print(ended.code, file=sys.stderr)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -43,7 +43,7 @@ def train(out: Path, shards: Path, *flags: str) -> int:
             signal.signal(number, handler)
 
 
-def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> subprocess.CompletedProcess:
+def torchrun(num_processes: int, out: Path, shards: Path, *flags: str) -> forks.Done:
     """Trains on ranks as torchrun starts them, and waits for all. They are forks: see forks.py."""
     command = [ROOT / "engine" / "train.py", *SMALL, "--data", shards, "--out", out, *flags]
     return forks.run(*command, ranks=num_processes)

@@ -45,21 +45,21 @@ def launched(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     return subprocess.Popen([*LAUNCHER, *launcher, *words], **options)
 
 
-def run_two(out: Path, shards: Path, *flags: str, **options) -> subprocess.CompletedProcess:
-    """Trains on two ranks without torchrun, and waits. `args` of the result are their exit codes."""
+def run_two(out: Path, shards: Path, *flags: str, **options) -> forks.Done:
+    """Trains on two ranks without torchrun, and waits."""
     return forks.run(*arguments(out, shards, *flags, **options), ranks=2)
 
 
 def wait_for_row(out: Path, step: int, launcher: subprocess.Popen) -> None:
     """Waits until the run has logged `step`. Fails if the run ends first."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # a restart among them, on a loaded machine
     while time.monotonic() < deadline:
         rows = metrics.read_rows(out / "metrics.jsonl")
         if rows and rows[-1]["step"] >= step:
             return
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.02)
-    raise TimeoutError(f"no step {step} within a minute")
+    raise TimeoutError(f"no step {step} within 150 s")
 
 
 # ---- Row 1: resume ------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_max_minutes_saves_and_stops_in_time_and_the_same_command_goes_on(every_
 def test_a_rank_that_hangs_is_named_by_the_one_that_waited(shards, tmp_path):
     flags = [*STEPS, "--timeout-minutes", "0.05", "--grace-seconds", "1"]
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15")
-    assert done.args == [4, 4]
+    assert done.codes == [4, 4]
     assert "rank 0 at step 15 (update): rank 1 was at step 15 (data)" in done.stderr
     assert "rank 1 at step 15 (data): rank 0 was at step 15 (update)" in done.stderr
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
@@ -288,12 +288,12 @@ def test_a_signal_while_a_peer_hangs_ends_within_the_grace_time(shards, tmp_path
     done = run_two(tmp_path / "run", shards, *flags, faults="hang:1:15,term:0:15")
     assert time.monotonic() - began < 60  # not after the ten minutes of --timeout-minutes
     assert "could not save within the 3 s of --grace-seconds" in done.stderr
-    assert 143 in done.args
+    assert 143 in done.codes
     assert checkpoint.read(newest(tmp_path / "run")).step == 10
 
 
 @pytest.fixture(scope="module")
-def harmed(shards, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def harmed(shards, tmp_path_factory) -> tuple[Path, forks.Done]:
     """A run whose loss is NaN on rank 1 at step 3 and a gradient infinite on rank 0 at step 5; at step 9 it ends."""
     out = tmp_path_factory.mktemp("harmed") / "run"
     flags = ["--num-steps", "12", *EACH_STEP, "--keep-last", "19", "--check-replicas-every", "1"]
@@ -302,7 +302,7 @@ def harmed(shards, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]
 
 def test_one_launch_two_ranks_a_bad_token_on_one_ends_both_with_its_code_and_one_sentence(harmed):
     out, done = harmed
-    assert done.args == [2, 2]
+    assert done.codes == [2, 2]
     assert done.stderr.count("every token must be below the vocabulary size") == 1
     for word in ("--timeout-minutes", "NCCL_SOCKET_IFNAME", "Traceback (most recent call last)"):
         assert word not in done.stderr
@@ -316,7 +316,7 @@ def test_a_bug_on_one_rank_keeps_its_traceback_there_and_ends_the_other_in_silen
     done = run_two(tmp_path / "run", shards, *STEPS, faults="bug:1:15")
     assert done.stderr.count("ZeroDivisionError: a bug of ours") == 1
     assert "network" not in done.stderr
-    assert done.args == [1, 1]
+    assert done.codes == [1, 1]
 
 
 SHORT = ["--timeout-minutes", "0.05"]  # 3 s
@@ -358,7 +358,7 @@ def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards
         runpy.run_path(sys.argv[0], run_name="__main__")"""
     words = (shards, few_shards, ROOT / "engine" / "train.py", *SMALL, "--out", tmp_path / "run")
     done = forks.run("-c", script, *words, ranks=2)
-    assert done.args == [2, 2]
+    assert done.codes == [2, 2]
     assert "train: every rank must run the same thing, but these differ" in done.stderr
     assert "--seed: 0 on rank 0; 1 on rank 1" in done.stderr
     assert re.search(r"\bdata: [0-9a-f]{16} on rank 0; [0-9a-f]{16} on rank 1", done.stderr)
@@ -368,7 +368,7 @@ def test_ranks_with_other_flags_or_data_are_refused_and_named(shards, few_shards
 @pytest.mark.slow
 def test_a_rank_that_drifts_is_found_and_nothing_of_it_is_saved(shards, tmp_path):
     done = run_two(tmp_path / "run", shards, *STEPS, faults="nudge:1:25")
-    assert done.args == [3, 3]
+    assert done.codes == [3, 3]
     assert "must hold the same weights to the bit" in done.stderr
     assert checkpoint.read(newest(tmp_path / "run")).step == 20
 
