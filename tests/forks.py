@@ -141,6 +141,7 @@ def serve() -> None:
         print(json.dumps(answer), file=answers)
     for pid in running:
         os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # at once: taking all modules down would take a second
 
 
 if __name__ == "__main__":
