@@ -22,28 +22,27 @@ TARGETS = ("sm_90",)  # the slow tests compile every case for each target
 HEADS = ["attention D=64 bf16"]
 REST = ["layer_norm C=768 bf16", "gelu F=3072 bf16", "cross_entropy V=50257 bf16"]
 CHILD = f"""
-import contextlib, dataclasses, io, json, os, torch
+import contextlib, dataclasses, io, json, torch
 from kernels import aot, tiles
 from kernels.aot import compile_all
-if __name__ == "__main__":
-    found = []
-    aot.CASES["tile"] = lambda: tiles.with_config("attention_fwd/16bit", 256, torch.device("cpu"), record)
-    def record(**tile):
-        found.append(tile["BLOCK_N"])
-    for target in ("sm_80", "sm_86"):
-        aot.compile_case(target, "tile")
-    assert found == [64, 32], found  # each target's own, also in one process
-    rows = []
-    for made in compile_all({TARGETS!r}, {HEADS + REST!r}, os.cpu_count()):
-        rows += [dataclasses.asdict(row) for row in made]
-    print(json.dumps(rows))
-    from kernels import attention
-    attention._attention_fwd_kernel = None  # does not compile
-    for arguments in (["--only", "nothing"], ["--target", "sm_86", "--only", "D=64 fp16", "--jobs", "1"]):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = aot.main(arguments)
-        print(json.dumps([code, out.getvalue(), err.getvalue()]))
+found = []
+aot.CASES["tile"] = lambda: tiles.with_config("attention_fwd/16bit", 256, torch.device("cpu"), record)
+def record(**tile):
+    found.append(tile["BLOCK_N"])
+for target in ("sm_80", "sm_86"):
+    aot.compile_case(target, "tile")
+assert found == [64, 32], found  # each target's own, also in one process
+rows = []
+for made in compile_all({TARGETS!r}, {HEADS + REST!r}, 1):
+    rows += [dataclasses.asdict(row) for row in made]
+print(json.dumps(rows))
+from kernels import attention
+attention._attention_fwd_kernel = None  # does not compile
+for arguments in (["--only", "nothing"], ["--target", "sm_86", "--only", "D=64 fp16", "--jobs", "1"]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = aot.main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 
 
@@ -56,11 +55,9 @@ def run(*args: str, seconds: int = 600, **environment: str) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> list:
+def printed() -> list:
     """What the child said: rows of what compiles, then code, stdout and stderr of the command for what does not."""
-    script = tmp_path_factory.mktemp("aot") / "compile.py"  # a file, so that the processes it starts can import it
-    script.write_text(CHILD)
-    done = run(str(script), PYTHONPATH=str(ROOT))
+    done = run("-c", CHILD)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

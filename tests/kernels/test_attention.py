@@ -103,7 +103,10 @@ def test_matches_reference(op, shape, dtype):
     compare(op, *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("T", [T for T in LENGTHS if T not in (63, 127)])
+@pytest.mark.parametrize(
+    "T",
+    [T if T in (1, 17, 65, 257) else pytest.param(T, marks=pytest.mark.slow) for T in LENGTHS if T not in (63, 127)],
+)
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_without_a_causal_mask_matches_reference(op, T):
     compare(op, *inputs((2 if T <= 65 else 1, T, 2, 16)), is_causal=False)
