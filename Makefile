@@ -12,9 +12,12 @@ endif
 
 setup: .venv/installed
 
+# pip would compile all 12,000 files of the packages, one after the other. What is imported is compiled then.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import engine.start, engine.cli, torch._dynamo, torch._inductor.compile_fx'
 	@touch $@
 
 train: setup

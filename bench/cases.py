@@ -18,11 +18,7 @@ NAMES = (*MODULES, "attention_documents")
 TRAINING = ("forward", "backward", "both")
 # ||out - exact|| / ||exact|| up to which an implementation may be timed; twice that where "exact" is in its own dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-SDPA_BACKENDS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+SDPA = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION", "sdpa efficient": "EFFICIENT_ATTENTION"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,12 @@ def _op(name: str, sizes: Sizes, on_gpu: bool, compiler: str) -> Op:
         others = {"plain": plain}
     if name == "attention":  # a CPU lacks some of the backends: each may fall back to the plain one there
         fallback = () if on_gpu else (SDPBackend.MATH,)
-        others = {n: functools.partial(attention_sdpa, backends=(b, *fallback)) for n, b in SDPA_BACKENDS.items()}
+        backends = {name: (SDPBackend.__members__[backend], *fallback) for name, backend in SDPA.items()}
+        others = {name: functools.partial(attention_sdpa, backends=tried) for name, tried in backends.items()}
     ours = {way: functools.partial(implementation(name, way), **options) for way in ("triton", "torch")}
     compiled = torch.compile(plain, dynamic=False, backend=compiler)
-    inputs, reference = (
-        functools.partial(inputs_of, name, sizes),
-        functools.partial(implementation(name, "reference"), **options),
-    )
+    reference = functools.partial(implementation(name, "reference"), **options)
+    inputs = functools.partial(inputs_of, name, sizes)
     # Ours works out the head's gradients in its forward pass.
     phases = ("forward_no_grad", "both") if name == "linear_cross_entropy" else TRAINING
     peers, tensors = {**ours, "compile": compiled, **others}, tuple(TENSORS[name].split())

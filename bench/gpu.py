@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import goals, machine, results, tables
+from bench import machine, results, tables
 from bench.measure import within
 from bench.peers import Comparison, Peer, Trial
 from bench.processes import Failed, Worker
 from bench.results import Figure, Row, exact, rate, spread
+from engine.durable import write
 from kernels.dispatch import MODULES
 from model.presets import PRESETS
 
@@ -46,10 +47,8 @@ WORDS = {  # of each section
     "counts 6 (N - wpe) + 12 L C T FLOPs per token, over the data sheet's dense bf16 peak. Memory: PyTorch's.",
     "ceilings": "",
     "ops": "Of ceiling: of the matrix product's FLOP/s or the copy's B/s. Peak memory: above the inputs.",
-    "accuracy": "||out - ref|| / ||ref||, ref in float64.",
 }
 LONG = ("attention", "linear_cross_entropy")  # ops with more implementations
-PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
 COMPILED = tuple(Peer(who, "compiled") for who in ("ours", "reference", "transformers"))
 EAGER = tuple(Peer(who, "eager") for who in ("ours", "reference", "transformers", "ours on torch"))
 STEPS = {
@@ -69,12 +68,10 @@ SIZES = {
 PLAN = (
     Part("self-check", "bf16", 30),
     Part("ceilings", "matmul and copy", 20),
-    *(Part("accuracy", op, 25 if op == "attention" else 9) for op in MODULES),
     Part("step", "bf16 compiled", 220),
     *(Part(MODULES[op].__name__.rpartition(".")[2], op, 50 if op in LONG else 25) for op in MODULES),
     Part("step", "bf16 eager", 80),
     *(Part("step", name, 80) for name in [*STEPS][2:]),
-    Part("accuracy", "attention_documents", 25),
     Part("attention", "attention_documents", 50),
     Part("sizes", "gpt2-medium", 120),
     Part("sizes", "gpt2-large", 160),
@@ -92,10 +89,7 @@ class Record:
 
     out: Path
     facts: dict[str, str]
-    plan: list[str]
     is_dry: bool = False
-    minutes: float = 0.0
-    started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
     rows: list[Row] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -105,20 +99,13 @@ class Record:
         """The record as it was last saved. Raises OSError or ValueError."""
         facts, rows = results.read(out / "gpu.json")
         more = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
-        kept = {name: more[name] for name in ("plan", "minutes", "started", "done", "reasons")}
-        return cls(out, facts, rows=rows, is_dry=more["dry_run"], **kept)
-
-    @property
-    def goals(self) -> list[goals.Goal]:
-        """Every goal and what was measured; a dry run has none."""
-        return [] if self.is_dry else goals.gpu_goals(self.rows, self.facts.get("gpu", ""))
+        return cls(out, facts, more["dry_run"], rows, more["done"], more["reasons"])
 
     def save(self) -> None:
         """Replaces gpu.json and gpu.md, each in one step."""
-        more = {name: getattr(self, name) for name in ("plan", "minutes", "started", "done", "reasons")}
-        text = results.dumps(self.facts, self.rows, dry_run=self.is_dry, **more, goals=list(map(str, self.goals)))
-        results.write(self.out / "gpu.json", text)
-        results.write(self.out / "gpu.md", self.table())
+        more = {"dry_run": self.is_dry, "done": self.done, "reasons": self.reasons}
+        write(self.out / "gpu.json", results.dumps(self.facts, self.rows, **more))
+        write(self.out / "gpu.md", self.table() + "\n")
 
     def put(self, row: Row) -> Row:
         """Adds or replaces a row, and returns it as it is kept: a dry run keeps no figures."""
@@ -142,15 +129,12 @@ class Record:
         lines = ["# GPU benchmark", ""]
         if self.is_dry:
             lines += ["A dry run on small sizes: every case was built and checked, no time is kept.", ""]
-        lines += [f"Started {self.started}, given {self.minutes:g} minutes.", ""]
         lines += [f"- {name}: {value}" for name, value in self.facts.items()]
-        if self.goals:
-            lines += ["", "## Goals", "", tables.markdown(goals.HEADS, [goal.cells() for goal in self.goals])]
         for section, words in WORDS.items():
             if rows := [row for row in self.rows if row.section == section]:
                 lines += ["", f"## {section.capitalize()}", "", words, "", tables.of(rows)]
         failures = [f"{', '.join(row.key)}: {row.reason}" for row in self.rows if row.status == "failed"]
-        left = [f"{name}: {self.reasons.get(name, 'not begun')}" for name in self.plan if name not in self.done]
+        left = [f"{name}: {self.reasons.get(name, 'not begun')}" for name in map(str, PLAN) if name not in self.done]
         for title, items in (("Failed", failures), ("Left out", left)):
             if items:
                 lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
@@ -190,7 +174,6 @@ class Run:
         kinds = {
             "self-check": self.self_check,
             "ceilings": self.ceilings,
-            "accuracy": self.accuracy,
             "step": self.steps,
             "sizes": self.steps,
         }
@@ -243,16 +226,6 @@ class Run:
             samples = [self.ask(part, row, "ceiling", kind=kind, precision=precision) for _ in range(8)]
             if None not in samples:
                 row.figures["rate"] = spread(samples[1:], unit)
-                self.put(row)
-
-    def accuracy(self, part: Part) -> None:
-        """Ours, twice the same bits, and PyTorch's against float64."""
-        for precision in ("fp32",) if self.record.is_dry else PRECISIONS:
-            row = Row("accuracy", f"{part.name} {precision}", "triton")
-            found = self.ask(part, row, "accuracy", op=part.name, precision=precision)
-            if found is not None:
-                for name, (ours, theirs) in found.items():
-                    row.figures |= {f"{name}, ours": exact(ours, ""), f"{name}, PyTorch": exact(theirs, "")}
                 self.put(row)
 
     def ops(self, part: Part) -> None:
@@ -308,20 +281,14 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            print(
-                "bench.gpu: a CUDA device must be here, there is none; add --dry-run to check on a CPU", file=sys.stderr
-            )
-            return 2
+            parser.error("a CUDA device must be here, there is none; add --dry-run to check on a CPU")
     facts = machine.facts("cpu" if args.dry_run else "cuda")
-    facts |= {
-        "command": shlex.join(["python", "-m", "bench.gpu", *arguments]),
-        "commit": args.commit or facts["commit"],
-    }
+    facts["command"] = shlex.join(["python", "-m", "bench.gpu", *arguments])
+    facts["commit"] = args.commit or facts["commit"]
     try:
         record = open_record(args, facts)
     except ValueError as error:
-        print(f"bench.gpu: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     left = [part for part in PLAN if str(part) not in record.done]
     chosen = [part for part in left if part.section in args.only.split(",")]
     record.reasons = {str(part): "not among --only" for part in left if part not in chosen}
@@ -337,7 +304,7 @@ def open_record(args: argparse.Namespace, facts: dict[str, str]) -> Record:
     if not args.resume:
         out.mkdir(parents=True, exist_ok=True)
         (out / "workers.log").unlink(missing_ok=True)
-        return Record(out, facts, [str(part) for part in PLAN], args.dry_run, args.minutes)
+        return Record(out, facts, args.dry_run)
     try:
         record = Record.load(out)
     except (OSError, ValueError) as error:

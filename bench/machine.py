@@ -84,13 +84,8 @@ def facts(device: str = "cpu") -> dict[str, str]:
 def _gpu_facts() -> dict[str, str]:
     import torch
 
-    gpu, query = (
-        torch.cuda.get_device_properties(0),
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-    )
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        driver = "not known"
+    from engine.checks.facts import machine
+
+    gpu, driver = torch.cuda.get_device_properties(0), machine(torch.device("cuda"))["driver"]
     memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-    return {"gpu": gpu.name, "memory": memory, "driver": driver.strip(), "cuda": str(torch.version.cuda)}
+    return {"gpu": gpu.name, "memory": memory, "driver": driver, "cuda": str(torch.version.cuda)}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bench import goals, machine, results, tables
+from bench import machine, results, tables
 from bench.measure import in_turns, within
 from bench.processes import Failed, Worker
 from bench.results import Row, exact, rate, spread
@@ -255,9 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         found = comparison.run(Trial.of(case, args.precision, on_gpu), [field_[name] for name in args.only])
         rows += found
-        said = [f"- {goal}" for goal in ([] if on_gpu else goals.cpu_goals(found))]
-        print("\n".join([tables.of(found), "", *said]))
-        print(f"\n({time.monotonic() - began:.0f} s)\n", flush=True)
+        print(f"{tables.of(found)}\n\n({time.monotonic() - began:.0f} s)\n", flush=True)
         if args.save:
             results.save("peers", facts, rows, machine.slug(device))
     return int(any(row.status != "measured" for row in rows))

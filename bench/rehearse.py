@@ -89,9 +89,8 @@ def report(config: TrainConfig, ranks: Ranks, precision: str) -> bool:
             print(f"{often:>8} {kind:<14}{amount(size, 'B'):>9}{count:>7,} ranks  {purpose}")
     print(f"\nreads, of {sum(map(len, windows[0])) * ranks.world_size:,} windows")
     for rank in sorted({0, ranks.rank, ranks.world_size - 1}):
-        print(
-            f"  rank {rank}: {' '.join(map(str, windows[rank][0][:6]))}{' ...' if sequences * accumulation > 6 else ''}"
-        )
+        more = " ..." if sequences * accumulation > 6 else ""
+        print(f"  rank {rank}: {' '.join(map(str, windows[rank][0][:6]))}{more}")
     # A tensor is cut into equal parts along its first axis, of which the last ones may be short or empty.
     is_first_shard = ranks.rank % memory.Place(ranks.world_size).shards(config) == 0
     same, is_same = ("equal to", operator.eq) if is_first_shard else ("at most", operator.ge)

@@ -6,7 +6,6 @@ with a reason).
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import machine
+from engine.durable import write
 
 
 class Figure(NamedTuple):
@@ -83,14 +83,6 @@ def find(rows: Sequence[Row], section: str, case: str, peer: str) -> Row | None:
     return next((row for row in rows if row.key == (section, case, peer)), None)
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a kill at any moment leaves a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def save(name: str, facts: dict[str, str], rows: Sequence[Row], directory: str | None = None) -> Path:
     """Writes rows to bench/results/<machine>/<name>.json, in place of those of the same sections and cases.
 
@@ -102,13 +94,15 @@ def save(name: str, facts: dict[str, str], rows: Sequence[Row], directory: str |
     measured = {(row.section, row.case) for row in rows}
     earlier = read(path)[1] if path.exists() else []
     kept = [row for row in earlier if (row.section, row.case) not in measured]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, dumps(facts, [*kept, *rows]))
     return path
 
 
 def dumps(facts: dict[str, str], rows: Sequence[Row], **more: Any) -> str:
     """The file's text. more: further entries beside facts and rows."""
-    return json.dumps({"facts": facts, **more, "rows": [row.as_json() for row in rows]}, indent=1, allow_nan=False)
+    content = {"facts": facts, **more, "rows": [row.as_json() for row in rows]}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:

@@ -58,9 +58,8 @@ class Roofline:
     def whole(self) -> Row:
         """Bounds of the whole step, and what they allow."""
         shape, chip, row = self.shape, self.chip, Row("roofline", self.model, "the step")
-        sent = communication(
-            shape.config, shape.world_size, precision=shape.precision, micro_batches=shape.micro_batches
-        )
+        of_step = {"precision": shape.precision, "micro_batches": shape.micro_batches}
+        sent = communication(shape.config, shape.world_size, **of_step)
         wire_bytes, link = sum(each.wire_bytes for each in sent), max(chip.links.values())
         bound_s = max(self.bound_s, wire_bytes / link)
         tokens = shape.B * shape.T * shape.micro_batches  # of one device
@@ -89,9 +88,7 @@ class Roofline:
         what, source, bound = self.title()
         largest = max(self.rows, key=lambda row: row.value("bound"))
         said = f"The op with the largest bound is {largest.case}: {tables.cell(largest, 'bound')}, by {largest.note}."
-        return "\n".join(
-            [what, source, "", tables.of(self.rows), "", tables.of([self.whole()]), "", f"{bound}\n{said}"]
-        )
+        return "\n".join([what, source, "", tables.of(self.rows), "", tables.of([self.whole()]), "", bound, said])
 
     def bars(self) -> dict[str, dict[str, float]]:
         """Milliseconds of bounds by group and phase, and by what limits them."""
@@ -118,9 +115,8 @@ def draw(path: Path, bars: dict[str, dict[str, float]], title: str, subtitle: st
         bar, bound = bars[name], sum(bars[name].values())
         axes.barh(place, bar["compute"], height=0.62, color=COLORS["compute"])
         axes.barh(place, bar["memory"], left=bar["compute"], height=0.62, color=COLORS["memory"])
-        axes.text(
-            bound + 0.006 * longest, place, f"{tables.number(bound)} ms", va="center", fontsize=9, color="#333333"
-        )
+        label = f"{tables.number(bound)} ms"
+        axes.text(bound + 0.006 * longest, place, label, va="center", fontsize=9, color="#333333")
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.set(ylim=(-0.6, len(bars) - 0.4), xlim=(0, longest * 1.1))
     axes.set_xlabel("milliseconds per step")

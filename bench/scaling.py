@@ -35,7 +35,7 @@ from bench.results import Row, exact, find, rate, spread
 from engine import device, distributed, optim
 from engine.config import OptimConfig
 from engine.distributed import Ranks
-from engine.errors import BAD_INPUT, DONE, INTERRUPTED
+from engine.errors import DONE, INTERRUPTED
 from engine.health.timing import Clock
 from engine.planning.communication import communication
 from engine.step import Guard, Step
@@ -181,7 +181,6 @@ def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int
     row.figures = {
         "step": spread(steps, "s"),
         "without sync": spread(without, "s"),
-        "sync": spread([a - b for a, b in zip(steps, without, strict=True)], "s"),
         "tokens": rate(spread(steps, "s"), tokens, "tokens/s"),
         "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
         "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
@@ -214,24 +213,18 @@ def compare(processes: list[int], model: GPT2Config, args: argparse.Namespace) -
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; 0 if all bytes were predicted, 1 if not or if a process failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", default="1,2,4", help="numbers of processes, such as 1,2,4")
-    parser.add_argument("--model", default="mini", help="a preset of model.presets")
+    counts = {"type": int, "nargs": "+", "metavar": "N", "choices": range(1, MOST_PROCESSES + 1)}
+    parser.add_argument("--processes", default=[1, 2, 4], help="numbers of processes, such as 1 2 4", **counts)
+    parser.add_argument("--model", default="mini", choices=PRESETS, help="a preset of model.presets")
     parser.add_argument("--sequences", type=int, default=1, help="sequences of a step on each process")
     parser.add_argument("--seconds", type=float, default=45.0, help="of timing for each number of processes")
     parser.add_argument("--save", action="store_true", help="also write bench/results/<machine>/scaling.json")
     args = parser.parse_args(arguments)
-    words, model, wrong = args.processes.split(","), PRESETS.get(args.model), []
-    if not all(word.strip().isdecimal() and 1 <= int(word) <= MOST_PROCESSES for word in words):
-        wrong.append(f"--processes must be numbers from 1 to {MOST_PROCESSES}, as in 1,2,4, got {args.processes!r}")
-    if model is None:
-        wrong.append(f"--model must be one of {', '.join(PRESETS)}, got {args.model!r}")
     if args.sequences < 1 or not 0 < args.seconds < math.inf:
-        wrong.append(f"--sequences and --seconds must be above 0, got {args.sequences} and {args.seconds}")
-    if wrong:
-        print("\n".join(f"bench.scaling: {each}" for each in wrong), file=sys.stderr)
-        return BAD_INPUT
+        parser.error(f"--sequences and --seconds must be above 0, got {args.sequences} and {args.seconds}")
+    model = PRESETS[args.model]
     try:
-        rows = compare(sorted({int(word) for word in words}), model, args)
+        rows = compare(sorted({*args.processes}), model, args)
     except ProcessException as error:
         print(error, file=sys.stderr)
         return FAILED

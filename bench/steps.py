@@ -134,9 +134,8 @@ def build_model(who: str, config: GPT2Config, weights: dict[str, Tensor]) -> nn.
     import transformers
 
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    shape = {name: getattr(config, name) for name in names} | dict.fromkeys(
-        ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
-    )
+    shape = {name: getattr(config, name) for name in names}
+    shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, use_cache=False, attn_implementation="sdpa"))
     released = {"transformer." + name: t.T if name.endswith(TRANSPOSED) else t for name, t in unpadded.items()}
     model.load_state_dict(released | {"lm_head.weight": unpadded["wte.weight"]})

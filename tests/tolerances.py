@@ -8,6 +8,7 @@ float64 on the same rounded inputs. scale is the largest exact value, or 1 if al
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -30,6 +31,17 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
     pytest.param(torch.float16, id="fp16"),
 ]
+
+
+def slow_beside_fp32(shapes: Sequence, *long: str) -> list:
+    """Every shape in every dtype. Shapes with one of these words in their id, at which the interpreter takes seconds,
+    are slow tests in the low precisions: those are rounded alike at the other shapes."""
+    found = []
+    for shape, dtype in product(shapes, DTYPES):
+        is_slow = dtype.id != "fp32" and DEVICE.type == "cpu" and any(word in shape.id for word in long)
+        marks = pytest.mark.slow if is_slow else ()
+        found.append(pytest.param(*shape.values, *dtype.values, id=f"{shape.id}-{dtype.id}", marks=marks))
+    return found
 
 
 @pytest.fixture

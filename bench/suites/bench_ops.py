@@ -13,13 +13,13 @@ from model.presets import PRESETS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32} if ON_GPU else {"fp32": torch.float32}
 HOW = ("torch", "compile", "triton")
-OTHERS = {"linear_cross_entropy": ("plain",), "attention": tuple(cases.SDPA_BACKENDS) if ON_GPU else ()}
+OTHERS = {"linear_cross_entropy": ("plain",), "attention": tuple(cases.SDPA) if ON_GPU else ()}
 # Whole logits of 8,192 rows are 1.65 GB; a CPU's presets have few rows.
 HEAD = "8192-rows"
 
 
 def all_cases() -> list:
-    quick = {QUICK: (*HOW, "plain", *cases.SDPA_BACKENDS), "mini": ("torch",)}
+    quick = {QUICK: (*HOW, "plain", *cases.SDPA), "mini": ("torch",)}
     found = [
         case(op, preset, precision, how, is_quick=how in quick.get(preset, ()))
         for op, preset, precision in product(MODULES, SEQUENCES, DTYPES)

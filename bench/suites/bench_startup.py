@@ -1,6 +1,5 @@
 """How long one waits: for `gpt2 --help`, and for a run of one step."""
 
-import importlib.util
 import json
 import math
 import os
@@ -19,18 +18,12 @@ from engine.tokens.prepare import PrepareConfig, prepare
 ROUNDS = 3
 MAX_FIRST_LOSS = 2 * math.log(257)  # nats; bytes drawn at random would cost ln 257
 
-if importlib.util.find_spec("tyro") is None:
-    pytest.skip("the command line needs tyro, which is not installed", allow_module_level=True)
+pytest.importorskip("tyro", reason="the command line needs tyro, which is not installed")
 
 
 def python(*args: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *args]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return subprocess.check_output([sys.executable, *args], cwd=ROOT, env=environment, text=True)
 
 
 def test_help(measure):

@@ -18,7 +18,8 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
 
     def write(name: str, facts: dict, rows: list[Row]) -> None:
-        results.write(tmp_path / "results" / "here" / name, results.dumps(facts, rows))
+        (tmp_path / "results" / "here").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / "here" / name).write_text(results.dumps(facts, rows))
 
     return write
 
@@ -49,7 +50,6 @@ def test_nothing_measured_is_said(write):
     assert [cell.strip() for cell in table[2].split("|")[1:5]] == [
         *("**this engine**, bf16", "H200", "not yet measured", "not yet measured")
     ]
-    assert all("estimate" in line and "not a measurement" in line for line in table[3:5])
     assert any("8 x H100" in line and "468,000" in line and "40.5%" in line for line in table)
 
 
@@ -63,7 +63,6 @@ def test_a_measured_step_takes_the_place_of_the_promise(write):
     write("gpu.json", {"gpu": "NVIDIA H200", "machine": "NVIDIA H200"}, rows)
     table = report.gpu()
     assert "not yet measured" not in table
-    assert "estimate" not in table
     cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in table.splitlines()[2:4]]
     assert cells[0] == ["**this engine**, bf16, compiled, B = 64", "1 x H200", "123,457", "45.6%"]
     assert cells[1] == ["plain PyTorch, bf16, compiled, B = 64", "1 x H200", "1,000", ""]

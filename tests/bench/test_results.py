@@ -21,10 +21,10 @@ def test_spread_is_the_median_with_percentiles():
 
 def test_figures_go_to_json_and_back(tmp_path):
     row = Row("step", "a", "ours", note="n", facts={"batch": 4}, figures={"step": Figure(1.5, "s", 1.0, 2.0, 5)})
-    results.write(tmp_path / "f.json", results.dumps({"machine": "m"}, [row]))
+    (tmp_path / "f.json").write_text(results.dumps({"machine": "m"}, [row]))
     assert results.read(tmp_path / "f.json") == ({"machine": "m"}, [row])
     row.figures["loss"] = results.exact(math.nan, "nats")  # JSON cannot hold it
-    results.write(tmp_path / "f.json", results.dumps({}, [row]))
+    (tmp_path / "f.json").write_text(results.dumps({}, [row]))
     assert [*results.read(tmp_path / "f.json")[1][0].figures] == ["step"]
 
 

@@ -4,14 +4,11 @@ On a CPU the profiler shows it. On a GPU PyTorch's sync debug mode raises at eve
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import ROOT
 
 from engine import optim
 from engine.config import OptimConfig
@@ -26,10 +23,7 @@ EACH_RANK = pytest.mark.parametrize("rank", [0, 1])
 @pytest.fixture(scope="module")
 def seen() -> dict:
     """Report of profile_replicas.py on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    script = str(Path(__file__).with_name("profile_replicas.py"))
-    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=180)
+    done = forks.run(Path(__file__).with_name("profile_replicas.py"), ranks=2, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 

@@ -4,14 +4,11 @@ parallel_replicas.py tries every mode in two launches. Each test reads its repor
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import ROOT
 from parallel_replicas import BATCH, CONFIG, NUM_STEPS, WAYS, build
 
 from engine import distributed
@@ -28,10 +25,8 @@ class Reports(dict):
     """Report by number of processes. Launches them when their report is first read."""
 
     def __missing__(self, n: int) -> dict:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        script = str(Path(__file__).with_name("parallel_replicas.py"))
-        done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=300)
+        script = Path(__file__).with_name("parallel_replicas.py")
+        done = forks.run(script, ranks=n, seconds=300, CUDA_VISIBLE_DEVICES="")
         assert done.returncode == 0, done.stderr
         self[n] = json.loads(done.stdout.splitlines()[-1])
         return self[n]

@@ -1,6 +1,7 @@
 """Attention against its float64 definition, and the definition against PyTorch and plain loops."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -50,12 +51,25 @@ WIDTHS = {
     128: "GPT-3 13B",
     256: "widest",
 }
-SHAPES = [
-    pytest.param((2 if T <= 65 else 1, T, 2 if D <= 64 else 1, D), id=f"T={T} {why}, D={D} {width}")
-    for D, width in WIDTHS.items()
-    for T, why in LENGTHS.items()
-    if D in (16, 64) or T in (65, 129) or DEVICE.type == "cuda"  # every pair would take the interpreter minutes
-]
+
+
+def cases() -> list:
+    """Every op, shape and dtype; those that are not quick are slow, since the interpreter takes a second for one.
+
+    Quick are GPT-2's width at every length and every width at one length, in float32, and some of both in float16.
+    """
+    found = []
+    for op, (D, width), (T, why), dtype in product(IMPLEMENTATIONS, WIDTHS.items(), LENGTHS.items(), DTYPES):
+        on_gpu, shape = DEVICE.type == "cuda", (2 if T <= 65 else 1, T, 2 if D <= 64 else 1, D)
+        if on_gpu or D in (16, 64) or T in (65, 129):  # every pair would take the interpreter minutes
+            is_fp32 = D == 64 or T == 65
+            is_fp16 = T in (65, 257) if D == 64 else T == 65 and D in (17, 256)
+            is_quick = on_gpu or op.id == "torch" or (is_fp32 if dtype.id == "fp32" else is_fp16)
+            words, marks = f"{op.id}-T={T} {why}, D={D} {width}-{dtype.id}", () if is_quick else pytest.mark.slow
+            found.append(pytest.param(*op.values, shape, *dtype.values, id=words, marks=marks))
+    return found
+
+
 SMALL = (2, 17, 3, 16)
 ODD = (2, 17, 3, 19)  # a tile of 32 columns reaches into the next head
 NAMES = "out dqkv"
@@ -84,14 +98,15 @@ def compare(op, qkv, dout, **options):
     assert_accurate(got, theirs, exact, qkv.dtype, NAMES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("op", "shape", "dtype"), cases())
 def test_matches_reference(op, shape, dtype):
     compare(op, *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("T", [T for T in LENGTHS if T not in (63, 127)])
+@pytest.mark.parametrize(
+    "T",
+    [T if T in (1, 17, 65, 257) else pytest.param(T, marks=pytest.mark.slow) for T in LENGTHS if T not in (63, 127)],
+)
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_without_a_causal_mask_matches_reference(op, T):
     compare(op, *inputs((2 if T <= 65 else 1, T, 2, 16)), is_causal=False)
@@ -254,7 +269,7 @@ def test_compiles_fullgraph(op):
 
 
 LAYOUTS = [
-    pytest.param(torch.clone, id="contiguous"),
+    pytest.param(torch.clone, id="contiguous", marks=pytest.mark.slow),  # as test_compiles_fullgraph has it
     pytest.param(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), id="permuted"),
 ]
 

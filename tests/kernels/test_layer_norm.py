@@ -11,6 +11,7 @@ from tolerances import (
     assert_bitwise,
     poisoned_memory,  # noqa: F401  (a fixture)
     randn,
+    slow_beside_fp32,
     values_and_gradients,
     widened,
 )
@@ -89,8 +90,7 @@ def compare(ops, x, residual, weight, bias, dy=None, **options):
         assert_accurate(got, theirs, exact, x.dtype, names)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), slow_beside_fp32(SHAPES, "GPT-2 XL", "more rows"))
 @pytest.mark.parametrize("ops", IMPLEMENTATIONS)
 def test_matches_reference(ops, shape, dtype):
     compare(ops, *inputs(shape, dtype))
@@ -249,7 +249,7 @@ def test_compiles_fullgraph(ops):
 
 
 LAYOUTS = [
-    pytest.param(torch.clone, id="contiguous"),
+    pytest.param(torch.clone, id="contiguous", marks=pytest.mark.slow),  # as test_compiles_fullgraph has it
     pytest.param(lambda x: x.transpose(0, -1).contiguous().transpose(0, -1), id="permuted"),
 ]
 

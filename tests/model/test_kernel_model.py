@@ -49,7 +49,7 @@ def loss_and_gradients(run, model, T=9):
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("T", [9, 32])
+@pytest.mark.parametrize("T", [9, pytest.param(32, marks=pytest.mark.slow)])
 def test_loss_and_every_gradient_equal_those_of_pytorch(T):
     model, plain = build(), build("torch")
     assert_same(loss_and_gradients(model, model, T), loss_and_gradients(plain, plain, T))
@@ -58,13 +58,13 @@ def test_loss_and_every_gradient_equal_those_of_pytorch(T):
 @pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.slow), "inductor"])
 def test_compiles_fullgraph_and_equals_eager(backend):
     torch._dynamo.reset()
-    model = build()
+    model = build(n_layer=1)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_same(loss_and_gradients(compiled, model), loss_and_gradients(model, model))
 
 
 def test_recomputed_blocks_give_the_same_gradients():
-    model, calls = build(dropout=0.2), []
+    model, calls = build(dropout=0.2, n_layer=1), []
     attention = model.ops.attention
     model.configure(
         replace(model.ops, attention=lambda qkv, **options: calls.append(1) or attention(qkv, **options)), torch.float32
@@ -75,7 +75,7 @@ def test_recomputed_blocks_give_the_same_gradients():
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     torch.manual_seed(1)
     assert_bitwise(loss_and_gradients(model, model), expected)
-    assert len(calls) == 2 + 4  # each block once, then twice
+    assert len(calls) == 1 + 2  # the block once, then twice
 
 
 @pytest.mark.slow

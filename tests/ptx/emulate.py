@@ -105,7 +105,7 @@ def _cases() -> dict[str, Callable]:
     from cases import CASES
     from training import training_case
 
-    return CASES | {"training": training_case}
+    return CASES | {"training": training_case, "long training": lambda: training_case(updates=5)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Five updates of a two-layer GPT-2 on the emulator: losses and gradients, beside PyTorch's and those in float64."""
+"""Updates of a two-layer GPT-2 on the emulator: losses and gradients, beside PyTorch's and those in float64."""
 
 import torch
 from cases import BF16, Comparison
@@ -7,10 +7,8 @@ from torch import Tensor
 
 from model.gpt2 import GPT2, GPT2Config
 
-UPDATES = 5
 
-
-def _run(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+def _run(backend: str, dtype: torch.dtype, updates: int) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """The losses, and each parameter's gradients, of the updates."""
     B, T, V = 2, 70, 600
     config = GPT2Config(n_layer=2, n_head=2, n_embd=128, n_positions=T, vocab_size=V)
@@ -23,7 +21,7 @@ def _run(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, list
     model.to(torch.float64 if dtype == torch.float64 else torch.float32).configure(backend, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, gradients = [], {name: [] for name, _ in model.named_parameters()}
-    for update in range(UPDATES):
+    for update in range(updates):
         tokens = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(update % 2))
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
@@ -35,9 +33,10 @@ def _run(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, list
     return losses, gradients
 
 
-def training_case() -> Comparison:
+def training_case(updates: int = 3) -> Comparison:
     """Training in bf16. Gradients are divided by the largest exact one, so that the bound is relative to it."""
-    runs = [_run(backend, dtype) for backend, dtype in (("triton", BF16), ("torch", BF16), ("torch", torch.float64))]
+    kinds = (("triton", BF16), ("torch", BF16), ("torch", torch.float64))
+    runs = [_run(*kind, updates) for kind in kinds]
     exact_losses, exact = runs[2]
     assert exact_losses[-1] < exact_losses[0], "it must learn"
     scales = {name: [one.abs().max() for one in gradients] for name, gradients in exact.items()}

@@ -1,6 +1,6 @@
 """engine/train.py with injected faults: `torchrun tests/whole/faulty.py FAULT:RANK:STEP[,...] PRESET --flags`.
 
-A fault happens on rank RANK at step STEP, in the first attempt only, so that a restart can succeed:
+A fault happens on rank RANK at step STEP, in the first attempt only, so that a restart can succeed ("slow" in all):
     nan       its loss is NaN                   inf       one of its gradients is infinite
     nudge     one weight changes by one bit     hang      it sleeps for an hour
     kill      SIGKILL to itself                 term      SIGTERM to itself
@@ -28,7 +28,7 @@ RANK = int(os.environ.get("RANK", 0))
 FAULTS = {}
 for entry in sys.argv[1].split(","):
     name, rank, at_step = entry.split(":")
-    if int(rank) == RANK and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if int(rank) == RANK and (name == "slow" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
         FAULTS[name] = int(at_step)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 

@@ -156,6 +156,9 @@ def parse_python(args: list[str], monkeypatch) -> None:
     if args[:2] == ["-m", "pytest"]:
         assert_paths_exist([word for word in args[2:] if "/" in word and not word.startswith("-")])
         return
+    if args[0] == "-c":
+        assert all(map(importlib.util.find_spec, re.fullmatch(r"import (.+)", args[1])[1].split(", ")))
+        return
     if args[0] == "-m":
         assert importlib.util.find_spec(args[1]), args[1]
         module, flags = importlib.import_module(args[1]), args[2:]

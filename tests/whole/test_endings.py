@@ -1,4 +1,4 @@
-"""Ends that come together: done and out of time, a signal in the last evaluation, an end before any save."""
+"""Ends: done and out of time, a signal in the last evaluation, before any save, after skips, without memory."""
 
 import json
 import os
@@ -6,10 +6,14 @@ import signal
 import time
 
 import pytest
+import torch
 from runs import assert_same_run, newest, train
+from safetensors.torch import load_file
 
 from engine import evaluation
 from engine.run import checkpoint
+from engine.tokens import batches
+from model.gpt2 import GPT2
 
 FLAGS = ["--num-steps", "2", "--eval-every", "None", "--save-every", "None"]
 
@@ -51,3 +55,30 @@ def test_what_a_run_left_that_never_saved_is_kept(shards, tmp_path, capfd):
     assert train(out, shards, *FLAGS) == 0
     assert (out / "metrics.jsonl.before1").read_bytes() == rows
     assert "what a run without a checkpoint left is kept as metrics.jsonl.before1" in capfd.readouterr().out
+
+
+def test_a_run_that_only_skips_ends_and_has_saved_no_such_number(shards, tmp_path, capfd, monkeypatch):
+    forward = GPT2.forward
+    calls = []
+
+    def spoiled(self, tokens, targets=None):
+        calls.append(None)
+        out = forward(self, tokens, targets)
+        return out * float("nan") if self.training and len(calls) > 8 else out
+
+    monkeypatch.setattr(GPT2, "forward", spoiled)
+    flags = ["--num-steps", "30", "--save-every", "1", "--eval-every", "None", "--max-skipped", "5"]
+    assert train(tmp_path / "run", shards, *flags) == 3
+    assert "got 5 updates in a row that were not" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run" / "heartbeat").read_text())["state"] == "failed"
+    for path in (tmp_path / "run/checkpoints").glob("step_*"):
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+
+
+def test_running_out_of_memory_names_the_flag_and_the_next_smaller_value(shards, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(batches.Batches, "at", lambda *_: torch.empty(10**15))
+    assert train(tmp_path / "run", shards, "--num-steps", "3", "--eval-every", "None") == 2
+    output = capfd.readouterr().err
+    assert "got out of memory at --micro-batch-size 4" in output
+    assert "try --micro-batch-size 2" in output
+    assert "Traceback" not in output

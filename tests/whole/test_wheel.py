@@ -59,8 +59,9 @@ def test_it_prepares_trains_and_samples_in_another_directory(installed, tmp_path
     where = run(python, "-c", "import engine, kernels, model; print(engine.__file__)", cwd=tmp_path)
     assert str(installed.parent) in where
     gpt2 = installed / "gpt2"
+    (tmp_path / "text.txt").write_text("".join(f"def f{number}(): return {number}\n" for number in range(9999)))
     bytes_of_fifth = ("--tokenizer", "bytes", "--val-fraction", "0.2")
-    assert "tokenizer bytes" in run(gpt2, "prepare", "stdlib", "--out", "data", *bytes_of_fifth, cwd=tmp_path)
+    assert "tokenizer bytes" in run(gpt2, "prepare", "text.txt", "--out", "data", *bytes_of_fifth, cwd=tmp_path)
     small = ("--num-steps", "3", "--eval-tokens", "1024", "--sample-tokens", "8")
     assert "done: 3 steps" in run(gpt2, "train", "tiny", "--data", "data", "--out", "run", *small, cwd=tmp_path)
     text = run(gpt2, "sample", "--run", "run", "--prompt", "def ", "--max-new-tokens", "8", cwd=tmp_path)

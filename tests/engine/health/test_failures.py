@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections import namedtuple
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ try:
 except Exception as error:
     print(type(error).__name__, out_of_memory(error))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forks.run("-c", program)
     assert done.stdout.split() == ["RuntimeError", "True"], done.stderr
 
 
@@ -178,13 +177,7 @@ os._exit(0)
 
 
 def test_a_real_peer_that_hangs_or_is_gone_is_recognised(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", PAIR, str(tmp_path / "pair")],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = forks.run("-c", PAIR, tmp_path / "pair", seconds=60)
     assert done.returncode == 0, done.stderr
     errors = [getattr(dist, name, RuntimeError)(message) for name, message in map(json.loads, done.stdout.splitlines())]
     assert len(errors) == 2

@@ -3,12 +3,11 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -295,9 +294,7 @@ with heartbeat:
 
 def test_a_hang_ends_the_process_with_step_phase_and_stacks(tmp_path):
     flags = [*SMALL, "--out", str(tmp_path), "--timeout-minutes", "0.02"]
-    done = subprocess.run(
-        [sys.executable, "-c", HANG, *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=40
-    )
+    done = forks.run("-c", HANG, *flags, seconds=40)
     assert done.returncode == LOST == 4
     assert "within the 0.02 min of --timeout-minutes, got none for 3 s: " in done.stderr
     assert "rank 0 at step 17 (evaluation): rank 1 was not heard of" in done.stderr

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT, SMALL
 
@@ -62,8 +61,7 @@ print(json.dumps(codes))
 def pairs(tmp_path_factory) -> tuple[Path, dict[str, int]]:
     """Directory with an OUT for each signal, and the exit code of rank 0 for each."""
     root = tmp_path_factory.mktemp("pairs")
-    arguments = [sys.executable, "-c", GONE, str(root), " ".join(SIGNALS), *SMALL]
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    done = forks.run("-c", GONE, root, " ".join(SIGNALS), *SMALL, seconds=90)
     assert done.returncode == 0, done.stderr
     return root, json.loads(done.stdout)
 

@@ -312,15 +312,25 @@ def _why_no_tmpfs() -> str | None:
 
 needs_tmpfs = pytest.mark.skipif((_reason := _why_no_tmpfs()) is not None, reason=_reason or "")
 
-# Trains with --out on a tmpfs of argv[1] bytes. With "fill" a file takes the rest of it after the first checkpoint.
-# The last line is JSON: exit code, step of the newest whole checkpoint, names of all.
-ON_A_SMALL_DISK = """
-import json, subprocess, sys
+# Trains with --out on a tmpfs of so many bytes, once for each. With "fill" a file takes the rest of it after the first
+# checkpoint. A fork each; the last line of each is JSON: exit code, step of the newest whole checkpoint, names of all.
+ON_SMALL_DISKS = """
+import json, os, subprocess, sys
 from pathlib import Path
-size, fill, disk = sys.argv[1], sys.argv[2] == "fill", Path(sys.argv[3])
-subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
 from engine import cli
 from engine.run import checkpoint
+asked = json.loads(sys.argv[2])
+for name, (size, fill, flags) in asked.items():
+    if os.fork() == 0:
+        break
+    os.wait()
+else:
+    sys.exit()
+disk = Path(sys.argv[1], name)
+disk.mkdir()
+said = os.open(f"{disk}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+os.dup2(said, 1), os.dup2(said, 2)
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
 out, write = disk / "run", checkpoint.write
 def then_fill(*args):
     path = write(*args)
@@ -336,7 +346,7 @@ if fill:
     checkpoint.write = then_fill
 KEPT = 0  # bytes left
 try:
-    cli.main(["train", *sys.argv[4:], "--out", str(out)])
+    cli.main(["train", *sys.argv[3:], *flags, "--out", str(out)])
 except SystemExit as end:
     code = end.code
 newest = checkpoint.newest(out, print)
@@ -345,29 +355,35 @@ print(json.dumps([code, newest and newest.step, names]))
 """
 
 
-def on_a_small_disk(disk: Path, shards: Path, size: str, fill: bool, *flags: str) -> tuple[list, str]:
-    """Runs ON_A_SMALL_DISK: ([exit code, step of the newest whole checkpoint, names of all], output)."""
-    disk.mkdir()
-    command = ["unshare", "-Urm", sys.executable, "-c", ON_A_SMALL_DISK, size, "fill" if fill else "", str(disk)]
-    done = subprocess.run(
-        [*command, *SMALL, "--data", str(shards), *flags], env=ENVIRONMENT, capture_output=True, text=True, timeout=100
-    )
+DISKS = {  # size, whether it fills up, flags
+    "small": ("2m", False, ["--num-steps", "2"]),
+    "full": ("8m", True, ["--num-steps", "12", "--save-every", "2", "--eval-every", "None", "--keep-last", "1"]),
+}
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory, shards) -> dict[str, tuple[list, str]]:
+    """Of each disk ([exit code, step of the newest whole checkpoint, names of all], output)."""
+    root = tmp_path_factory.mktemp("disks")
+    command = ["unshare", "-Urm", sys.executable, "-c", ON_SMALL_DISKS, str(root), json.dumps(DISKS)]
+    command += [*SMALL, "--data", str(shards)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
+    texts = {name: (root / f"{name}.txt").read_text() for name in DISKS}
+    return {name: (json.loads(text.splitlines()[-1]), text) for name, text in texts.items()}
 
 
 @needs_tmpfs
-def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_training(tmp_path, shards):
-    ended, output = on_a_small_disk(tmp_path / "disk", shards, "2m", False, "--num-steps", "2")
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_training(disks):
+    ended, output = disks["small"]
     assert ended == [BAD_INPUT, None, []]
     assert "must have 2.5 MiB free, for 1 checkpoint of 1.5 MiB, got 2.0 MiB; make room there" in output
     assert "step:" not in output
 
 
 @needs_tmpfs
-def test_a_disk_that_fills_up_costs_no_whole_checkpoint(tmp_path, shards):
-    flags = ["--num-steps", "12", "--save-every", "2", "--eval-every", "None", "--keep-last", "1"]
-    ended, output = on_a_small_disk(tmp_path / "disk", shards, "8m", True, *flags)
+def test_a_disk_that_fills_up_costs_no_whole_checkpoint(disks):
+    ended, output = disks["full"]
     assert ended == [BAD_INPUT, 2, ["step_00000002"]]
     assert output.count("checkpoint: saving must write 1.5 MiB to ") == 3  # two warnings and the final error
     assert output.count("got 0.0 MiB free: ") == 3
