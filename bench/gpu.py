@@ -47,8 +47,10 @@ WORDS = {  # of each section
     "counts 6 (N - wpe) + 12 L C T FLOPs per token, over the data sheet's dense bf16 peak. Memory: PyTorch's.",
     "ceilings": "",
     "ops": "Of ceiling: of the matrix product's FLOP/s or the copy's B/s. Peak memory: above the inputs.",
+    "accuracy": "||out - ref|| / ||ref||, ref in float64.",
 }
 LONG = ("attention", "linear_cross_entropy")  # ops with more implementations
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
 COMPILED = tuple(Peer(who, "compiled") for who in ("ours", "reference", "transformers"))
 EAGER = tuple(Peer(who, "eager") for who in ("ours", "reference", "transformers", "ours on torch"))
 STEPS = {
@@ -68,10 +70,12 @@ SIZES = {
 PLAN = (
     Part("self-check", "bf16", 30),
     Part("ceilings", "matmul and copy", 20),
+    *(Part("accuracy", op, 25 if op == "attention" else 9) for op in MODULES),
     Part("step", "bf16 compiled", 220),
     *(Part(MODULES[op].__name__.rpartition(".")[2], op, 50 if op in LONG else 25) for op in MODULES),
     Part("step", "bf16 eager", 80),
     *(Part("step", name, 80) for name in [*STEPS][2:]),
+    Part("accuracy", "attention_documents", 25),
     Part("attention", "attention_documents", 50),
     Part("sizes", "gpt2-medium", 120),
     Part("sizes", "gpt2-large", 160),
@@ -174,6 +178,7 @@ class Run:
         kinds = {
             "self-check": self.self_check,
             "ceilings": self.ceilings,
+            "accuracy": self.accuracy,
             "step": self.steps,
             "sizes": self.steps,
         }
@@ -226,6 +231,16 @@ class Run:
             samples = [self.ask(part, row, "ceiling", kind=kind, precision=precision) for _ in range(8)]
             if None not in samples:
                 row.figures["rate"] = spread(samples[1:], unit)
+                self.put(row)
+
+    def accuracy(self, part: Part) -> None:
+        """Ours, twice the same bits, and PyTorch's against float64."""
+        for precision in ("fp32",) if self.record.is_dry else PRECISIONS:
+            row = Row("accuracy", f"{part.name} {precision}", "triton")
+            found = self.ask(part, row, "accuracy", op=part.name, precision=precision)
+            for name, (ours, theirs) in (found or {}).items():
+                row.figures |= {f"{name}, ours": exact(ours, ""), f"{name}, PyTorch": exact(theirs, "")}
+            if found is not None:
                 self.put(row)
 
     def ops(self, part: Part) -> None:

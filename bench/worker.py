@@ -23,12 +23,14 @@ from bench.processes import serve
 from bench.results import Figure, spread
 from engine.checks import selfcheck
 from engine.config import PRESETS as TRAINING
-from engine.device import COMPUTE_DTYPES, peak_flops, tune_malloc
+from engine.device import COMPUTE_DTYPES, apply_precision, peak_flops, tune_malloc
+from kernels import accuracy
 from kernels.cases import Sizes, outputs_of, values
 from kernels.dispatch import select
 from model.presets import PRESETS, GPT2Config
 
 GPT2 = Sizes.of(PRESETS["gpt2"], B=64)
+MODERATE = Sizes.of(PRESETS["gpt2"], B=2)  # the definition in float64 takes milliseconds
 DRY = Sizes(B=2, T=5, H=1, D=16, V=61, Vp=64)
 
 
@@ -73,6 +75,15 @@ class Handlers:
         asked = selfcheck.request(TRAINING["gpt2"], precision, ops, self.device)
         failed = selfcheck.failures(asked, lambda line: print(line, file=sys.stderr, flush=True))
         return {op: failed.get(op, "") for op in asked["ops"]}
+
+    def accuracy(self, op: str, precision: str) -> dict[str, tuple[float, float]]:
+        """{output or gradient: (our relative error, PyTorch's)} of Triton's op: see kernels.accuracy."""
+        torch.manual_seed(0)
+        sizes, dtype = DRY if self.is_dry else MODERATE, apply_precision(precision)
+        inputs = accuracy.inputs_as_in_the_model(op, sizes, dtype, torch.float32, self.device)
+        found = accuracy.errors(op, inputs, sizes)
+        torch.set_float32_matmul_precision("highest")
+        return found
 
     def peers(self, op: str) -> list[str]:
         self._enter(op)

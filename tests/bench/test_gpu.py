@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `pytho
 from bench import gpu, processes
 from bench.gpu import PLAN, Record
 from bench.processes import Failed, Worker
-from bench.results import Figure, Row, exact
+from bench.results import Figure, Row, exact, find
 
 OPS = {
     "attention": ("triton", "torch", "compile", "sdpa flash", "sdpa cudnn", "sdpa efficient"),
@@ -107,6 +107,8 @@ def test_dry_run_checks_every_case(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = Record.load(out).rows
     assert (cases_of(rows, "ops"), cases_of(rows, "step")) == (each(OPS), each(STEPS))
+    for op in OPS:
+        assert find(rows, "accuracy", f"{op} fp32", "triton")
     assert not re.search("^## (Failed|Left out)", (out / "gpu.md").read_text(), re.MULTILINE)
 
 
@@ -188,7 +190,7 @@ def test_some_sections_and_then_the_rest(tmp_path, monkeypatch, capsys):
     assert ended_with(["--out", str(tmp_path / "none"), "--dry-run", "--resume"]) == 2
     assert "holds none; leave --resume away" in capsys.readouterr().err
     assert ended_with([*dry, "--only", "ceilings,lost"]) == 2
-    assert "must name some of self-check,ceilings,step," in capsys.readouterr().err
+    assert "must name some of self-check,ceilings,accuracy,step," in capsys.readouterr().err
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------------
