@@ -65,7 +65,7 @@ FOLDERS = {
         "planning",
         "viewing",
     },
-    "comparison": {"records", "references", "overlay", "compare", "welch", "page"},
+    "comparison": {"records", "references", "overlay", "compare", "welch", "equal_loss", "page"},
     "tuning": {"search", "ops", "steps", "record", "tune", "choices"},
     "health": {"heartbeat", "verdict", "failures", "stopping", "replicas", "timing", "busy"},
 }

@@ -1,0 +1,250 @@
+"""Tokens and seconds that each recipe needs to the same validation loss: `python -m bench.learning DIR`.
+
+Every run is one `gpt2 train` with one thread on Python's standard library. DIR holds the run directories; the same
+command goes on where it was stopped. Learning rates were chosen by `--tune`, which trains with seeds of its own and
+validates on a tenth of the training text. Reported is the loss on the validation documents, which no choice saw.
+
+The reference is a case's first arm. See engine.comparison.equal_loss for the ratios and their intervals. "adamw again"
+differs from "adamw" in its seeds alone, so its ratio must be 1 within its interval. Exit codes: 0 done, 1 a run failed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import machine, measure, results, tables
+from bench.results import Figure, Row, spread
+from engine import start
+from engine.comparison import equal_loss
+from engine.comparison.equal_loss import Losses
+from engine.config import batch_shape, parse
+from engine.distributed import Ranks
+from engine.run import plots
+from engine.run.rows import METRICS_FILE
+from engine.tokens import tokenizer
+from engine.tokens.shards import TokenStream
+from model.gpt2 import GPT2
+
+FACTORS, TUNING_SEEDS = (0.5, 0.71, 1.0, 1.41, 2.0), range(101, 103)  # of an arm's learning rates; of no reported run
+RATES = ("--optim.lr", "--optim.muon-lr")
+ALL = "--eval-every None --save-every None --save-every-minutes None --sample-tokens 1 --check-replicas-every None"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe, in flags of `gpt2 train`, and the runs that measure it."""
+
+    name: str
+    flags: str
+    lengths: tuple[int, ...]  # steps, each with a whole schedule of its own
+    seeds: range = range(1, 4)
+    like: str = ""  # the arm whose slope one of a single length borrows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its data. The first arm is the reference."""
+
+    name: str
+    flags: str
+    tokenizer: str
+    arms: tuple[Arm, ...]
+
+
+CASES: tuple[Case, ...] = ()
+
+
+def gpt2(*words: object) -> None:
+    """Runs the command `gpt2` with one thread. Raises CalledProcessError if it fails."""
+    command = [sys.executable, "-m", "engine.cli", *map(str, words)]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, check=True)
+
+
+def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
+    """Two data sets of the standard library: for tuning, from the training documents alone, and for the report."""
+    whole, part = (directory / f"data-{case.tokenizer}-{kind}" for kind in ("all", "tuning"))
+    gpt2("prepare", "stdlib", "--out", whole, "--tokenizer", case.tokenizer, "--val-fraction", "0.2")
+    text = part.with_name(f"{part.name}-text")
+    if not text.exists():
+        words, writing = tokenizer.load(case.tokenizer), text.with_name(f"{text.name}.writing")
+        writing.mkdir(exist_ok=True)
+        tokens = TokenStream.open(whole, "train", words.vocab_size)
+        tokens = tokens.read(0, len(tokens))
+        for number, document in enumerate(np.split(tokens, np.flatnonzero(tokens == words.end_of_text))):
+            (writing / f"{number:05d}.txt").write_bytes(words.decode_bytes(document[1:].tolist()))
+        writing.rename(text)
+    gpt2("prepare", text, "--out", part, "--tokenizer", case.tokenizer, "--val-fraction", "0.1")
+    return part, whole
+
+
+def run(case: Case, flags: str, steps: int, seed: int, data: Path, out: Path) -> float:
+    """Final validation loss of one run, which is made if it is not there. Raises CalledProcessError if it fails."""
+    if (loss := final_loss(out, steps)) is None:
+        own = f"{ALL} --num-steps {steps} --seed {seed} --data {data} --out {out}"
+        gpt2("train", *f"{case.flags} {flags} {own}".split())
+        loss = final_loss(out, steps)
+    return loss
+
+
+def final_loss(out: Path, steps: int) -> float | None:
+    """The validation loss of the last step, or None if the run is not there yet."""
+    if not (out / METRICS_FILE).exists():
+        return None
+    rows = [json.loads(line) for line in (out / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    return next((row["val_loss"] for row in reversed(rows) if row["step"] == steps and "val_loss" in row), None)
+
+
+def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, float]:
+    """Losses of runs by (name, flags, steps, seed), some at a time, each with one thread."""
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {}
+        for key in wanted:
+            name, flags, steps, seed = key
+            where = out / case.name / name.replace(" ", "-") / f"{steps}-steps-seed-{seed}"
+            jobs[key] = pool.submit(run, case, flags, steps, seed, data, where)
+        found = {}
+        for key, job in jobs.items():
+            found[key] = job.result()
+            print(case.name, key[0], f"{key[2]} steps, seed {key[3]}: {found[key]:.4f}", flush=True)
+    return found
+
+
+def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
+    """A row for each arm: losses, tokens and seconds to the reference's loss."""
+    _, data = prepare(case, directory)
+    wanted = [(arm.name, arm.flags, steps, seed) for arm in case.arms for steps in arm.lengths for seed in arm.seeds]
+    found = in_parallel(workers, case, wanted, data, directory / "runs")
+    losses: dict[str, Losses] = {arm.name: {} for arm in case.arms}
+    for arm in case.arms:
+        for steps in arm.lengths:
+            losses[arm.name][steps] = np.array([found[arm.name, arm.flags, steps, seed] for seed in arm.seeds])
+    seconds = step_seconds(case, data)
+    rows = []
+    for arm in case.arms:
+        own, like = losses[arm.name], losses[arm.like or arm.name]
+        row = Row("learning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"})
+        row.facts["losses"] = {str(steps): [round(float(loss), 4) for loss in each] for steps, each in own.items()}
+        row.figures = {
+            f"loss at {steps:,} steps": figure(equal_loss.mean(each), "nats", len(each)) for steps, each in own.items()
+        }
+        row.figures["step"] = spread(seconds[arm.name], "s")
+        if arm is not case.arms[0]:
+            estimate = equal_loss.ratio(own, like, losses[case.arms[0].name])
+            tokens = figure(estimate, "x", len(arm.seeds))
+            cost = row.value("step") / rows[0].value("step")
+            row.figures |= {"tokens": tokens, "seconds": results.scaled(tokens, cost, "x")}
+        rows.append(row)
+    return rows
+
+
+def figure(estimate: equal_loss.Estimate, unit: str, n: int) -> Figure:
+    """The figure of an estimate. Its low and high are those of the interval of 95%."""
+    return Figure(estimate.value, unit, estimate.low, estimate.high, n)
+
+
+def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
+    """Seconds of an update of each arm with one thread, in turns."""
+    torch.set_num_threads(1)
+    steps, tokens = {}, None
+    for arm in case.arms:
+        config = parse([*f"{case.flags} {arm.flags}".split(), "--data", str(data)], "bench.learning")
+        step = start.build_step(config, GPT2(config.model), Ranks(0, 0, 1, torch.device("cpu")), "fp32", False)
+        if tokens is None:
+            B, T = batch_shape(config, 1)[0], config.sequence_length
+            tokens = torch.randint(config.model.vocab_size, (B, T + 1))
+        micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * batch_shape(config, 1)[1]
+        updates = itertools.count()
+
+        def once(step=step, micro_batches=micro_batches, updates=updates, lr=config.optim.lr) -> float:
+            began = time.perf_counter()
+            step(next(updates), micro_batches, lr)
+            return time.perf_counter() - began
+
+        steps[arm.name] = once
+    for once in steps.values():
+        once()  # allocates
+    return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
+
+
+def tune(case: Case, directory: Path, workers: int) -> list[Row]:
+    """A row for the arms that are compared: losses on the tuning text over the factors of their learning rates."""
+    data, _ = prepare(case, directory)
+    arms, wanted = [arm for arm in case.arms if len(arm.seeds) > 3], {}
+    for arm in arms:
+        for factor in FACTORS:
+            words = arm.flags.split()
+            for at, word in enumerate(words[:-1]):
+                if word in RATES:
+                    words[at + 1] = f"{float(words[at + 1]) * factor:.3g}"
+            for seed in TUNING_SEEDS:
+                wanted[arm.name, factor, seed] = (f"{arm.name} x{factor}", " ".join(words), arm.lengths[0], seed)
+    found = in_parallel(workers, case, [*wanted.values()], data, directory / "tuning")
+    rows = []
+    for arm in arms:
+        row = Row("tuning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"})
+        for factor in FACTORS:
+            each = np.array([found[wanted[arm.name, factor, seed]] for seed in TUNING_SEEDS])
+            row.figures[f"rate x {factor}"] = figure(equal_loss.mean(each), "nats", len(each))
+        rows.append(row)
+    return rows
+
+
+def picture(rows: list[Row], out: Path) -> None:
+    """Losses over steps of the reference and of the arms of several lengths, with a line at the reference's."""
+    reference = rows[0]
+    (target,) = reference.figures[next(name for name in reference.figures if name.startswith("loss"))][:1]
+    drawn, axes = plots.new_figure(
+        "Loss at the end of a run", f"{reference.case}; bars: 95% of the mean", "steps of the run", "validation loss"
+    )
+    for row in rows:
+        points = [(int(steps), np.array(each)) for steps, each in row.facts["losses"].items()]
+        if row is reference or len(points) > 1:
+            means = [equal_loss.mean(each) for _, each in points]
+            bars = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+            label = f"{row.peer}, n = {len(points[0][1])}"
+            axes.errorbar([n for n, _ in points], [m.value for m in means], bars, marker="o", capsize=3, label=label)
+    axes.axhline(target, color="#444444", linewidth=1, linestyle="--")
+    axes.set_xscale("log")
+    axes.legend(frameon=False)
+    plots.save(drawn, out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains what is missing, prints the table, and with --save writes it; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="of the run directories")
+    parser.add_argument("--case", choices=[case.name for case in CASES], help="default: all")
+    parser.add_argument("--tune", action="store_true", help="try factors of the learning rates, on the tuning text")
+    parser.add_argument("--workers", type=int, default=machine.cores(), help="runs at a time, of one thread each")
+    parser.add_argument("--picture", type=Path, help="draw the losses of the first case into this PNG")
+    parser.add_argument("--save", action="store_true", help="write learning.json to this machine's directory")
+    args = parser.parse_args(arguments)
+    made = []
+    try:
+        for case in CASES:
+            if args.case in (None, case.name):
+                made.append((tune if args.tune else rows_of)(case, args.directory, args.workers))
+    except subprocess.CalledProcessError as error:
+        print(f"learning: a run must end well, got exit code {error.returncode} of {error.cmd}", file=sys.stderr)
+        return 1
+    rows = [row for each in made for row in each]
+    print(tables.of(rows))
+    if args.picture:
+        picture(made[0], args.picture)
+    if args.save:
+        results.save("learning", machine.facts(), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Steps that one recipe needs to the loss of another, with an interval, from runs of several seeds and lengths.
+
+The target is the reference's mean loss at its full length. Between two lengths of a recipe its mean
+loss is taken as linear in the logarithm of the steps. The interval is the middle LEVEL of the
+ratios of DRAWS draws of every recipe's seeds, with replacement (Efron 1979, the bootstrap).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.comparison import welch
+from engine.comparison.welch import LEVEL
+
+DRAWS = 4000
+Losses = dict[int, np.ndarray]  # final losses of a recipe: by steps, one of each seed
+
+
+class Estimate(NamedTuple):
+    """A number, and the interval of confidence LEVEL around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(losses: np.ndarray) -> Estimate:
+    """The mean of the seeds' losses, with Student's interval. At least two of them."""
+    half = welch.quantile(0.5 + LEVEL / 2, len(losses) - 1) * losses.std(ddof=1) / math.sqrt(len(losses))
+    return Estimate(float(losses.mean()), float(losses.mean() - half), float(losses.mean() + half))
+
+
+def slope(losses: Losses) -> float:
+    """Change of the mean loss with the logarithm of the steps, between the shortest and the longest runs."""
+    first, last = min(losses), max(losses)
+    return (losses[last].mean() - losses[first].mean()) / math.log(last / first)
+
+
+def steps_to(target: float, losses: Losses, like: Losses) -> float:
+    """Steps at which a recipe's mean loss is the target; beyond its lengths along the nearest two.
+
+    like: a recipe of several lengths, whose slope one of a single length borrows.
+    """
+    lengths = sorted(losses)
+    means = [losses[steps].mean() for steps in lengths]
+    if len(lengths) == 1:
+        return lengths[0] * math.exp((target - means[0]) / slope(like))
+    right = min(max(1, sum(mean > target for mean in means)), len(lengths) - 1)
+    share = (target - means[right - 1]) / (means[right] - means[right - 1])
+    return lengths[right - 1] * (lengths[right] / lengths[right - 1]) ** share
+
+
+def ratio(recipe: Losses, like: Losses, reference: Losses) -> Estimate:
+    """The recipe's steps to the reference's loss at its full length, over that length."""
+    full, random = max(reference), np.random.default_rng(1)
+
+    def drawn(losses: Losses) -> Losses:
+        return {steps: random.choice(each, len(each)) for steps, each in losses.items()}
+
+    found = [steps_to(drawn(reference)[full].mean(), drawn(recipe), drawn(like)) / full for _ in range(DRAWS)]
+    low, high = np.quantile(found, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return Estimate(float(steps_to(reference[full].mean(), recipe, like) / full), float(low), float(high))
