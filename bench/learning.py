@@ -35,8 +35,8 @@ from engine.tokens import tokenizer
 from engine.tokens.shards import TokenStream
 from model.gpt2 import GPT2
 
-FACTORS, TUNING_SEEDS = (0.5, 0.71, 1.0, 1.41, 2.0), range(101, 103)  # of an arm's learning rates; of no reported run
-RATES = ("--optim.lr", "--optim.muon-lr")
+EIGHT = range(1, 9)  # seeds of the arms that matter
+FACTORS, TUNING_SEEDS = (0.6, 1.0, 1.7), range(101, 103)  # of an arm's learning rates; of no reported run
 ALL = "--eval-every None --save-every None --save-every-minutes None --sample-tokens 1 --check-replicas-every None"
 
 
@@ -61,7 +61,19 @@ class Case:
     arms: tuple[Arm, ...]
 
 
-CASES: tuple[Case, ...] = ()
+WARM = "--optim.name adamw --optim.lr 3e-3 --optim.warmup-tokens 77824"
+GPT3 = f"{WARM} --optim.schedule cosine --optim.min-lr-ratio 0.1 --optim.beta2 0.95"  # as the GPT presets have it
+BYTES = (
+    Arm("adamw", GPT3, (760,), EIGHT),
+    Arm("recipe", "", (304, 380), EIGHT),
+    Arm("adamw, tuned", f"{WARM} --optim.beta1 0.8", (760,), EIGHT, like="recipe"),
+    Arm("recipe, cosine", "--optim.schedule cosine --optim.min-lr-ratio 0.1", (380,), like="recipe"),
+    Arm("recipe, momentum 0.95", "--optim.muon-momentum 0.95", (380,), like="recipe"),
+    Arm("recipe, Muon at 0.02", "--optim.muon-lr 0.02", (380,), like="recipe"),
+    Arm("recipe, warm-up of a tenth", "--optim.warmup-tokens 77824", (380,), like="recipe"),
+    Arm("adamw again", GPT3, (760,), range(9, 17), like="recipe"),
+)
+CASES = (Case("tiny", "tiny", "bytes", BYTES),)
 
 
 def gpt2(*words: object) -> None:
@@ -89,34 +101,29 @@ def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
 
 def run(case: Case, flags: str, steps: int, seed: int, data: Path, out: Path) -> float:
     """Final validation loss of one run, which is made if it is not there. Raises CalledProcessError if it fails."""
-    if (loss := final_loss(out, steps)) is None:
+
+    def last_row() -> dict:
+        path = out / METRICS_FILE
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else {}
+
+    if last_row().get("step") != steps or "val_loss" not in last_row():
         own = f"{ALL} --num-steps {steps} --seed {seed} --data {data} --out {out}"
         gpt2("train", *f"{case.flags} {flags} {own}".split())
-        loss = final_loss(out, steps)
-    return loss
-
-
-def final_loss(out: Path, steps: int) -> float | None:
-    """The validation loss of the last step, or None if the run is not there yet."""
-    if not (out / METRICS_FILE).exists():
-        return None
-    rows = [json.loads(line) for line in (out / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    return next((row["val_loss"] for row in reversed(rows) if row["step"] == steps and "val_loss" in row), None)
+    return last_row()["val_loss"]
 
 
 def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, float]:
     """Losses of runs by (name, flags, steps, seed), some at a time, each with one thread."""
+
+    def one(key: tuple[str, str, int, int]) -> float:
+        name, flags, steps, seed = key
+        where = out / case.name / name.replace(" ", "-") / f"{steps}-steps-seed-{seed}"
+        loss = run(case, flags, steps, seed, data, where)
+        print(f"{case.name}, {name}, {steps} steps, seed {seed}: {loss:.4f}", flush=True)
+        return loss
+
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {}
-        for key in wanted:
-            name, flags, steps, seed = key
-            where = out / case.name / name.replace(" ", "-") / f"{steps}-steps-seed-{seed}"
-            jobs[key] = pool.submit(run, case, flags, steps, seed, data, where)
-        found = {}
-        for key, job in jobs.items():
-            found[key] = job.result()
-            print(case.name, key[0], f"{key[2]} steps, seed {key[3]}: {found[key]:.4f}", flush=True)
-    return found
+        return dict(zip(wanted, pool.map(one, wanted), strict=True))
 
 
 def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
@@ -125,24 +132,21 @@ def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
     wanted = [(arm.name, arm.flags, steps, seed) for arm in case.arms for steps in arm.lengths for seed in arm.seeds]
     found = in_parallel(workers, case, wanted, data, directory / "runs")
     losses: dict[str, Losses] = {arm.name: {} for arm in case.arms}
-    for arm in case.arms:
-        for steps in arm.lengths:
-            losses[arm.name][steps] = np.array([found[arm.name, arm.flags, steps, seed] for seed in arm.seeds])
+    for (name, _, steps, _), loss in found.items():
+        losses[name][steps] = np.append(losses[name].get(steps, []), loss)
     seconds = step_seconds(case, data)
     rows = []
     for arm in case.arms:
         own, like = losses[arm.name], losses[arm.like or arm.name]
-        row = Row("learning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"})
+        row = Row("learning", case.name, arm.name, note=f"{arm.lengths[-1]} steps, {len(arm.seeds)} seeds")
+        row.facts["flags"] = f"{case.flags} {arm.flags}"
         row.facts["losses"] = {str(steps): [round(float(loss), 4) for loss in each] for steps, each in own.items()}
-        row.figures = {
-            f"loss at {steps:,} steps": figure(equal_loss.mean(each), "nats", len(each)) for steps, each in own.items()
-        }
+        row.figures = {"loss": figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", len(arm.seeds))}
         row.figures["step"] = spread(seconds[arm.name], "s")
         if arm is not case.arms[0]:
-            estimate = equal_loss.ratio(own, like, losses[case.arms[0].name])
-            tokens = figure(estimate, "x", len(arm.seeds))
-            cost = row.value("step") / rows[0].value("step")
-            row.figures |= {"tokens": tokens, "seconds": results.scaled(tokens, cost, "x")}
+            tokens = figure(equal_loss.ratio(own, like, losses[case.arms[0].name]), "x", len(arm.seeds))
+            row.figures["tokens"] = tokens
+            row.figures["seconds"] = results.scaled(tokens, row.value("step") / rows[0].value("step"), "x")
         rows.append(row)
     return rows
 
@@ -155,39 +159,32 @@ def figure(estimate: equal_loss.Estimate, unit: str, n: int) -> Figure:
 def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
     """Seconds of an update of each arm with one thread, in turns."""
     torch.set_num_threads(1)
-    steps, tokens = {}, None
+    steps = {}
     for arm in case.arms:
         config = parse([*f"{case.flags} {arm.flags}".split(), "--data", str(data)], "bench.learning")
         step = start.build_step(config, GPT2(config.model), Ranks(0, 0, 1, torch.device("cpu")), "fp32", False)
-        if tokens is None:
-            B, T = batch_shape(config, 1)[0], config.sequence_length
-            tokens = torch.randint(config.model.vocab_size, (B, T + 1))
-        micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * batch_shape(config, 1)[1]
-        updates = itertools.count()
+        (B, count), T = batch_shape(config, 1), config.sequence_length
+        tokens = (torch.arange(B * (T + 1)) % config.model.vocab_size).view(B, T + 1)
+        batch, updates = [(tokens[:, :-1], tokens[:, 1:])] * count, itertools.count()
 
-        def once(step=step, micro_batches=micro_batches, updates=updates, lr=config.optim.lr) -> float:
+        def once(step=step, batch=batch, updates=updates) -> float:
             began = time.perf_counter()
-            step(next(updates), micro_batches, lr)
+            step(next(updates), batch, 1e-3)
             return time.perf_counter() - began
 
         steps[arm.name] = once
-    for once in steps.values():
-        once()  # allocates
+    _ = [once() for once in steps.values()]  # the first update allocates
     return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
 
 
 def tune(case: Case, directory: Path, workers: int) -> list[Row]:
-    """A row for the arms that are compared: losses on the tuning text over the factors of their learning rates."""
+    """A row for each arm of EIGHT: losses on the tuning text over the factors of its learning rates."""
     data, _ = prepare(case, directory)
-    arms, wanted = [arm for arm in case.arms if len(arm.seeds) > 3], {}
-    for arm in arms:
-        for factor in FACTORS:
-            words = arm.flags.split()
-            for at, word in enumerate(words[:-1]):
-                if word in RATES:
-                    words[at + 1] = f"{float(words[at + 1]) * factor:.3g}"
-            for seed in TUNING_SEEDS:
-                wanted[arm.name, factor, seed] = (f"{arm.name} x{factor}", " ".join(words), arm.lengths[0], seed)
+    arms, wanted = [arm for arm in case.arms if arm.seeds == EIGHT], {}
+    for arm, factor, seed in itertools.product(arms, FACTORS, TUNING_SEEDS):
+        optim = parse(f"{case.flags} {arm.flags}".split(), "bench.learning").optim
+        rates = f"--optim.lr {optim.lr * factor:.3g} --optim.muon-lr {optim.muon_lr * factor:.3g}"
+        wanted[arm.name, factor, seed] = (f"{arm.name} x{factor}", f"{arm.flags} {rates}", arm.lengths[-1], seed)
     found = in_parallel(workers, case, [*wanted.values()], data, directory / "tuning")
     rows = []
     for arm in arms:
@@ -202,10 +199,8 @@ def tune(case: Case, directory: Path, workers: int) -> list[Row]:
 def picture(rows: list[Row], out: Path) -> None:
     """Losses over steps of the reference and of the arms of several lengths, with a line at the reference's."""
     reference = rows[0]
-    (target,) = reference.figures[next(name for name in reference.figures if name.startswith("loss"))][:1]
-    drawn, axes = plots.new_figure(
-        "Loss at the end of a run", f"{reference.case}; bars: 95% of the mean", "steps of the run", "validation loss"
-    )
+    note = f"{reference.case}; bars: 95% of the mean"
+    drawn, axes = plots.new_figure("Loss at the end of a run", note, "steps of the run", "validation loss")
     for row in rows:
         points = [(int(steps), np.array(each)) for steps, each in row.facts["losses"].items()]
         if row is reference or len(points) > 1:
@@ -213,8 +208,7 @@ def picture(rows: list[Row], out: Path) -> None:
             bars = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
             label = f"{row.peer}, n = {len(points[0][1])}"
             axes.errorbar([n for n, _ in points], [m.value for m in means], bars, marker="o", capsize=3, label=label)
-    axes.axhline(target, color="#444444", linewidth=1, linestyle="--")
-    axes.set_xscale("log")
+    axes.axhline(reference.value("loss"), color="#444444", linewidth=1, linestyle="--")
     axes.legend(frameon=False)
     plots.save(drawn, out)
 
@@ -226,8 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", choices=[case.name for case in CASES], help="default: all")
     parser.add_argument("--tune", action="store_true", help="try factors of the learning rates, on the tuning text")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="runs at a time, of one thread each")
-    parser.add_argument("--picture", type=Path, help="draw the losses of the first case into this PNG")
-    parser.add_argument("--save", action="store_true", help="write learning.json to this machine's directory")
+    parser.add_argument(
+        "--save", action="store_true", help="write learning.json of this machine, and docs/learning.png"
+    )
     args = parser.parse_args(arguments)
     made = []
     try:
@@ -239,10 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = [row for each in made for row in each]
     print(tables.of(rows))
-    if args.picture:
-        picture(made[0], args.picture)
     if args.save:
         results.save("learning", machine.facts(), rows)
+        if not args.tune:
+            picture(made[0], machine.ROOT / "docs/learning.png")
     return 0
 
 

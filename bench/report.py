@@ -150,6 +150,15 @@ def scaling() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def learning() -> str:
+    """Each recipe of bench.learning in a line, with intervals of 95%."""
+    names = ("loss", "step", "tokens", "seconds")
+    studies = [(facts, [row for row in rows if row.section == "learning"]) for _, facts, rows in found("learning.json")]
+    return (
+        "\n\n".join(tables.of(rows, names) + note(facts, "bench.learning") for facts, rows in studies) or NOT_MEASURED
+    )
+
+
 def suites() -> str:
     """Each case of the pytest-benchmark suites in a line."""
     parts = []
@@ -169,7 +178,7 @@ def suites() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made for made in (gpu, gpu_all, published, cpu, peers, scaling, suites)
+    made.__name__: made for made in (gpu, gpu_all, published, cpu, peers, scaling, suites, learning)
 }
 
 

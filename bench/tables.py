@@ -45,7 +45,8 @@ def amount(value: float, unit: str) -> str:
     if unit == "s":
         factor, unit = next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if abs(value) * f >= 1.0), (1e6, "us"))
         return f"{number(value * factor)} {unit}"
-    return f"{100 * value:.1f}%" if unit == "%" else f"{number(value)}{'' if unit == 'x' else ' '}{unit}".strip()
+    digits = f"{value:.4f}" if unit == "nats" else number(value)  # seeds differ in the third decimal
+    return f"{100 * value:.1f}%" if unit == "%" else f"{digits}{'' if unit == 'x' else ' '}{unit}".strip()
 
 
 def cell(row: Row, name: str) -> str:

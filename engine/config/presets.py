@@ -61,7 +61,17 @@ _LAPTOP = TrainConfig(
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig("muon", lr=4e-3, min_lr_ratio=0.02, warmup_tokens=76 * 1024, beta2=0.99),
+    optim=OptimConfig(
+        "muon",
+        lr=4e-3,
+        muon_lr=0.04,
+        muon_momentum=0.8,
+        schedule="wsd",
+        decay_share=1.0,
+        min_lr_ratio=0.0,
+        warmup_tokens=24 * 1024,
+        beta2=0.99,
+    ),
 )
 
 # What trains a preset; the others need GPUs.
