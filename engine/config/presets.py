@@ -50,6 +50,7 @@ def with_recipe(preset: TrainConfig, recipe: str) -> TrainConfig:
     return dataclasses.replace(preset, num_steps=preset.num_steps // 2, optim=dataclasses.replace(_FAST, lr=lr))
 
 
+_LINEAR = {"schedule": "wsd", "decay_share": 1.0, "min_lr_ratio": 0.0}  # from the warm-up down to zero
 _LAPTOP = TrainConfig(
     data="data/stdlib",
     out="runs/tiny",
@@ -61,17 +62,7 @@ _LAPTOP = TrainConfig(
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig(
-        "muon",
-        lr=4e-3,
-        muon_lr=0.04,
-        muon_momentum=0.8,
-        schedule="wsd",
-        decay_share=1.0,
-        min_lr_ratio=0.0,
-        warmup_tokens=24 * 1024,
-        beta2=0.99,
-    ),
+    optim=OptimConfig("muon", lr=4e-3, muon_lr=0.04, muon_momentum=0.8, warmup_tokens=24 * 1024, beta2=0.99, **_LINEAR),
 )
 
 # What trains a preset; the others need GPUs.
@@ -89,7 +80,7 @@ PRESETS: dict[str, TrainConfig] = {
         num_steps=4000,
         tokens_per_step=4096,
         model=MODEL_PRESETS["mini"],
-        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096),
+        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=100 * 4096, **_LINEAR),
     ),
     "small": dataclasses.replace(
         _LAPTOP,
@@ -103,7 +94,7 @@ PRESETS: dict[str, TrainConfig] = {
         prompt="The ",
         sample_tokens=100,
         model=MODEL_PRESETS["small"],
-        optim=OptimConfig("muon", lr=2e-3, min_lr_ratio=0.02, warmup_tokens=50 * 2048, beta2=0.99),
+        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=50 * 2048, beta2=0.99, **_LINEAR),
     ),
 } | {name: _gpt(name) for name in _GPT3_RECIPE}
 
