@@ -33,11 +33,12 @@ from bench.measure import in_turns
 from bench.processes import end_with_parent
 from bench.results import Row, exact, find, rate, spread
 from engine import device, distributed, optim
-from engine.config import OptimConfig
+from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import DONE, INTERRUPTED
+from engine.health import replicas
 from engine.health.timing import Clock
-from engine.planning.communication import communication
+from engine.planning.communication import communication, muon_communication
 from engine.step import Guard, Step
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
@@ -46,6 +47,7 @@ FAILED = 1
 MOST_PROCESSES, LEAST_ROUNDS, WARM_UP = 16, 5, 3  # DDP sorts its buckets after the first step
 WAYS = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}}
 WAYS |= {"fsdp no reshard": {"parallel": "fsdp", "reshard": False}}
+WAYS |= {"ddp muon": WAYS["ddp"], "fsdp muon": WAYS["fsdp"]}
 ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
 # Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
 # which argument.
@@ -66,6 +68,10 @@ class Request:
     seconds: float = 0.0
 
 
+def settings(way: str) -> OptimConfig:
+    return OptimConfig("muon" if way.endswith("muon") else "adamw")
+
+
 def build(request: Request, way: str, ranks: Ranks) -> Step:
     """engine.step's update under one way of `--parallel`, or "alone": without any collective."""
     torch.manual_seed(0)
@@ -75,7 +81,8 @@ def build(request: Request, way: str, ranks: Ranks) -> Step:
     else:
         model = distributed.wrap(raw_model, ranks, **WAYS[way])
     raw_model.configure("torch", torch.float32)
-    optimizer, scaler = optim.build(raw_model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = optim.build(raw_model, settings(way), replicas.group(model, ranks))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Step(model, optimizer, scaler, Guard(ranks.device), 1, 1.0, ranks, Clock(ranks.device))
 
 
@@ -83,6 +90,7 @@ def count(step: Callable[[], object]) -> dict[str, list[int]]:
     """The collectives that one step of this rank calls: for each kind, the calls and the bytes of whole tensors.
 
     gloo reduces and scatters by an all-reduce: that is one reduce_scatter here, as the step called it.
+    An all-to-all's bytes are those of what the rank sends or receives, whichever is more.
     """
     with silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
@@ -95,7 +103,9 @@ def count(step: Callable[[], object]) -> dict[str, list[int]]:
             kind, whole, run_kind, argument = WHOLE[event.name()]
             called[kind, sizes[whole]] += 1
             run[run_kind, sizes[argument]] -= 1
-        elif backend == "gloo":
+        elif event.name() == "c10d::alltoall_base_":
+            called["all_to_all", max(sizes)] += 1
+        elif backend == "gloo" and kind != "all_to_all":
             run[kind, sum(sizes)] += 1
     found: dict[str, list[int]] = {}
     for (kind, size), calls in (called + run).items():  # a sum of counters leaves out what is not above 0
@@ -164,17 +174,23 @@ def launch(world_size: int, request: Request) -> dict:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> dict[str, list[int]]:
-    """engine.planning.communication's calls and bytes of a step by kind, as `count` has them."""
-    found: dict[str, list[int]] = {}
-    for each in communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way]):
+def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[dict[str, list[int]]]:
+    """engine.planning.communication's calls and bytes of a step by kind, of each rank, as `count` has them."""
+    return [by_kind(model, world_size, way, micro_batches, rank) for rank in range(world_size)]
+
+
+def by_kind(model: GPT2Config, world_size: int, way: str, micro_batches: int, rank: int) -> dict[str, list[int]]:
+    """Calls and bytes of one rank."""
+    config, found = TrainConfig(model=model, optim=settings(way), **WAYS[way]), {}
+    calls = communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way])
+    for each in calls + muon_communication(config, world_size, world_size, rank):
         calls = found.setdefault(each.kind, [0, 0])
         calls[0] += each.calls
         calls[1] += each.payload_bytes
     return found
 
 
-def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int]], tokens: int) -> Row:
+def row_of(world_size: int, way: str, report: dict, expected: list[dict[str, list[int]]], tokens: int) -> Row:
     """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not expected."""
     counted, steps, without = report["counted"][way], report["times"][way], report["times"]["alone"]
     row = Row("scaling", f"{world_size} processes", way if world_size > 1 else "none", facts={"processes": world_size})
@@ -184,9 +200,9 @@ def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int
         "tokens": rate(spread(steps, "s"), tokens, "tokens/s"),
         "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
         "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
-        "bytes computed": exact(sum(size for _, size in expected.values()), "B"),
+        "bytes computed": exact(sum(size for _, size in expected[0].values()), "B"),
     }
-    if any(each != expected for each in counted):
+    if counted != expected:
         row.status, row.reason = "failed", f"the collectives must be {expected}, got {counted}"
     return row
 
