@@ -73,10 +73,8 @@ def report(config: TrainConfig, ranks: Ranks, precision: str) -> bool:
     will_hold, will_send = planned(config, ranks, precision)
     windows, is_partition = partition(config, ranks)
     sequences, accumulation = batch_shape(config, ranks.world_size)
-    mode, sizes = (
-        f"{config.parallel}, {precision}, recompute {config.recompute}",
-        f"{sequences} x {config.sequence_length}",
-    )
+    mode = f"{config.parallel}, {precision}, recompute {config.recompute}"
+    sizes = f"{sequences} x {config.sequence_length}"
     print(f"rank {ranks.rank} of {ranks.world_size:,}, {mode}: an update of {config.tokens_per_step:,} tokens,")
     print(f"micro-batches of {sizes}, {accumulation} on each rank")
     print(f"\n{'holds':<11}{'rehearsed':>12}{'planned':>12}")

@@ -36,7 +36,6 @@ from engine import device, distributed, optim
 from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import DONE, INTERRUPTED
-from engine.health import replicas
 from engine.health.timing import Clock
 from engine.planning.communication import communication, muon_communication
 from engine.step import Guard, Step
@@ -47,13 +46,15 @@ FAILED = 1
 MOST_PROCESSES, LEAST_ROUNDS, WARM_UP = 16, 5, 3  # DDP sorts its buckets after the first step
 WAYS = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}}
 WAYS |= {"fsdp no reshard": {"parallel": "fsdp", "reshard": False}}
-WAYS |= {"ddp muon": WAYS["ddp"], "fsdp muon": WAYS["fsdp"]}
+OPTIM = {f"{way} muon": OptimConfig("muon") for way in ("ddp", "fsdp")}
+WAYS |= {way: WAYS[way.partition(" ")[0]] for way in OPTIM}
 ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
-# Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
-# which argument.
+# Ops that the profiler records with their tensors, of which the largest counts: the kind, and what gloo makes of which
+# argument.
 WHOLE = {
-    "c10d::_allgather_base_": ("all_gather", 0, "all_gather", 1),
-    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, "all_reduce", 1),
+    "c10d::_allgather_base_": ("all_gather", "all_gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", "all_reduce", 1),
+    "c10d::alltoall_base_": ("all_to_all", "all_to_all", 1),
 }
 
 
@@ -68,10 +69,6 @@ class Request:
     seconds: float = 0.0
 
 
-def settings(way: str) -> OptimConfig:
-    return OptimConfig("muon" if way.endswith("muon") else "adamw")
-
-
 def build(request: Request, way: str, ranks: Ranks) -> Step:
     """engine.step's update under one way of `--parallel`, or "alone": without any collective."""
     torch.manual_seed(0)
@@ -81,7 +78,7 @@ def build(request: Request, way: str, ranks: Ranks) -> Step:
     else:
         model = distributed.wrap(raw_model, ranks, **WAYS[way])
     raw_model.configure("torch", torch.float32)
-    optimizer = optim.build(raw_model, settings(way), replicas.group(model, ranks))
+    optimizer = optim.build(raw_model, OPTIM.get(way, OptimConfig()), dist.group.WORLD)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Step(model, optimizer, scaler, Guard(ranks.device), 1, 1.0, ranks, Clock(ranks.device))
 
@@ -90,7 +87,6 @@ def count(step: Callable[[], object]) -> dict[str, list[int]]:
     """The collectives that one step of this rank calls: for each kind, the calls and the bytes of whole tensors.
 
     gloo reduces and scatters by an all-reduce: that is one reduce_scatter here, as the step called it.
-    An all-to-all's bytes are those of what the rank sends or receives, whichever is more.
     """
     with silenced(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
@@ -100,18 +96,15 @@ def count(step: Callable[[], object]) -> dict[str, list[int]]:
         sizes = [math.prod(s) * ITEMSIZE.get(d, 0) for s, d in zip(event.shapes(), event.dtypes(), strict=False)]
         backend, _, kind = event.name().partition(":")
         if event.name() in WHOLE:
-            kind, whole, run_kind, argument = WHOLE[event.name()]
-            called[kind, sizes[whole]] += 1
+            kind, run_kind, argument = WHOLE[event.name()]
+            called[kind, max(sizes)] += 1
             run[run_kind, sizes[argument]] -= 1
-        elif event.name() == "c10d::alltoall_base_":
-            called["all_to_all", max(sizes)] += 1
-        elif backend == "gloo" and kind != "all_to_all":
+        elif backend == "gloo":
             run[kind, sum(sizes)] += 1
     found: dict[str, list[int]] = {}
     for (kind, size), calls in (called + run).items():  # a sum of counters leaves out what is not above 0
-        total = found.setdefault(kind, [0, 0])
-        total[0] += calls
-        total[1] += calls * size
+        before = found.get(kind, (0, 0))
+        found[kind] = [before[0] + calls, before[1] + calls * size]
     return found
 
 
@@ -176,17 +169,13 @@ def launch(world_size: int, request: Request) -> dict:
 
 def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[dict[str, list[int]]]:
     """engine.planning.communication's calls and bytes of a step by kind, of each rank, as `count` has them."""
-    return [by_kind(model, world_size, way, micro_batches, rank) for rank in range(world_size)]
-
-
-def by_kind(model: GPT2Config, world_size: int, way: str, micro_batches: int, rank: int) -> dict[str, list[int]]:
-    """Calls and bytes of one rank."""
-    config, found = TrainConfig(model=model, optim=settings(way), **WAYS[way]), {}
+    config = TrainConfig(model=model, optim=OPTIM.get(way, OptimConfig()), **WAYS[way])
     calls = communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way])
-    for each in calls + muon_communication(config, world_size, world_size, rank):
-        calls = found.setdefault(each.kind, [0, 0])
-        calls[0] += each.calls
-        calls[1] += each.payload_bytes
+    found: list[dict[str, list[int]]] = [{} for _ in range(world_size)]
+    for rank, kinds in enumerate(found):
+        for each in calls + muon_communication(config, world_size, world_size, rank):
+            before = kinds.get(each.kind, (0, 0))
+            kinds[each.kind] = [before[0] + each.calls, before[1] + each.payload_bytes]
     return found
 
 
