@@ -70,7 +70,7 @@ ADAMW, MUON = OptimConfig(), OptimConfig("muon", muon_rows=True)
     ("config", "parallel", "reshard", "precision", "micro_batches", "settings"),
     [
         pytest.param(WIDE, "ddp", True, "fp32", 2, ADAMW, id="ddp"),
-        pytest.param(LARGE_VOCABULARY, "ddp", True, "fp32", 1, MUON, id="ddp-one-bucket-muon"),  # fewer owners
+        pytest.param(LARGE_VOCABULARY, "ddp", True, "fp32", 1, MUON, id="ddp-one-bucket-muon"),
         pytest.param(WIDE, "fsdp", True, "bf16", 2, ADAMW, id="fsdp", marks=pytest.mark.slow),
         pytest.param(WIDE, "fsdp", False, "fp32", 1, MUON, id="fsdp-kept-muon"),
         pytest.param(WIDE, "hsdp", True, "bf16", 2, ADAMW, id="hsdp", marks=pytest.mark.slow),
@@ -143,6 +143,11 @@ def test_wire_bytes_are_those_of_a_ring():
     assert gathered.wire_bytes == 7 / 8 * gathered.payload_bytes
     assert summed.wire_bytes == 2 * 7 / 8 * 20
     assert communication(PRESETS["gpt2"], 1) == []
+
+
+def test_a_rank_without_a_matrix_broadcasts_nothing():
+    config = TrainConfig(model=SMALL, optim=MUON)
+    assert [muon_communication(config, n, 1)[0].calls for n in (4, 12, 64)] == [4, 12, 12]  # 3 blocks of 4 matrices
 
 
 def test_a_bucket_is_full_once_it_has_reached_its_size():
