@@ -14,7 +14,7 @@ from engine.config import TrainConfig, batch_shape, parse
 from engine.distributed import Ranks
 from engine.errors import BAD_INPUT, DONE, BadInput
 from engine.planning import memory
-from engine.planning.communication import communication
+from engine.planning.communication import communication, muon_communication
 from engine.rehearsal import Call, one_of, partition, rehearse
 
 FAILED = 1
@@ -34,15 +34,15 @@ def folded(calls: list[Call]) -> Iterator[tuple[int, list[Call]]]:
         calls = calls[-period * times :]
 
 
-def planned(
-    config: TrainConfig, world_size: int, precision: str
-) -> tuple[dict[str, int], dict[tuple, tuple[int, int]]]:
+def planned(config: TrainConfig, ranks: Ranks, precision: str) -> tuple[dict[str, int], dict[tuple, tuple[int, int]]]:
     """engine.planning's bytes of a rank, and (calls, bytes) of a step by purpose, kind and ranks."""
-    (size, micro_batches), model = batch_shape(config, world_size), config.model
-    of_rank = config, size, precision, memory.Place(world_size, device_type="cpu", is_compiled=False)
+    world_size, place = ranks.world_size, memory.Place(ranks.world_size, device_type="cpu", is_compiled=False)
+    (size, micro_batches), shards = batch_shape(config, world_size), place.shards(config)
+    of_rank = config, size, precision, place
     held = {part: memory.peaks(*of_rank)["optimizer"][part] for part in ("weights", "gradients", "moments")}
     options = {"micro_batches": micro_batches, "reshard": config.reshard, "shard_size": config.shard_size}
-    calls = communication(model, world_size, config.parallel, precision, **options)
+    calls = communication(config.model, world_size, config.parallel, precision, **options)
+    calls += muon_communication(config, world_size, shards, ranks.rank % shards)
     sent = {(each.name, each.kind, each.group_size): (each.calls, each.payload_bytes) for each in calls}
     return held | {"peak": memory.step_bytes(*of_rank)}, sent
 
@@ -70,13 +70,11 @@ def verdict(claim: str, planned: dict, found: dict, is_right: Callable[[int, int
 def report(config: TrainConfig, ranks: Ranks, precision: str) -> bool:
     """Prints what the rank does, and whether that is the plan."""
     held, calls = rehearse(config, ranks, precision)
-    will_hold, will_send = planned(config, ranks.world_size, precision)
+    will_hold, will_send = planned(config, ranks, precision)
     windows, is_partition = partition(config, ranks)
     sequences, accumulation = batch_shape(config, ranks.world_size)
-    mode, sizes = (
-        f"{config.parallel}, {precision}, recompute {config.recompute}",
-        f"{sequences} x {config.sequence_length}",
-    )
+    mode = f"{config.parallel}, {precision}, recompute {config.recompute}"
+    sizes = f"{sequences} x {config.sequence_length}"
     print(f"rank {ranks.rank} of {ranks.world_size:,}, {mode}: an update of {config.tokens_per_step:,} tokens,")
     print(f"micro-batches of {sizes}, {accumulation} on each rank")
     print(f"\n{'holds':<11}{'rehearsed':>12}{'planned':>12}")

@@ -33,11 +33,11 @@ from bench.measure import in_turns
 from bench.processes import end_with_parent
 from bench.results import Row, exact, find, rate, spread
 from engine import device, distributed, optim
-from engine.config import OptimConfig
+from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
 from engine.errors import DONE, INTERRUPTED
 from engine.health.timing import Clock
-from engine.planning.communication import communication
+from engine.planning.communication import communication, muon_communication
 from engine.step import Guard, Step
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
@@ -46,12 +46,15 @@ FAILED = 1
 MOST_PROCESSES, LEAST_ROUNDS, WARM_UP = 16, 5, 3  # DDP sorts its buckets after the first step
 WAYS = {"ddp": {"parallel": "ddp"}, "fsdp": {"parallel": "fsdp"}}
 WAYS |= {"fsdp no reshard": {"parallel": "fsdp", "reshard": False}}
+OPTIM = {f"{way} muon": OptimConfig("muon") for way in ("ddp", "fsdp")}
+WAYS |= {way: WAYS[way.partition(" ")[0]] for way in OPTIM}
 ITEMSIZE = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8, "unsigned char": 1}
-# Ops that the profiler records with their tensors: the kind, which argument is the whole tensor, and what gloo makes of
-# which argument.
+# Ops that the profiler records with their tensors, of which the largest counts: the kind, and what gloo makes of which
+# argument.
 WHOLE = {
-    "c10d::_allgather_base_": ("all_gather", 0, "all_gather", 1),
-    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, "all_reduce", 1),
+    "c10d::_allgather_base_": ("all_gather", "all_gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", "all_reduce", 1),
+    "c10d::alltoall_base_": ("all_to_all", "all_to_all", 1),
 }
 
 
@@ -75,7 +78,8 @@ def build(request: Request, way: str, ranks: Ranks) -> Step:
     else:
         model = distributed.wrap(raw_model, ranks, **WAYS[way])
     raw_model.configure("torch", torch.float32)
-    optimizer, scaler = optim.build(raw_model, OptimConfig()), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer = optim.build(raw_model, OPTIM.get(way, OptimConfig()), dist.group.WORLD)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     return Step(model, optimizer, scaler, Guard(ranks.device), 1, 1.0, ranks, Clock(ranks.device))
 
 
@@ -92,16 +96,15 @@ def count(step: Callable[[], object]) -> dict[str, list[int]]:
         sizes = [math.prod(s) * ITEMSIZE.get(d, 0) for s, d in zip(event.shapes(), event.dtypes(), strict=False)]
         backend, _, kind = event.name().partition(":")
         if event.name() in WHOLE:
-            kind, whole, run_kind, argument = WHOLE[event.name()]
-            called[kind, sizes[whole]] += 1
+            kind, run_kind, argument = WHOLE[event.name()]
+            called[kind, max(sizes)] += 1
             run[run_kind, sizes[argument]] -= 1
         elif backend == "gloo":
             run[kind, sum(sizes)] += 1
     found: dict[str, list[int]] = {}
     for (kind, size), calls in (called + run).items():  # a sum of counters leaves out what is not above 0
-        total = found.setdefault(kind, [0, 0])
-        total[0] += calls
-        total[1] += calls * size
+        before = found.get(kind, (0, 0))
+        found[kind] = [before[0] + calls, before[1] + calls * size]
     return found
 
 
@@ -164,17 +167,19 @@ def launch(world_size: int, request: Request) -> dict:
         return json.loads(out.read_text(encoding="utf-8"))
 
 
-def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> dict[str, list[int]]:
-    """engine.planning.communication's calls and bytes of a step by kind, as `count` has them."""
-    found: dict[str, list[int]] = {}
-    for each in communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way]):
-        calls = found.setdefault(each.kind, [0, 0])
-        calls[0] += each.calls
-        calls[1] += each.payload_bytes
+def computed(model: GPT2Config, world_size: int, way: str, micro_batches: int = 1) -> list[dict[str, list[int]]]:
+    """engine.planning.communication's calls and bytes of a step by kind, of each rank, as `count` has them."""
+    config = TrainConfig(model=model, optim=OPTIM.get(way, OptimConfig()), **WAYS[way])
+    calls = communication(model, world_size, precision="fp32", micro_batches=micro_batches, **WAYS[way])
+    found: list[dict[str, list[int]]] = [{} for _ in range(world_size)]
+    for rank, kinds in enumerate(found):
+        for each in calls + muon_communication(config, world_size, world_size, rank):
+            before = kinds.get(each.kind, (0, 0))
+            kinds[each.kind] = [before[0] + each.calls, before[1] + each.payload_bytes]
     return found
 
 
-def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int]], tokens: int) -> Row:
+def row_of(world_size: int, way: str, report: dict, expected: list[dict[str, list[int]]], tokens: int) -> Row:
     """One way on so many processes, whose step takes so many tokens. Failed if what was counted is not expected."""
     counted, steps, without = report["counted"][way], report["times"][way], report["times"]["alone"]
     row = Row("scaling", f"{world_size} processes", way if world_size > 1 else "none", facts={"processes": world_size})
@@ -184,9 +189,9 @@ def row_of(world_size: int, way: str, report: dict, expected: dict[str, list[int
         "tokens": rate(spread(steps, "s"), tokens, "tokens/s"),
         "calls counted": exact(sum(calls for calls, _ in counted[0].values()), ""),
         "bytes counted": exact(sum(size for _, size in counted[0].values()), "B"),
-        "bytes computed": exact(sum(size for _, size in expected.values()), "B"),
+        "bytes computed": exact(sum(size for _, size in expected[0].values()), "B"),
     }
-    if any(each != expected for each in counted):
+    if counted != expected:
         row.status, row.reason = "failed", f"the collectives must be {expected}, got {counted}"
     return row
 

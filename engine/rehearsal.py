@@ -36,20 +36,25 @@ from engine.tokens.batches import Batches
 from kernels import cross_entropy
 
 UPDATES = 3  # 0 to 2, of which 2 is looked at: the optimizer has its state, and DDP knows the order of its gradients
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
-# Purposes as engine.planning.communication names them, by phase and kind, and those of the optimizer's all-reduces.
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
+# Purposes as engine.planning.communication names them: by phase and kind, else by kind and bytes, else by kind.
 PURPOSES = {
     ("forward", "all_gather"): "weights, forward",
     ("backward", "all_gather"): "weights, backward",
     ("backward", "reduce_scatter"): "gradients",
     ("backward", "all_reduce"): "gradients of replicas",
-    ("optimizer", "broadcast"): "norm of the gradient of replicas",
 }
-BY_BYTES = {4: "overflow", 8: "norm of the gradient", 20: "loss and signals"}
+BY_BYTES = {
+    ("all_reduce", 4): "overflow",
+    ("all_reduce", 8): "norm of the gradient",
+    ("all_reduce", 20): "loss and signals",
+    ("broadcast", 8): "norm of the gradient of replicas",
+}
+BY_KIND = {"broadcast": "Muon's matrices", "all_to_all": "Muon's matrices"}
 
 
 class Call(NamedTuple):
-    """A collective. payload_bytes: of the whole tensor."""
+    """A collective. payload_bytes: as engine.planning.communication has them."""
 
     purpose: str
     kind: str
@@ -88,11 +93,13 @@ class Seen(TorchDispatchMode):
             boxed = next((each for each in args if isinstance(each, torch.ScriptObject)), None)
             group = _resolve_process_group(args[-1]) if boxed is None else ProcessGroup.unbox(boxed)
             size, purpose = max(each.nbytes for each in inputs), PURPOSES.get((self.phase, kind))
-            self.calls.append(Call(purpose or BY_BYTES.get(size, "unknown"), kind, group.size(), size))
+            purpose = purpose or BY_BYTES.get((kind, size)) or BY_KIND.get(kind, "unknown")
+            self.calls.append(Call(purpose, kind, group.size(), size))
         is_new = not inputs and (kwargs.get("dtype") or torch.float32).is_floating_point
         is_fake = is_new or any(isinstance(each, FakeTensor) for each in inputs)
         if is_fake and op.namespace == "c10d":
-            return args[0], FakeWork().boxed()
+            work = FakeWork().boxed()
+            return work if kind == "all_to_all" else (args[0], work)
         with nullcontext() if is_fake else unset_fake_temporarily():
             outputs = op(*args, **kwargs)
         if op is torch.ops.gpt2.linear_cross_entropy_torch.default:  # fake tensors know its outputs, not its logits

@@ -31,6 +31,7 @@ def plan(args: list[str], prog: str) -> None:
         tokens: str = "10B"  # tokens to train on, as 10B, 2.5e9 or 524288
         parallel: str = "ddp"  # ddp, fsdp or hsdp, as for gpt2 train
         recompute: str = "none"  # none, attention or block, as for gpt2 train
+        recipe: str = "preset"  # preset or fast, as for gpt2 train: fast takes Muon
         precision: str = "bf16"  # bf16, fp16, tf32 or fp32, as for gpt2 train
         gpus_per_node: int = 8  # GPUs of one host, which NVLink or PCIe connects
         price_per_gpu_hour: float | None = None  # for the cost, in any currency
@@ -53,6 +54,7 @@ def request(asked: Any) -> "Request":
 
     from engine.chips import CHIPS
     from engine.config import PRESETS
+    from engine.config.presets import with_recipe
     from engine.planning.communication import ITEMSIZE
     from engine.planning.plan import WAYS, Request
     from engine.planning.roofline_ops import RECOMPUTE
@@ -62,6 +64,7 @@ def request(asked: Any) -> "Request":
         raise BadInput(f"plan: the preset must be one that exists, got {got}")
     chips = {name.lower(): chip for name, chip in CHIPS.items()}
     choices = {"gpu": chips, "parallel": WAYS, "recompute": RECOMPUTE, "precision": ITEMSIZE}
+    choices["recipe"] = ("preset", "fast")
     for name, known in choices.items():
         value = getattr(asked, name)
         if (value.lower() if name == "gpu" else value) not in known:
@@ -83,7 +86,7 @@ def request(asked: Any) -> "Request":
             f"{asked.tokens!r}"
         )
     changes = {"parallel": asked.parallel, "recompute": asked.recompute, "precision": asked.precision}
-    config = dataclasses.replace(PRESETS[asked.preset], **changes)
+    config = dataclasses.replace(with_recipe(PRESETS[asked.preset], asked.recipe), **changes)
     inputs = (asked.preset, config, asked.gpus, chips[asked.gpu.lower()], asked.precision, round(tokens))
     return Request(*inputs, asked.gpus_per_node, price, budget_hours(asked.budget, price, asked.gpus))
 

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import OptimConfig
 from engine.optim.muon import Muon, muon_state
+from engine.planning import owners
 from model.gpt2 import GPT2
 
 
@@ -48,7 +49,7 @@ def build(
     ]
     if uses_muon:
         muon = {"lr_scale": optim.muon_lr / optim.lr, "muon": True, "momentum": optim.muon_momentum}
-        parts = [3 if name.endswith("attn.c_attn.weight") else 1 for name in hidden.values()]  # q, k and v
+        parts = [owners.parts(name) for name in hidden.values()]
         muon |= {"parts": parts, "rows": optim.muon_rows}
         groups.append({"params": list(hidden), "weight_decay": optim.weight_decay} | muon)
     kind = Muon if uses_muon else torch.optim.AdamW

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from engine import device
 from engine.distributed import local
-from engine.optim.sharing import Peers, assign
+from engine.optim.sharing import Peers
+from engine.planning.owners import assign, work
 
 Quintics = tuple[tuple[float, float, float], ...]  # a, b, c of each a x + b x^3 + c x^5
 
@@ -179,12 +180,6 @@ class Muon(torch.optim.AdamW):
 def is_readable(flag: Tensor) -> bool:
     """Whether a check of the flag would not synchronise."""
     return flag.device.type == "cpu"
-
-
-def work(shape: torch.Size, parts: int) -> int:
-    """In proportion to the FLOPs of a quintic for the matrices in a parameter: x x^T, G G and P x."""
-    small, large = sorted((shape[0] // parts, shape[1]))
-    return parts * small**2 * (2 * large + small)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -2,27 +2,14 @@
 
 DDP: every process holds whole matrices, and the owners broadcast their results. FSDP2: it holds some
 rows of each, sends them to the owners and gets the same rows of the results back. hsdp: as FSDP2,
-within each replica.
+within each replica. engine.planning.owners says who owns which.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def assign(costs: list[int], size: int) -> list[int]:
-    """Owner of each matrix: the dearest comes first, and each goes to the rank with the least work."""
-    owners, loads = [0] * len(costs), [0] * size
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        owners[index] = rank = loads.index(min(loads))
-        loads[rank] += costs[index]
-    return owners
-
-
-def share(rows: int, rank: int, size: int) -> int:
-    """How many of a matrix's rows a rank holds under FSDP2, which cuts it as torch.chunk does."""
-    each = -(-rows // size)
-    return max(0, min(each, rows - rank * each))
+from engine.planning.owners import share
 
 
 class Peers:

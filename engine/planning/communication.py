@@ -1,20 +1,24 @@
 """The collectives of one training step: what each rank sends, computed from shapes and checked against counted bytes.
 
 payload_bytes are those of the whole tensors; wire_bytes are what one rank sends when the collective runs around a ring,
-which no algorithm on equal links beats. Not counted: what the start sends, logging, comparing replicas, evaluation.
+which no algorithm on equal links beats. Those of an all-to-all are the more of what a rank sends and
+receives, of which a part stays with it. Not counted: what the start sends, logging, comparing replicas, evaluation.
 Source: Patarasuk & Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.config import TrainConfig
+from engine.planning.owners import assign, parts, share, work
 from model.presets import GPT2Config, parameter_shapes
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
 ITEMSIZE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}  # bytes of an activation, and of a weight cast to match
-ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}  # around the ring
+ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "all_to_all": 1}  # around the ring
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's defaults
 
 
@@ -44,7 +48,7 @@ def communication(
     reshard: bool = True,
     shard_size: int | None = None,
 ) -> list[Collective]:
-    """The collectives of one engine.step.Step; none for one rank. Raises ValueError if the arguments do not fit.
+    """The collectives of one engine.step.Step with AdamW; none for one rank. ValueError if the arguments do not fit.
 
     micro_batches: per step on each rank. reshard: as TrainConfig has it. shard_size: hsdp's processes per replica.
     """
@@ -83,6 +87,28 @@ def communication(
         found.append(Collective("gradients of replicas", "all_reduce", blocks + 1, elements // shards * 4, replicas))
         found.append(Collective("norm of the gradient of replicas", "broadcast", 1, 8, replicas))
     return [each for each in [*found, numbers] if each.group_size > 1]
+
+
+def muon_communication(config: TrainConfig, world_size: int, shards: int, rank: int | None = None) -> list[Collective]:
+    """What Muon's step sends besides `communication`: see engine.optim.sharing. None for AdamW.
+
+    shards: ranks that share one copy of the weights. rank: of these; None: the most that any has.
+    """
+    size = world_size if config.parallel == "ddp" else shards
+    if config.optim.name != "muon" or size == 1:
+        return []
+    matrices = {name: shape for name, shape in parameter_shapes(config.model).items() if name[:2] == "h." and shape[1:]}
+    costs = [work(shape, parts(name)) for name, shape in matrices.items()]
+    owners = assign(costs, min(size, len(costs)))  # of more ranks the others own none
+    owned, held = Counter(), 0  # bytes of the whole matrices of each owner, and of this rank's rows of all
+    for owner, (rows, columns) in zip(owners, matrices.values(), strict=True):
+        row = 4 * (columns + config.optim.muon_rows)  # with a number of normalize_rows
+        owned[owner] += rows * row
+        held += share(rows, rank or 0, size) * row
+    if config.parallel == "ddp":
+        return [Collective("Muon's matrices", "broadcast", len(owned), owned.total(), size)]
+    most = max(owned.values()) if rank is None else owned[rank]
+    return [Collective("Muon's matrices", "all_to_all", 2, 2 * max(held, most), size)]  # there, and back
 
 
 def padded_elements(shapes: Iterable[tuple[int, ...]], shards: int) -> int:

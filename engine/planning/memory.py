@@ -173,9 +173,9 @@ def _parts(sizes: tuple[int, int, int, int], config: TrainConfig, it: _Sizes, pl
     gradients, activations, head, buffers = sizes
     moments_ = 8 * it.local
     if config.optim.name == "muon":  # one moment of the blocks' matrices, and a number for each of their rows
-        layers = linear_layers(config.model).values()
-        fewer = sum(K * M for K, M, _ in layers) - sum(M for _, M, _ in layers) * config.optim.muon_rows
-        moments_ -= 4 * config.model.n_layer * fewer // place.shards(config)
+        fewer = [(M, K - config.optim.muon_rows) for K, M, _ in linear_layers(config.model).values()]
+        shards = place.shards(config)
+        moments_ -= 4 * config.model.n_layer * padded_elements(fewer, shards) // shards
     if place.device_type == "cuda":
         buffers += WORKSPACES
     if not it.is_sharded:

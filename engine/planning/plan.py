@@ -12,7 +12,7 @@ from typing import Literal
 from engine.chips import Chip
 from engine.config import PRESETS, TrainConfig, batch_shape
 from engine.planning import efficiencies, memory
-from engine.planning.communication import communication
+from engine.planning.communication import communication, muon_communication
 from engine.planning.memory import Place
 from engine.planning.roofline_ops import RECOMPUTE, StepShape, step_ops
 from model.presets import flops_per_token, num_parameters
@@ -80,6 +80,7 @@ def make(asked: Request) -> dict:
         "precision": asked.precision,
         "parallel": asked.config.parallel,
         "recompute": asked.config.recompute,
+        "optimizer": asked.config.optim.name,
         "parameters": count,
         "tokens": asked.tokens,
         "preset_tokens_per_step": asked.config.tokens_per_step,
@@ -159,18 +160,20 @@ def sent(asked: Request, world_size: int, micro_batches: int, compute_s: float) 
 
     DDP sends during the last backward pass, bucket by bucket, at which a compiled graph is cut too. The
     embeddings' gradient is the last to be ready and is sent after it. FSDP sends during the whole step,
-    but for the first gather and the last reduction, of the embeddings too.
+    but for the first gather and the last reduction, of the embeddings too. Muon sends after both.
     """
     config, place = asked.config, asked.place(world_size)
     shards, options = place.shards(config), {"micro_batches": micro_batches, "reshard": config.reshard}
     calls = communication(config.model, world_size, config.parallel, asked.precision, shard_size=shards, **options)
-    seconds = {each: each.wire_bytes / link(asked, each.name, each.group_size, shards) for each in calls}
-    communication_s, wire_bytes = sum(seconds.values()), sum(each.wire_bytes for each in calls)
-    if not calls:
+    of_muon = muon_communication(config, world_size, shards)
+    seconds = {each: each.wire_bytes / link(asked, each.name, each.group_size, shards) for each in [*calls, *of_muon]}
+    communication_s, wire_bytes = sum(seconds.values()), sum(each.wire_bytes for each in seconds)
+    if not seconds:
         return 0.0, 0.0, 0.0
     table = 4 * (config.model.padded_vocab_size + config.model.n_positions) * config.model.n_embd
     rounds = 2 * (world_size - 1) / world_size  # a gather and a reduction send as much as an all-reduce
-    late_s = min(communication_s, rounds * table / min(each.wire_bytes / s for each, s in seconds.items()))
+    late_s = rounds * table / min(each.wire_bytes / seconds[each] for each in calls)
+    late_s = min(communication_s, late_s + sum(seconds[each] for each in of_muon))
     window_s = BACKWARD * compute_s / micro_batches if config.parallel == "ddp" else compute_s
     return wire_bytes, communication_s, min(communication_s - late_s, window_s)
 
@@ -217,5 +220,5 @@ def bought(asked: Request, hours: float, rate: float) -> dict:
 
 def like(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
     """Another preset, trained in the same way."""
-    names = ("parallel", "recompute", "reshard", "shard_size")
+    names = ("optim", "parallel", "recompute", "reshard", "shard_size")
     return dataclasses.replace(preset, **{name: getattr(config, name) for name in names})

@@ -50,7 +50,7 @@ def sizes(plan: dict) -> list[str]:
     gpu, flops = plan["gpu"], plan["flops"]
     return [
         f"{plan['preset']} on {plan['gpus']:,} {gpu['name']}, {plan['precision']}, {plan['parallel']}, recompute "
-        f"{plan['recompute']}",
+        f"{plan['recompute']}, {plan['optimizer']}",
         f"parameters   {plan['parameters']:,} (counted)",
         f"tokens       {plan['tokens']:,} in {plan['run']['steps']:,} steps of {plan['step']['tokens']:,} (asked for)",
         f"FLOPs        {flops['per_token']:.4g} per token, {flops['all']:.4g} in all (counted)",
@@ -139,7 +139,7 @@ def communication(plan: dict) -> list[str]:
         lines.append("  step -: not even one sequence fits into memory (estimate)")
     if any(row["tokens"] != plan["preset_tokens_per_step"] for row in rows):
         lines.append("  tokens change where the preset's do not divide among the GPUs")
-    lines.append("  hidden: behind computation; all but the embeddings' share can be (assumption)")
+    lines.append("  hidden: behind computation; all but the embeddings' share and what Muon sends can be (assumption)")
     return lines
 
 

@@ -18,11 +18,11 @@ from model.gpt2 import GPT2
 from model.presets import GPT2Config
 
 MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=33, vocab_size=257)
-FLAGS = "tiny --model.n-layer 2 --model.n-embd 130 --model.n-head 2 --optim.name adamw"  # shards are padded
+FLAGS = "tiny --model.n-layer 2 --model.n-embd 130 --model.n-head 2"  # shards are padded
 WAYS = [
-    pytest.param(["--parallel", "ddp"], marks=pytest.mark.slow),
-    ["--parallel", "fsdp", "--recompute", "block"],
-    pytest.param(["--parallel", "hsdp"], marks=pytest.mark.slow),
+    pytest.param(way, optimizer, marks=() if (way, optimizer) == ("fsdp", "muon") else pytest.mark.slow)
+    for way in ("ddp", "fsdp", "hsdp")
+    for optimizer in ("adamw", "muon")
 ]
 
 
@@ -32,12 +32,15 @@ def run(*flags: str) -> int:
     )
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["ddp", "fsdp", "hsdp"])
-def test_a_rank_of_eight_does_what_is_planned(capsys, way):
-    assert run("--gpus-per-node", "4", *way) == 0, capsys.readouterr().out
+@pytest.mark.parametrize(("way", "optimizer"), WAYS)
+def test_a_rank_of_eight_does_what_is_planned(capsys, way, optimizer):
+    recompute = "block" if way == "fsdp" else "none"
+    flags = ["--gpus-per-node", "4", "--recompute", recompute, "--optim.name", optimizer]
+    assert run("--parallel", way, *flags) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert said.count(": yes\n") == 4
-    assert ("all_gather" in said) == (way[1] != "ddp")
+    assert ("all_gather" in said) == (way != "ddp")
+    assert ("Muon's matrices" in said) == (optimizer == "muon")
 
 
 def test_a_plan_that_is_wrong_by_one_byte_is_seen(monkeypatch, capsys):

@@ -13,6 +13,7 @@ from engine import optim
 from engine.config import OptimConfig
 from engine.optim import muon, sharing
 from engine.optim.muon import JORDAN, POLAR_EXPRESS
+from engine.planning import owners
 from model.gpt2 import GPT2, GPT2Config
 
 SMALL = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=100, init="gpt2")
@@ -202,16 +203,16 @@ def test_replicas_share_the_work_and_get_the_bits_of_one_process(size, monkeypat
 def test_rows_go_to_a_matrix_s_owner_and_come_back(size):
     """Also where ranks hold different numbers of rows, or none."""
     matrices = [torch.randn(rows, columns) for rows, columns in ((6, 4), (7, 1), (1, 5), (4, 4))]
-    rows, owners = [len(matrix) for matrix in matrices], [0, size - 1, 0, 1]
+    rows, owner_of = [len(matrix) for matrix in matrices], [0, size - 1, 0, 1]
 
     def work(rank: int) -> list[torch.Tensor]:
-        each = [matrix.split([sharing.share(len(matrix), r, size) for r in range(size)]) for matrix in matrices]
+        each = [matrix.split([owners.share(len(matrix), r, size) for r in range(size)]) for matrix in matrices]
         pieces = [parts[rank].clone() for parts in each]
         peers = sharing.Peers(dist.group.WORLD, is_sharded=True)
-        whole = peers.collect(pieces, rows, owners)
-        assert sorted(whole) == [index for index, owner in enumerate(owners) if owner == rank]
+        whole = peers.collect(pieces, rows, owner_of)
+        assert sorted(whole) == [index for index, owner in enumerate(owner_of) if owner == rank]
         assert all(torch.equal(matrix, matrices[index]) for index, matrix in whole.items())
-        peers.distribute({index: 2 * matrix for index, matrix in whole.items()}, pieces, owners)
+        peers.distribute({index: 2 * matrix for index, matrix in whole.items()}, pieces, owner_of)
         return pieces
 
     pieces = on_ranks(size, work)
@@ -221,8 +222,8 @@ def test_rows_go_to_a_matrix_s_owner_and_come_back(size):
 @pytest.mark.parametrize(("blocks", "size"), itertools.product([2, 12, 48], [1, 2, 8, 64]))
 def test_ranks_get_alike_work(blocks, size):
     shapes = [((4, 1), 1), ((1, 4), 1), ((3, 1), 3), ((1, 1), 1)]
-    costs = [muon.work(torch.Size(128 * side for side in shape), parts) for shape, parts in shapes * blocks]
+    costs = [owners.work([128 * side for side in shape], parts) for shape, parts in shapes * blocks]
     loads = [0] * size
-    for cost, owner in zip(costs, sharing.assign(costs, size), strict=True):
+    for cost, owner in zip(costs, owners.assign(costs, size), strict=True):
         loads[owner] += cost
     assert max(loads) <= max(4 / 3 * sum(costs) / size, max(costs))  # Graham 1969

@@ -51,7 +51,7 @@ FOLDERS = {
     "checks": {"facts", "selfcheck", "compiler", "cache", "scratch", "doctor", "network"},
     "config": {"fields", "presets", "parse", "file", "toml"},
     "optim": {"groups", "muon", "schedule", "sharing"},
-    "planning": {"memory", "roofline_ops", "communication", "efficiencies", "plan", "summary"},
+    "planning": {"memory", "roofline_ops", "communication", "owners", "efficiencies", "plan", "summary"},
     "tasks": {"scoring", "records", "hellaswag", "lambada", "text"},
     "commands": {
         "data",

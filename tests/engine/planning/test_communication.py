@@ -10,9 +10,11 @@ import torch.utils._pytree as pytree
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import distributed
+from engine import distributed, optim
+from engine.config import OptimConfig, TrainConfig
 from engine.distributed import Ranks
-from engine.planning.communication import communication, num_buckets
+from engine.health import replicas
+from engine.planning.communication import communication, muon_communication, num_buckets
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config
 
@@ -34,9 +36,14 @@ def four_ranks():
 
 
 class Collectives(TorchDispatchMode):
-    """Counts calls and bytes of the whole tensor by kind."""
+    """Counts calls and bytes of the larger tensor by kind."""
 
-    KINDS: ClassVar = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
+    KINDS: ClassVar = {
+        "allgather": "all_gather",
+        "reduce_scatter": "reduce_scatter",
+        "allreduce": "all_reduce",
+        "alltoall": "all_to_all",
+    }
 
     def __init__(self):
         super().__init__()
@@ -56,28 +63,31 @@ class Collectives(TorchDispatchMode):
 
 WIDE = GPT2Config(2, 2, 258, n_positions=33, vocab_size=257)  # four shards of its tensors are padded, two are not
 LARGE_VOCABULARY = GPT2Config(1, 2, 64, n_positions=33, vocab_size=5000)  # its last gradient fills DDP's first bucket
+ADAMW, MUON = OptimConfig(), OptimConfig("muon", muon_rows=True)
 
 
 @pytest.mark.parametrize(
-    ("config", "parallel", "reshard", "precision", "micro_batches"),
+    ("config", "parallel", "reshard", "precision", "micro_batches", "settings"),
     [
-        pytest.param(WIDE, "ddp", True, "fp32", 2, id="ddp"),
-        pytest.param(LARGE_VOCABULARY, "ddp", True, "fp32", 1, id="ddp-one-bucket"),
-        pytest.param(WIDE, "fsdp", True, "bf16", 2, id="fsdp", marks=pytest.mark.slow),
-        pytest.param(WIDE, "fsdp", False, "fp32", 1, id="fsdp-kept"),
-        pytest.param(WIDE, "hsdp", True, "bf16", 2, id="hsdp"),
+        pytest.param(WIDE, "ddp", True, "fp32", 2, ADAMW, id="ddp"),
+        pytest.param(LARGE_VOCABULARY, "ddp", True, "fp32", 1, MUON, id="ddp-one-bucket-muon"),
+        pytest.param(WIDE, "fsdp", True, "bf16", 2, ADAMW, id="fsdp", marks=pytest.mark.slow),
+        pytest.param(WIDE, "fsdp", False, "fp32", 1, MUON, id="fsdp-kept-muon"),
+        pytest.param(WIDE, "hsdp", True, "bf16", 2, ADAMW, id="hsdp", marks=pytest.mark.slow),
+        pytest.param(WIDE, "hsdp", True, "bf16", 2, MUON, id="hsdp-muon"),
     ],
 )
 def test_a_step_sends_the_bytes_that_communication_counts(
-    four_ranks, config, parallel, reshard, precision, micro_batches
+    four_ranks, config, parallel, reshard, precision, micro_batches, settings
 ):
+    shards = {"ddp": 1, "fsdp": 4, "hsdp": 2}[parallel]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     raw_model = GPT2(config)
     model = distributed.wrap(
         raw_model, four_ranks, parallel=parallel, shard_size=2, reshard=reshard, compute_dtype=dtype
     )
     raw_model.configure("torch", dtype)
-    seen = Collectives()
+    optimizer, seen = optim.build(raw_model, settings, replicas.group(model, four_ranks)), Collectives()
 
     def see_bucket(state, bucket):
         seen.add("all_reduce", nbytes([bucket.buffer()]))
@@ -96,10 +106,12 @@ def test_a_step_sends_the_bytes_that_communication_counts(
                 distributed.synchronize_gradients(model, index == micro_batches - 1)
                 model(tokens, tokens).backward()
             distributed.clip(model, 1.0)
+            optimizer.step()
             four_ranks.sum(torch.zeros(5))
         raw_model.zero_grad(set_to_none=True)
     calls, sent = Counter(), Counter()
-    for each in communication(
+    of_muon = muon_communication(TrainConfig(model=config, parallel=parallel, optim=settings), 4, shards, rank=0)
+    for each in of_muon + communication(
         config, 4, parallel, precision, micro_batches=micro_batches, reshard=reshard, shard_size=2
     ):
         calls[each.kind] += each.calls
@@ -131,6 +143,11 @@ def test_wire_bytes_are_those_of_a_ring():
     assert gathered.wire_bytes == 7 / 8 * gathered.payload_bytes
     assert summed.wire_bytes == 2 * 7 / 8 * 20
     assert communication(PRESETS["gpt2"], 1) == []
+
+
+def test_a_rank_without_a_matrix_broadcasts_nothing():
+    config = TrainConfig(model=SMALL, optim=MUON)
+    assert [muon_communication(config, n, 1)[0].calls for n in (4, 12, 64)] == [4, 12, 12]  # 3 blocks of 4 matrices
 
 
 def test_a_bucket_is_full_once_it_has_reached_its_size():

@@ -9,15 +9,16 @@ from runs import run
 
 from engine.chips import CHIPS
 from engine.config import PRESETS, batch_shape
+from engine.config.presets import with_recipe
 from engine.planning import memory, plan, summary
-from engine.planning.communication import communication
+from engine.planning.communication import communication, muon_communication
 from engine.planning.plan import Request
 
 LABEL = r"counted|estimate|measured|published|assum|asked for|chosen|bound"
 
 
-def request_of(preset="gpt2", gpus=8, chip="H100", parallel="ddp", **changes) -> Request:
-    config = dataclasses.replace(PRESETS[preset], parallel=parallel)
+def request_of(preset="gpt2", gpus=8, chip="H100", parallel="ddp", recipe="preset", **changes) -> Request:
+    config = dataclasses.replace(with_recipe(PRESETS[preset], recipe), parallel=parallel)
     return Request(preset, config, gpus, CHIPS[chip], "bf16", 10**10, **changes)
 
 
@@ -73,18 +74,28 @@ def test_a_step_that_does_not_fit_into_memory_has_no_time_in_the_table():
     assert {world_size: re.search(r"- +-$", row) is None for world_size, row in rows.items()} == fits
 
 
-@pytest.mark.parametrize(("parallel", "gpus"), [("ddp", 8), ("fsdp", 64), ("hsdp", 64)])
-def test_a_step_sends_what_communication_counts_and_is_not_faster_than_its_bound(parallel, gpus):
-    made = plan.make(request_of("gpt2-xl", gpus, parallel=parallel))
-    model, step = PRESETS["gpt2-xl"].model, made["step"]
+@pytest.mark.parametrize(
+    ("parallel", "gpus", "recipe"),
+    [("ddp", 8, "preset"), ("fsdp", 64, "preset"), ("hsdp", 64, "preset"), ("ddp", 8, "fast"), ("hsdp", 64, "fast")],
+)
+def test_a_step_sends_what_communication_counts_and_is_not_faster_than_its_bound(parallel, gpus, recipe):
+    asked = request_of("gpt2-xl", gpus, parallel=parallel, recipe=recipe)
+    made, model = plan.make(asked), PRESETS["gpt2-xl"].model
+    step, of_muon = made["step"], muon_communication(asked.config, gpus, min(8, gpus))
     calls = communication(model, gpus, parallel, micro_batches=step["micro_batches"], shard_size=min(8, gpus))
-    assert step["sent_bytes"] == sum(each.wire_bytes for each in calls)
+    assert step["sent_bytes"] == sum(each.wire_bytes for each in calls + of_muon)
+    assert (made["optimizer"], bool(of_muon)) == (("muon", True) if recipe == "fast" else ("adamw", False))
+    if of_muon:  # which nothing hides
+        without = plan.make(request_of("gpt2-xl", gpus, parallel=parallel))["step"]
+        added = sum(each.wire_bytes for each in of_muon) / plan.link(asked, "", min(8, gpus), 8)
+        shown = [each["communication_s"] - each["hidden_s"] for each in (step, without)]
+        assert shown[0] - shown[1] == pytest.approx(added)
     for each in made["communication"]:
         assert each["bound_s"] <= each["seconds"] <= each["compute_s"] + each["communication_s"]
         assert each["tokens"] % (each["world_size"] * each["micro_batch_size"] * 1024) == 0
     assert (made["communication"][0]["sent_bytes"], made["communication"][-1]["world_size"]) == (0, 1024)
     for row in made["memory"]:
-        config = dataclasses.replace(PRESETS["gpt2-xl"], parallel=row["parallel"], recompute=row["recompute"])
+        config = dataclasses.replace(asked.config, parallel=row["parallel"], recompute=row["recompute"])
         parts = memory.parts(config, row["micro_batch_size"], "bf16", request_of(gpus=gpus).place(gpus))
         assert {name: row[name] for name in memory.PARTS} == parts
 
@@ -143,6 +154,7 @@ def test_json_is_the_whole_plan(capsys):
         (["gpt2", "--tokens", "inf"], "--tokens must be a number of 1 to 1e+18 such as 10B"),
         (["gpt2", "--tokens", "1e400"], "got '1e400'"),
         (["gpt2", "--tokens", "0"], "got '0'"),
+        (["gpt2", "--recipe", "fsat"], "plan: --recipe must be one that is known, got 'fsat'; did you mean \"fast\"?"),
         (["gpt2", "--budget", "3d"], "--budget must be hours such as 24h, up to 1e+09, or money such as 5000"),
         (["gpt2", "--budget=-5h"], "got '-5h'"),
         (["gpt2", "--budget", "2e9h"], "got '2e9h'"),
