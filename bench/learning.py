@@ -220,15 +220,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", choices=[case.name for case in CASES], help="default: all")
     parser.add_argument("--tune", action="store_true", help="try factors of the learning rates, on the tuning text")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="runs at a time, of one thread each")
-    parser.add_argument(
-        "--save", action="store_true", help="write learning.json of this machine, and docs/learning.png"
-    )
+    parser.add_argument("--save", action="store_true", help="write this machine's learning.json, and docs/learning.png")
     args = parser.parse_args(arguments)
-    made = []
+    cases, measured = [case for case in CASES if args.case in (None, case.name)], tune if args.tune else rows_of
     try:
-        for case in CASES:
-            if args.case in (None, case.name):
-                made.append((tune if args.tune else rows_of)(case, args.directory, args.workers))
+        made = [measured(case, args.directory, args.workers) for case in cases]
     except subprocess.CalledProcessError as error:
         print(f"learning: a run must end well, got exit code {error.returncode} of {error.cmd}", file=sys.stderr)
         return 1
