@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from bench.results import Figure, Row, spread
 from engine import start
 from engine.comparison import equal_loss
 from engine.comparison.equal_loss import Losses
-from engine.config import batch_shape, parse
+from engine.config import TrainConfig, batch_shape, load, parse
 from engine.distributed import Ranks
 from engine.run import plots
 from engine.run.rows import METRICS_FILE
@@ -99,31 +99,31 @@ def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
     return part, whole
 
 
-def run(case: Case, flags: str, steps: int, seed: int, data: Path, out: Path) -> float:
-    """Final validation loss of one run, which is made if it is not there. Raises CalledProcessError if it fails."""
+def run(words: list[str], config: TrainConfig) -> float:
+    """Final validation loss of one run, which is made if it is not there, or was made with other settings.
 
-    def last_row() -> dict:
-        path = out / METRICS_FILE
-        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else {}
-
-    if last_row().get("step") != steps or "val_loss" not in last_row():
-        own = f"{ALL} --num-steps {steps} --seed {seed} --data {data} --out {out}"
-        gpt2("train", *f"{case.flags} {flags} {own}".split())
-    return last_row()["val_loss"]
+    words: of its command; config: what they say. Raises CalledProcessError if it fails.
+    """
+    out = Path(config.out)
+    metrics = out / METRICS_FILE
+    is_there = metrics.exists() and replace(load(out), resume=config.resume) == config
+    if not is_there or json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"] != config.num_steps:
+        gpt2("train", *words, "--resume", "auto" if is_there else "never")
+    loss = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["val_loss"]
+    print(f"{out}: {loss:.4f}", flush=True)
+    return loss
 
 
 def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, float]:
     """Losses of runs by (name, flags, steps, seed), some at a time, each with one thread."""
-
-    def one(key: tuple[str, str, int, int]) -> float:
-        name, flags, steps, seed = key
+    commands = []
+    for name, flags, steps, seed in wanted:
         where = out / case.name / name.replace(" ", "-") / f"{steps}-steps-seed-{seed}"
-        loss = run(case, flags, steps, seed, data, where)
-        print(f"{case.name}, {name}, {steps} steps, seed {seed}: {loss:.4f}", flush=True)
-        return loss
-
+        words = f"{case.flags} {ALL} {flags} --num-steps {steps} --seed {seed}".split()
+        commands.append([*words, "--data", str(data), "--out", str(where)])
+    configs = [parse(words, "bench.learning") for words in commands]  # in one thread, as tyro asks for
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(wanted, pool.map(one, wanted), strict=True))
+        return dict(zip(wanted, pool.map(run, commands, configs), strict=True))
 
 
 def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -39,11 +40,9 @@ class Server:
         """Forks `FILE ARGS` or `-c CODE ARGS` and returns its process id. Its output is added to two files."""
         return self.ask(command=list(map(str, command)), environment=environment, out=out, err=err)
 
-    def wait(self, pid: int, seconds: float = 120.0) -> int:
-        """The exit code, negative for a signal. Raises TimeoutError, and ends the process, after so many seconds."""
-        if (code := self.ask(wait=pid, seconds=seconds)) is None:
-            raise TimeoutError(f"process {pid} did not end within {seconds:.0f} s")
-        return code
+    def wait(self, pid: int, seconds: float = 120.0) -> int | None:
+        """The exit code, negative for a signal; None after so many seconds, when the process is ended."""
+        return self.ask(wait=pid, seconds=seconds)
 
 
 server = functools.cache(Server)
@@ -63,7 +62,11 @@ class Done(NamedTuple):
 
 
 def run(*command: str | Path, ranks: int = 1, seconds: float = 120.0, **environment: str) -> Done:
-    """Runs forks of a command, which are ranks as torchrun starts them if there are several. Waits for all."""
+    """Runs forks of a command, which are ranks as torchrun starts them if there are several. Waits for all.
+
+    Variables that a module reads while it is imported are those of the server. Raises TimeoutError, with what they
+    said, if they do not end in time; none is left.
+    """
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -73,7 +76,11 @@ def run(*command: str | Path, ranks: int = 1, seconds: float = 120.0, **environm
         out, err = Path(directory, "out"), Path(directory, "err")
         each = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] if ranks > 1 else [{}]
         pids = [server().start(command, base | of_rank, str(out), str(err)) for of_rank in each]
-        codes = [server().wait(pid, seconds) for pid in pids]
+        deadline = time.monotonic() + seconds
+        codes = [server().wait(pid, max(0.0, deadline - time.monotonic())) for pid in pids]
+        if None in codes:
+            said = err.read_text(errors="replace")[-2000:] if err.exists() else ""
+            raise TimeoutError(f"{command} did not end within {seconds:.0f} s, exit codes {codes}: {said}")
         return Done(codes, *(path.read_text(errors="replace") for path in (out, err)))
 
 
@@ -115,7 +122,6 @@ def serve() -> None:
     """Forks, and waits for forks, as asked on stdin until it is closed."""
     import importlib
     import signal
-    import time
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -131,10 +137,11 @@ def serve() -> None:
             running.add(answer)
         else:
             deadline, pid = time.monotonic() + request["seconds"], request["wait"]
-            while answer is None and time.monotonic() < deadline:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                answer = os.waitstatus_to_exitcode(status) if ended else time.sleep(0.01)
-            if answer is None:
+            while (waited := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if waited[0]:
+                answer = os.waitstatus_to_exitcode(waited[1])
+            else:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             running.discard(pid)

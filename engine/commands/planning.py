@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from engine import flags
 from engine.errors import BadInput, nearest
@@ -54,7 +54,7 @@ def request(asked: Any) -> "Request":
 
     from engine.chips import CHIPS
     from engine.config import PRESETS
-    from engine.config.presets import with_recipe
+    from engine.config.presets import Recipe, with_recipe
     from engine.planning.communication import ITEMSIZE
     from engine.planning.plan import WAYS, Request
     from engine.planning.roofline_ops import RECOMPUTE
@@ -64,7 +64,7 @@ def request(asked: Any) -> "Request":
         raise BadInput(f"plan: the preset must be one that exists, got {got}")
     chips = {name.lower(): chip for name, chip in CHIPS.items()}
     choices = {"gpu": chips, "parallel": WAYS, "recompute": RECOMPUTE, "precision": ITEMSIZE}
-    choices["recipe"] = ("preset", "fast")
+    choices["recipe"] = get_args(Recipe)
     for name, known in choices.items():
         value = getattr(asked, name)
         if (value.lower() if name == "gpu" else value) not in known:

@@ -2,7 +2,9 @@
 
 The target is the reference's mean loss at its full length. Between two lengths of a recipe its mean
 loss is taken as linear in the logarithm of the steps. The interval is the middle LEVEL of the
-ratios of DRAWS draws of every recipe's seeds, with replacement (Efron 1979, the bootstrap).
+ratios of DRAWS draws of every recipe's seeds, with replacement (Efron 1979, the bootstrap). Such
+draws vary too little where there are few seeds, so the logarithms are widened: by sqrt(n / (n - 1)),
+and from the normal's quantile to Student's, of the fewest seeds n.
 """
 
 import math
@@ -14,6 +16,7 @@ from engine.comparison import welch
 from engine.comparison.welch import LEVEL
 
 DRAWS = 4000
+NORMAL = 1.959964  # the normal distribution's quantile of LEVEL
 Losses = dict[int, np.ndarray]  # final losses of a recipe: by steps, one of each seed
 
 
@@ -58,6 +61,11 @@ def ratio(recipe: Losses, like: Losses, reference: Losses) -> Estimate:
     def drawn(losses: Losses) -> Losses:
         return {steps: random.choice(each, len(each)) for steps, each in losses.items()}
 
+    if slope(like if len(recipe) == 1 else recipe) >= 0:
+        return Estimate(math.inf, 0.0, math.inf)  # no length is known to reach the target
     found = [steps_to(drawn(reference)[full].mean(), drawn(recipe), drawn(like)) / full for _ in range(DRAWS)]
-    low, high = np.quantile(found, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    return Estimate(float(steps_to(reference[full].mean(), recipe, like) / full), float(low), float(high))
+    value = float(steps_to(reference[full].mean(), recipe, like) / full)
+    fewest = min(len(each) for losses in (recipe, like, reference) for each in losses.values())
+    wider = math.sqrt(fewest / (fewest - 1)) * welch.quantile(0.5 + LEVEL / 2, fewest - 1) / NORMAL
+    low, high = (value * (end / value) ** wider for end in np.quantile(found, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]))
+    return Estimate(value, float(low), float(high))

@@ -26,7 +26,7 @@ class OptimConfig:
     muon_lr: float = 0.02  # peak learning rate of Muon, on the same schedule
     muon_momentum: float = 0.95  # decay of Muon's running mean of the gradient
     muon_rows: bool = False  # Muon: also divide rows by a running mean of their size, as NorMuon does
-    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then down in a line
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd: constant, then linear decay
     decay_share: float = 0.2  # wsd: share of the run in which the learning rate goes down
     min_lr_ratio: float = 0.1  # final learning rate / peak learning rate
     warmup_tokens: int = 375_000_000  # tokens of linear warm-up; at most a tenth of the run
@@ -39,9 +39,13 @@ class OptimConfig:
     def problems(self) -> list[str]:
         """Error messages for all fields with invalid values; empty if there are none."""
         wrong = []
-        for name in ("muon_lr", "decay_share", "min_lr_ratio"):
+        for name in ("muon_lr", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 wrong.append(f"{flag_of('optim.' + name)} must be 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.decay_share <= 1:
+            wrong.append(f"--optim.decay-share must be above 0 and at most 1, got {self.decay_share}")
+        if self.muon_rows and self.name != "muon":
+            wrong.append(f"--optim.muon-rows must go with --optim.name muon, got {self.name}; leave one of them out")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 wrong.append(f"{flag_of('optim.' + name)} must be at least 0 and below 1, got {getattr(self, name)}")

@@ -4,13 +4,13 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from engine import flags, output, sizes
 from engine.config import toml
 from engine.config.fields import TrainConfig, flag_of
 from engine.config.file import given
-from engine.config.presets import PRESETS, presets_help, with_recipe
+from engine.config.presets import PRESETS, Recipe, presets_help, with_recipe
 from engine.errors import BAD_INPUT, DONE, BadInput, nearest
 from model.files import few
 
@@ -19,7 +19,7 @@ from model.files import few
 class Asked(TrainConfig):
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
-    recipe: Literal["preset", "fast"] = "preset"  # fast: for the GPT presets, Muon over half of the steps
+    recipe: Recipe = "preset"  # fast: for the GPT presets, Muon and half as many steps
     config: str | None = None  # file of settings that flags change: TOML, or a run's config.json; the preset may go
     print_config: bool = False  # print all settings as TOML, for --config, and stop
 

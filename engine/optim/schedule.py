@@ -15,7 +15,7 @@ def warmup_steps(config: TrainConfig) -> int:
 
 
 def decay_begins(config: TrainConfig) -> int:
-    """First step whose learning rate is below the peak after the warm-up."""
+    """Step from which the learning rate falls: the last at the peak."""
     warmup = warmup_steps(config)
     if config.optim.schedule == "cosine":
         return warmup
@@ -26,7 +26,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate at `step` (0-based): linear warm-up to lr, then down to min_lr_ratio * lr at the end.
 
     cosine: half a period, from the end of the warm-up. wsd (warm-up, stable, decay): lr until
-    decay_share of the run is left, then in a line.
+    decay_share of the run is left, then linear decay.
     """
     optim, warmup = config.optim, warmup_steps(config)
     if step < warmup:
@@ -41,7 +41,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def describe(config: TrainConfig) -> str:
     """The schedule in words."""
     optim = config.optim
-    stable = "" if optim.schedule == "cosine" else f"constant to step {decay_begins(config):,}, "
+    begins = decay_begins(config)
+    stable = f"constant to step {begins:,}, " if begins > warmup_steps(config) else ""
     fall = "cosine" if optim.schedule == "cosine" else "linear"
     warmup = f"linear warm-up over {warmup_steps(config):,} steps"
     return f"{warmup}, {stable}{fall} to {100 * optim.min_lr_ratio:.0f}% at step {config.num_steps:,}"

@@ -2,7 +2,7 @@
 
 DDP: every process holds whole matrices, and the owners broadcast their results. FSDP2: it holds some
 rows of each, sends them to the owners and gets the same rows of the results back. hsdp: as FSDP2,
-within each replica. engine.planning.owners says who owns which.
+within each replica, so replicas stay alike on devices of one kind only. engine.planning.owners says who owns which.
 """
 
 import torch

@@ -24,9 +24,9 @@ MARGIN = 0.1  # share of the free memory left for fragments and what the estimat
 PARTS = ("weights", "gradients", "moments", "activations", "head", "buffers")
 WORKSPACES = 2 * 2**25  # bytes of cuBLAS's and cuBLASLt's on a Hopper
 BLOCK_GRADIENTS = 5  # of activations at once in a block's backward pass, in widths C per token
-# Muon's work at once, per C^2. On a CPU it is that of one 4C x C matrix: four copies. On a GPU, per block of the rank's
-# share, it is that of all matrices of one shape: the update, a float32 and a bfloat16 copy.
-MUON_ON_CPU, MUON_ON_GPU = 64, 40
+# Muon's work at once, per C^2. On a CPU: four copies of one 4C x C matrix. On a GPU, for each block of the rank's
+# share: all square matrices joined in float32, and x, its Gram matrix, a product and the result in bfloat16.
+MUON_ON_CPU, MUON_ON_GPU = 64, 48
 
 Parts = dict[str, int]  # bytes by the names of PARTS
 

@@ -15,7 +15,7 @@ def work(shape: Sequence[int], parts: int) -> int:
 
 
 def assign(costs: list[int], size: int) -> list[int]:
-    """Owner of each matrix: the dearest comes first, and each goes to the rank with the least work."""
+    """Owner of each matrix: the largest comes first, and each goes to the rank with the least work."""
     owners, loads = [0] * len(costs), [0] * size
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         owners[index] = rank = loads.index(min(loads))

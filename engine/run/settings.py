@@ -144,12 +144,12 @@ def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """What differs between two results of in_force, as lines `optim.lr 0.004 -> 0.001` by name.
 
-    What one of them left to be resolved, and did not note, is not compared.
+    What one of them left to be resolved, and did not note, is not compared, nor what only one reads.
     """
     unknown = {name for name in ("precision", "micro_batch_size") if {"auto", None} & {old.get(name), new.get(name)}}
     if old.get("model.dropout") != new["model.dropout"]:
         unknown.add("micro_batch_size")
-    names = [name for name in new if name not in unknown]
+    names = [name for name in new if name not in unknown and (name in old or not name.startswith("optim."))]
     return {name: f"{name} {old.get(name)} -> {new[name]}" for name in names if old.get(name) != new[name]}
 
 
