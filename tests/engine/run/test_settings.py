@@ -63,7 +63,9 @@ def test_a_field_in_its_other_spelling_is_no_change():
     assert lines(train, changed("context", train, 32)) == []  # which is the model's n_positions
     assert lines(train, changed("context", train, 16)) == ["context 32 -> 16"]
     assert lines(train, changed("optim.muon_lr", train)) == []  # AdamW reads no rate of Muon's
-    assert lines(train, changed("optim.decay_share", train)) == []  # nor a cosine this
+    cosine = parsed("--optim.schedule", "cosine")
+    assert lines(cosine, changed("optim.decay_share", cosine)) == []  # nor a cosine this
+    assert lines(cosine, parsed("--optim.schedule", "wsd")) == ["optim.schedule cosine -> wsd"]
     assert lines(train, changed("precision", train, "auto")) == []  # which was resolved to the same
     assert lines(train, train, precision="bf16") == ["precision fp32 -> bf16"]
     assert lines(train, train, precision=None) == []  # --precision fp32 says the same
