@@ -175,13 +175,8 @@ class Run:
 
     def all(self, parts: list[Part]) -> None:
         """Measures each of these parts that fits the time left."""
-        kinds = {
-            "self-check": self.self_check,
-            "ceilings": self.ceilings,
-            "accuracy": self.accuracy,
-            "step": self.steps,
-            "sizes": self.steps,
-        }
+        kinds = {"self-check": self.self_check, "ceilings": self.ceilings, "accuracy": self.accuracy}
+        kinds |= dict.fromkeys(("step", "sizes"), self.steps)
         try:
             for part in parts:
                 left, needed = self.deadline - time.time(), 0.0 if self.record.is_dry else part.seconds

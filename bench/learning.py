@@ -1,8 +1,8 @@
 """Tokens and seconds that each recipe needs to the same validation loss: `python -m bench.learning DIR`.
 
 Every run is one `gpt2 train` with one thread on Python's standard library. DIR holds the run directories; the same
-command goes on where it was stopped. Learning rates were chosen by `--tune`, which trains with seeds of its own and
-validates on a tenth of the training text. Reported is the loss on the validation documents, which no choice saw.
+command goes on where it was stopped. `--tune` tries learning rates, with seeds of its own, and validates on a tenth of
+the training text. Reported is the loss on the validation documents.
 
 The reference is a case's first arm. See engine.comparison.equal_loss for the ratios and their intervals. "adamw again"
 differs from "adamw" in its seeds alone, so its ratio must be 1 within its interval. Exit codes: 0 done, 1 a run failed.
@@ -102,13 +102,12 @@ def run(words: list[str], config: TrainConfig) -> float:
 
     words: of its command; config: what they say. Raises CalledProcessError if it fails.
     """
-    out = Path(config.out)
-    metrics = out / METRICS_FILE
-    is_there = metrics.exists() and replace(load(out), resume=config.resume) == config
+    metrics = Path(config.out, METRICS_FILE)
+    is_there = metrics.exists() and replace(load(config.out), resume=config.resume) == config
     if not is_there or json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"] != config.num_steps:
         gpt2("train", *words, "--resume", "auto" if is_there else "never")
     loss = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["val_loss"]
-    print(f"{out}: {loss:.4f}", flush=True)
+    print(f"{config.out}: {loss:.4f}", flush=True)
     return loss
 
 
@@ -132,19 +131,18 @@ def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
     losses: dict[str, Losses] = {arm.name: {} for arm in case.arms}
     for (name, _, steps, _), loss in found.items():
         losses[name][steps] = np.append(losses[name].get(steps, []), loss)
-    seconds = step_seconds(case, data)
-    rows = []
+    seconds, rows = step_seconds(case, data), []
     for arm in case.arms:
         own, like = losses[arm.name], losses[arm.like or arm.name]
         row = Row("learning", case.name, arm.name, note=f"{arm.lengths[-1]} steps, {len(arm.seeds)} seeds")
-        row.facts["flags"] = f"{case.flags} {arm.flags}"
-        row.facts["losses"] = {str(steps): [round(float(loss), 4) for loss in each] for steps, each in own.items()}
-        row.figures = {"loss": figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", len(arm.seeds))}
-        row.figures["step"] = spread(seconds[arm.name], "s")
-        if arm is not case.arms[0]:
+        rounded = {str(steps): each.round(4).tolist() for steps, each in own.items()}
+        row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded}
+        loss = figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", len(arm.seeds))
+        row.figures = {"loss": loss, "step": spread(seconds[arm.name], "s")}
+        if rows:
             tokens = figure(equal_loss.ratio(own, like, losses[case.arms[0].name]), "x", len(arm.seeds))
-            row.figures["tokens"] = tokens
-            row.figures["seconds"] = results.scaled(tokens, row.value("step") / rows[0].value("step"), "x")
+            cost = row.value("step") / rows[0].value("step")
+            row.figures |= {"tokens": tokens, "seconds": results.scaled(tokens, cost, "x")}
         rows.append(row)
     return rows
 

@@ -61,7 +61,9 @@ def test_prepare(name: str, size: str, measure, tmp_path):
     def check(manifest: dict) -> None:
         found = []
         for shard in manifest["shards"]:
-            tokens = open_shard(out / shard["file"])
+            path = out / shard["file"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"], path.name
+            tokens = open_shard(path)
             starts = np.flatnonzero(tokens == encoder.end_of_text)
             found += [encoder.decode(part[1:]) for part in np.split(tokens, starts)[1:]]
         assert sorted(found) == sorted(documents), "the shards must decode to the documents"
@@ -93,14 +95,18 @@ def written(tmp_path_factory):
 
 
 def check_batches(batches: Batches, tokens: np.ndarray) -> None:
-    """Raises AssertionError unless the batches of the first step are slices of the tokens."""
-    T = batches.context
-    order = windows_at(np.arange(batches.sequences), batches.num_windows, batches.seed)
-    inputs, targets = (np.concatenate([pair[part].numpy() for pair in batches.at(0)]) for part in (0, 1))
-    for index, row, target in zip(order, inputs, targets, strict=True):
-        window = tokens[index * T : (index + 1) * T + 1]
-        assert np.array_equal(row, window[:-1]), f"window {index} must be a slice of the tokens"
-        assert np.array_equal(target, window[1:]), f"targets of window {index} must be one token further on"
+    """Raises AssertionError unless an epoch has every window once and a step's batches are slices of the tokens."""
+    T, S = batches.context, batches.sequences
+    steps = batches.num_windows // S
+    order = windows_at(np.arange(steps * S), batches.num_windows, batches.seed).reshape(steps, S)
+    assert len(np.unique(order)) == steps * S, "no window may come twice in an epoch"
+    for step in (0, steps - 1):
+        got = batches.at(step)
+        inputs, targets = (np.concatenate([pair[part].numpy() for pair in got]) for part in (0, 1))
+        for index, row, target in zip(order[step], inputs, targets, strict=True):
+            window = tokens[index * T : (index + 1) * T + 1]
+            assert np.array_equal(row, window[:-1]), f"window {index} must be a slice of the tokens"
+            assert np.array_equal(target, window[1:]), f"targets of window {index} must be one token further on"
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,9 +1,10 @@
 """One training step, as engine.step makes it: by preset, backend and precision, eager and compiled.
 
-First the losses of three steps on one batch, the later two of which need every gradient, are held against the plain
-reference's in float32. extra_info of the eager step in float32 has bench.counts.
+First the losses of three steps on one batch, the later two of which need every gradient, are checked against the plain
+reference in float64. extra_info of the eager step in float32 has bench.counts.
 """
 
+import contextlib
 import functools
 from dataclasses import replace
 from itertools import product
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.counts import counts
-from bench.steps import Setup, build, initial_weights
+from bench.steps import PeerStep, Setup, build, build_model, initial_weights
 from bench.suites.conftest import DEVICE, ON_GPU, QUICK, SEQUENCES, case, require_triton
 from engine.device import COMPUTE_DTYPES, choose_precision
 from model.presets import PRESETS, GPT2Config
@@ -24,7 +25,7 @@ PRESET_NAMES = [name for name in SEQUENCES if ON_GPU or name != "gpt2"]
 STEPS = 3
 # Relative, of a loss and of its fall since the first step.
 TOLERANCE = {"fp32": (1e-5, 1e-3), "tf32": (1e-3, 2e-2), "fp16": (1e-3, 2e-2), "bf16": (5e-3, 5e-2)}
-REFERENCE_TOKENS = 4096  # of the reference at a time, whose logits are whole
+REFERENCE_TOKENS = 4096  # of the float64 model at a time, whose logits are whole
 
 
 def cases() -> list:
@@ -44,10 +45,12 @@ def start(preset: str) -> tuple[GPT2Config, dict[str, Tensor], Tensor, Tensor]:
 
 
 @functools.cache
-def expected_losses(preset: str) -> list[float]:
-    """The reference's."""
+def exact_losses(preset: str) -> list[float]:
+    """The reference's, in float64."""
     config, weights, tokens, targets = start(preset)
-    step, rows = build(Setup("reference"), config, weights, DEVICE), max(1, REFERENCE_TOKENS // config.n_positions)
+    model = build_model("reference", config, weights).to(DEVICE, torch.float64)
+    step = PeerStep(model, model, torch.amp.GradScaler(DEVICE.type, enabled=False), contextlib.nullcontext())
+    rows = max(1, REFERENCE_TOKENS // config.n_positions)
     batch = [*zip(tokens.split(rows), targets.split(rows), strict=True)]
     return [step(batch).item() for _ in range(STEPS)]
 
@@ -61,15 +64,14 @@ def test_step(preset: str, precision: str, how: str, measure):
         pytest.skip("training takes fp32 here" if chosen[0] == "fp32" else chosen[1])
     config, weights, tokens, targets = start(preset)
     setup = Setup(is_compiled=mode == "compiled", precision=precision, backend=backend)
-    expected = expected_losses(preset)  # first: it sets the precision of the process
     step, batch = build(setup, config, weights, DEVICE), [(tokens, targets)]
 
     def check(loss: Tensor) -> None:
-        losses = [loss.item(), *(step(batch).item() for _ in range(STEPS - 1))]
+        losses, exact = [loss.item(), *(step(batch).item() for _ in range(STEPS - 1))], exact_losses(preset)
         of_loss, of_fall = TOLERANCE[precision]
-        for got, wanted in zip(losses, expected, strict=True):
-            allowed = of_loss * expected[0] + of_fall * abs(expected[0] - wanted)
-            assert abs(got - wanted) <= allowed, f"the loss must be {wanted:.6f} to {allowed:.2g}, got {got:.6f}"
+        for got, truth in zip(losses, exact, strict=True):
+            allowed = of_loss * exact[0] + of_fall * abs(exact[0] - truth)
+            assert abs(got - truth) <= allowed, f"the loss must be {truth:.6f} to {allowed:.2g}, got {got:.6f}"
 
     measure.benchmark.group = f"a step of {preset}"
     last = measure(lambda: step(batch), check, work=(tokens.numel(), "tokens/s"))
