@@ -1,7 +1,7 @@
 """Processes that begin with everything imported: forks of one process, which pays for the imports once.
 
 A fresh process spends 5 to 7 s of CPU on importing PyTorch and the engine, a fork nothing. Tests whose claim is what
-processes do, and not how they are launched, take forks. test_a_killed_worker_is_started_again_and_the_run_ends_the_same has torchrun itself.
+processes do, and not how they are launched, take forks. test_faults kills a worker of torchrun itself.
 """
 
 import atexit

@@ -16,7 +16,8 @@ from engine.comparison import welch
 from engine.comparison.welch import LEVEL
 
 DRAWS = 4000
-NORMAL = 1.959964  # the normal distribution's quantile of LEVEL
+ENDS, NORMAL = (0.5 - LEVEL / 2, 0.5 + LEVEL / 2), 1.959964  # of LEVEL, and the normal distribution's quantile there
+MOST = 100.0  # logarithm of the most steps
 Losses = dict[int, np.ndarray]  # final losses of a recipe: by steps, one of each seed
 
 
@@ -43,15 +44,17 @@ def slope(losses: Losses) -> float:
 def steps_to(target: float, losses: Losses, like: Losses) -> float:
     """Steps at which a recipe's mean loss is the target; beyond its lengths along the nearest two.
 
-    like: a recipe of several lengths, whose slope one of a single length borrows.
+    like: a recipe of several lengths, whose slope one of a single length borrows. Infinity where the
+    loss does not fall with the steps.
     """
     lengths = sorted(losses)
     means = [losses[steps].mean() for steps in lengths]
-    if len(lengths) == 1:
-        return lengths[0] * math.exp((target - means[0]) / slope(like))
     right = min(max(1, sum(mean > target for mean in means)), len(lengths) - 1)
-    share = (target - means[right - 1]) / (means[right] - means[right - 1])
-    return lengths[right - 1] * (lengths[right] / lengths[right - 1]) ** share
+    near = like if right == 0 else {steps: losses[steps] for steps in lengths[right - 1 : right + 1]}
+    if (fall := slope(near)) >= 0:
+        return math.inf
+    first = max(0, right - 1)
+    return lengths[first] * float(np.exp(np.minimum((target - means[first]) / fall, MOST)))
 
 
 def ratio(recipe: Losses, like: Losses, reference: Losses) -> Estimate:
@@ -61,11 +64,11 @@ def ratio(recipe: Losses, like: Losses, reference: Losses) -> Estimate:
     def drawn(losses: Losses) -> Losses:
         return {steps: random.choice(each, len(each)) for steps, each in losses.items()}
 
-    if slope(like if len(recipe) == 1 else recipe) >= 0:
-        return Estimate(math.inf, 0.0, math.inf)  # no length is known to reach the target
     found = [steps_to(drawn(reference)[full].mean(), drawn(recipe), drawn(like)) / full for _ in range(DRAWS)]
-    value = float(steps_to(reference[full].mean(), recipe, like) / full)
+    value = steps_to(reference[full].mean(), recipe, like) / full
+    if math.isinf(value):
+        return Estimate(value, 0.0, value)
     fewest = min(len(each) for losses in (recipe, like, reference) for each in losses.values())
     wider = math.sqrt(fewest / (fewest - 1)) * welch.quantile(0.5 + LEVEL / 2, fewest - 1) / NORMAL
-    low, high = (value * (end / value) ** wider for end in np.quantile(found, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]))
+    low, high = (value * (end / value) ** wider for end in np.quantile(found, ENDS, method="nearest"))
     return Estimate(value, float(low), float(high))

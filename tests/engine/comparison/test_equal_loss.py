@@ -54,3 +54,9 @@ def test_a_recipe_that_does_not_learn_with_more_steps_reaches_nothing():
 def test_the_mean_s_interval_is_student_s():
     estimate = equal_loss.mean(np.array([1.0, 2.0, 3.0]))
     assert estimate == pytest.approx((2.0, 2.0 - 4.302653 / 3**0.5, 2.0 + 4.302653 / 3**0.5))  # t of 2 degrees
+
+
+def test_draws_whose_slope_is_lost_in_the_noise_widen_the_interval_and_do_not_fail():
+    loud = {300: np.array([1.9, 1.6, 1.8]), 380: np.array([1.7, 1.8, 1.7])}
+    value, low, high = equal_loss.ratio(loud, loud, {760: np.array([1.6, 1.62, 1.61])})
+    assert low < value < high == np.inf
