@@ -8,6 +8,11 @@ from engine.comparison import equal_loss
 NOISE = 0.01
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(equal_loss, "DRAWS", 100)
+
+
 def curve(steps: float, speed: float = 1.0) -> float:
     """A loss that falls with the logarithm of the steps; `speed` times as fast a recipe has it earlier."""
     return 4.0 - 0.4 * np.log(speed * steps)
@@ -35,9 +40,8 @@ def test_a_recipe_of_one_length_borrows_the_slope():
 
 
 @pytest.mark.parametrize("seeds", [8, 3])
-def test_the_interval_holds_the_truth_about_as_often_as_it_says(monkeypatch, seeds):
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(seeds):
     """Equal recipes come out equal: 1 is in about 95% of the intervals, and in more where there are few seeds."""
-    monkeypatch.setattr(equal_loss, "DRAWS", 200)
     random, held = np.random.default_rng(0), 0
     for _ in range(200):
         reference, like = runs((800,), 1.0, 8, random), runs((400, 800), 1.0, 8, random)
