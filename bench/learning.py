@@ -119,7 +119,7 @@ def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: 
         words = f"{case.flags} {ALL} {flags} --num-steps {steps} --seed {seed}".split()
         commands.append([*words, "--data", str(data), "--out", str(where)])
     configs = [parse(words, "bench.learning") for words in commands]  # in one thread, as tyro asks for
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         return dict(zip(wanted, pool.map(run, commands, configs), strict=True))
 
 
