@@ -132,7 +132,7 @@ def main(args: list[str]) -> int:
     """Exit code: 0 done, 2 bad input, 3 numbers not to be trusted, 4 process lost, 75 stopped early."""
     output.protect("gpt2 train")
     try:
-        config = parse(args, "gpt2 train")
+        config = parse(args, "gpt2 train", warn)
         stop = Stop(config.grace_seconds, config.max_minutes)
         with (
             stop,

@@ -5,7 +5,15 @@ fields are dotted (`--optim.lr 3e-4`, `--model.dropout 0.1`). A file of --config
 two. Imports no PyTorch, so that --help is fast.
 """
 
-from engine.config.fields import GPT_PROMPT, OptimConfig, Precision, TrainConfig, batch_shape, parse_profile
+from engine.config.fields import (
+    GPT_PROMPT,
+    OptimConfig,
+    Precision,
+    TrainConfig,
+    batch_shape,
+    is_read,
+    parse_profile,
+)
 from engine.config.file import CONFIG_FILE, from_dict, load, to_dict
 from engine.config.parse import Asked, parse, with_sizes_of_weights
 from engine.config.presets import MACHINES, PRESETS, presets_help
@@ -21,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "batch_shape",
     "from_dict",
+    "is_read",
     "load",
     "parse",
     "parse_profile",

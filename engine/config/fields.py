@@ -1,6 +1,7 @@
 """Fields of a training run's config, with their defaults, and what is wrong with their values."""
 
 import math
+import operator
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,23 @@ class TrainConfig:
                 "them, or leave it out to evaluate at each validation"
             )
         return wrong
+
+
+# Fields that a run reads only with some values of another field.
+READ_WITH = {
+    "optim.muon_lr": ("optim.name", ("muon",)),
+    "optim.muon_momentum": ("optim.name", ("muon",)),
+    "optim.muon_rows": ("optim.name", ("muon",)),
+    "optim.decay_share": ("optim.schedule", ("wsd",)),
+    "shard_size": ("parallel", ("hsdp",)),
+    "reshard": ("parallel", ("fsdp", "hsdp")),
+}
+
+
+def is_read(name: str, config: TrainConfig) -> bool:
+    """Whether a run reads the field of this dotted name."""
+    decides, values = READ_WITH.get(name, (None, ()))
+    return decides is None or operator.attrgetter(decides)(config) in values
 
 
 def flag_of(name: str) -> str:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NoReturn
 
 from engine import flags, output, sizes
 from engine.config import toml
-from engine.config.fields import TrainConfig, flag_of
+from engine.config.fields import READ_WITH, TrainConfig, flag_of, is_read
 from engine.config.file import given
 from engine.config.presets import PRESETS, Recipe, presets_help, with_recipe
 from engine.errors import BAD_INPUT, DONE, BadInput, nearest
@@ -19,7 +20,7 @@ from model.files import few
 class Asked(TrainConfig):
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
-    recipe: Recipe = "preset"  # fast: for the GPT presets, Muon and half as many steps
+    recipe: Recipe = "preset"  # fast: for the GPT presets, Muon and half as many steps; the others have Muon
     config: str | None = None  # file of settings that flags change: TOML, or a run's config.json; the preset may go
     print_config: bool = False  # print all settings as TOML, for --config, and stop
 
@@ -27,11 +28,12 @@ class Asked(TrainConfig):
 FIELDS = [each.name for each in dataclasses.fields(TrainConfig)]
 
 
-def parse(args: list[str], prog: str) -> TrainConfig:
+def parse(args: list[str], prog: str, warn: Callable[[str], None] | None = None) -> TrainConfig:
     """Parses `PRESET --flags`. A flag wins over the file of --config, the file over the preset.
 
     With --init-from the model has the sizes of those weights. With --print-config it prints the config
-    and exits with 0. Raises BadInput for a bad preset, file or value; for an unknown flag tyro exits with 2.
+    and exits with 0. warn: gets a line for each flag without effect, on the first of torchrun's
+    processes. Raises BadInput for a bad preset, file or value; for an unknown flag tyro exits with 2.
     """
     if args and args[0] in ("-h", "--help"):
         print(presets_help(prog.replace("gpt2", output.program(), 1)))
@@ -44,7 +46,7 @@ def parse(args: list[str], prog: str) -> TrainConfig:
         if flag == "--micro-batch-size" and (value if has_value else "".join(args[index + 1 : index + 2])) == "auto":
             args[index : index + 2 - bool(has_value)] = [flag, "None"]
     file = last_value(args, "--config")
-    base, named = _base(preset, file, args, prog)
+    name, base, named = _base(preset, file, args, prog)
     called = f"{prog} {preset}" if preset is not None else prog
     try:
         asked = flags.parse(TrainConfig, args, called, Asked(**{name: getattr(base, name) for name in FIELDS}))
@@ -52,11 +54,31 @@ def parse(args: list[str], prog: str) -> TrainConfig:
         config = with_sizes_of_weights(config, [*args, *named])
     except ValueError as error:
         raise BadInput(f"{prog}: {error}") from error
-    if wrong := config.problems():
+    wrong = config.problems()
+    if asked.recipe == "fast" and config.optim.name != "muon":
+        wrong.append(f"--recipe fast must go with --optim.name muon, got {config.optim.name}; leave one of them out")
+    if wrong:
         raise BadInput(f"{prog}: " + "\n  ".join([*wrong, *([f"with the settings of {file}"] if file else [])]))
     if asked.print_config:
         _print(config, prog)
+    if warn is not None and os.environ.get("RANK", "0") == "0":
+        for line in without_effect(config, args, name if asked.recipe == "fast" else None):
+            warn(f"{prog}: {line}")
     return config
+
+
+def without_effect(config: TrainConfig, args: list[str], fast: str | None) -> list[str]:
+    """A line for each flag that was given and changes nothing. fast: the preset that --recipe fast was given with."""
+    given, lines = {word.partition("=")[0].replace("_", "-") for word in args}, []
+    for name, (decides, values) in READ_WITH.items():
+        flags_of = {flag_of(name), flag_of(f"no_{name}")}
+        if not is_read(name, config) and (found := given & flags_of):
+            got = toml.value_of(config, decides)
+            needs = f"{flag_of(decides)} {' or '.join(values)}"
+            lines += [f"{flag} has no effect: it needs {needs}, got {got}" for flag in sorted(found)]
+    if fast is not None and PRESETS[fast].optim.name == "muon":
+        lines.append(f"--recipe fast has no effect: it is for presets with AdamW, and {fast} has Muon")
+    return lines
 
 
 def last_value(args: list[str], flag: str) -> str | None:
@@ -70,8 +92,10 @@ def last_value(args: list[str], flag: str) -> str | None:
     return found
 
 
-def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> tuple[TrainConfig, list[str]]:
-    """(what flags change, the flags of settings that a TOML names)."""
+def _base(
+    preset: str | None, file: str | None, args: list[str], prog: str
+) -> tuple[str | None, TrainConfig, list[str]]:
+    """(name of the preset, what flags change, the flags of settings that a TOML names)."""
     held = None if file is None else given(file, prog)
     if preset is None and held is None:
         got = args[0] if args else "nothing"
@@ -84,7 +108,7 @@ def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> t
         raise BadInput(f"{prog}: --recipe must go with a preset, got every setting from {file}; leave out one of them")
     start = with_recipe(PRESETS[name], recipe) if name is not None else TrainConfig()
     if held is None:
-        return start, []
+        return name, start, []
     if held.is_run and not any(word.partition("=")[0] == "--out" for word in args):
         raise BadInput(f"{prog}: --out must be given with the config of the run {file}, which has its own; choose one")
     if name is None and not held.is_run and (missing := [each for each in toml.FIELDS if each not in held.values]):
@@ -101,7 +125,7 @@ def _base(preset: str | None, file: str | None, args: list[str], prog: str) -> t
             f"{prog}: with the config of a run, which has every setting, the preset must be left out or be the run's "
             f"own, got {name} and {file} of another model; leave out {name} or --config"
         )
-    return base, [] if held.is_run else [flag_of(each) for each in held.values]
+    return name, base, [] if held.is_run else [flag_of(each) for each in held.values]
 
 
 def _print(config: TrainConfig, prog: str) -> NoReturn:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import TrainConfig
-from engine.planning.owners import assign, parts, share, work
+from engine.planning.owners import assign, matrices, parts, share, work
 from model.presets import GPT2Config, parameter_shapes
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
@@ -97,11 +97,11 @@ def muon_communication(config: TrainConfig, world_size: int, shards: int, rank: 
     size = world_size if config.parallel == "ddp" else shards
     if config.optim.name != "muon" or size == 1:
         return []
-    matrices = {name: shape for name, shape in parameter_shapes(config.model).items() if name[:2] == "h." and shape[1:]}
-    costs = [work(shape, parts(name)) for name, shape in matrices.items()]
+    shapes = matrices(config.model)
+    costs = [work(shape, parts(name)) for name, shape in shapes.items()]
     owners = assign(costs, min(size, len(costs)))  # of more ranks the others own none
     owned, held = Counter(), 0  # bytes of the whole matrices of each owner, and of this rank's rows of all
-    for owner, (rows, columns) in zip(owners, matrices.values(), strict=True):
+    for owner, (rows, columns) in zip(owners, shapes.values(), strict=True):
         row = 4 * (columns + config.optim.muon_rows)  # with a number of normalize_rows
         owned[owner] += rows * row
         held += share(rows, rank or 0, size) * row

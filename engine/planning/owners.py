@@ -1,6 +1,11 @@
-"""Owner of each of Muon's matrices, and the rows of it that a process holds under FSDP2. Free of PyTorch."""
+"""Owner of each of Muon's matrices, its work, and the rows that a process holds under FSDP2. Free of PyTorch."""
 
+from collections import Counter
 from collections.abc import Sequence
+
+from model.presets import GPT2Config, parameter_shapes
+
+QUINTICS = 5  # of engine.optim.muon.JORDAN
 
 
 def parts(name: str) -> int:
@@ -21,6 +26,19 @@ def assign(costs: list[int], size: int) -> list[int]:
         owners[index] = rank = loads.index(min(loads))
         loads[rank] += costs[index]
     return owners
+
+
+def matrices(model: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of Muon's weights: the matrices of the blocks."""
+    return {name: shape for name, shape in parameter_shapes(model).items() if name.startswith("h.") and len(shape) == 2}
+
+
+def flops(model: GPT2Config, size: int) -> int:
+    """FLOPs of orthogonalising on a GPU, per step, of the rank that owns most of so many that share them."""
+    costs, loads = [work(shape, parts(name)) for name, shape in matrices(model).items()], Counter()
+    for owner, cost in zip(assign(costs, min(size, len(costs))), costs, strict=True):
+        loads[owner] += cost
+    return 2 * QUINTICS * max(loads.values())
 
 
 def share(rows: int, rank: int, size: int) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from engine.chips import Chip
 from engine.config import PRESETS, TrainConfig, batch_shape
-from engine.planning import efficiencies, memory
+from engine.planning import efficiencies, memory, owners
 from engine.planning.communication import communication, muon_communication
 from engine.planning.memory import Place
 from engine.planning.roofline_ops import RECOMPUTE, StepShape, step_ops
@@ -60,11 +60,13 @@ class Step:
     sent_bytes: float
     communication_s: float
     hidden_s: float
+    muon_flops: int  # of Muon's matrix products, of the GPU that makes most of them; 0 with AdamW
+    muon_s: float  # of these
 
     @property
     def seconds(self) -> float:
         """The expected time."""
-        return self.compute_s + self.communication_s - self.hidden_s
+        return self.compute_s + self.muon_s + self.communication_s - self.hidden_s
 
 
 def make(asked: Request) -> dict:
@@ -143,11 +145,22 @@ def step_on(asked: Request, world_size: int) -> Step:
     bound_s = bound(shape, chip)
     again = bound_s / bound(dataclasses.replace(shape, recompute="none"), chip)
     flops = flops_per_token(config.model, T) * micro_batches * size * T
-    mfu_s = again * flops / (efficiencies.of(chip.name, config, precision, size).mfu * chip.flops_per_s[precision])
+    mfu = efficiencies.of(chip.name, config, precision, size).mfu
+    mfu_s = again * flops / (mfu * chip.flops_per_s[precision])
     by, compute_s = ("mfu", mfu_s) if mfu_s >= bound_s else ("bound", bound_s)
     sent_bytes, communication_s, hidden_s = sent(asked, world_size, micro_batches, compute_s)
     seconds = (bound_s, compute_s, sent_bytes, communication_s, hidden_s)
-    return Step(world_size, size, micro_batches, config.tokens_per_step, fits, by, *seconds)
+    muon = muon_flops(asked, world_size)
+    of_muon = (muon, muon / (mfu * chip.flops_per_s["bf16"]))  # in bf16 on every GPU that has it
+    return Step(world_size, size, micro_batches, config.tokens_per_step, fits, by, *seconds, *of_muon)
+
+
+def muon_flops(asked: Request, world_size: int) -> int:
+    """FLOPs of Muon's matrix products per step, of the GPU that makes most of them; 0 with AdamW."""
+    config, shards = asked.config, asked.place(world_size).shards(asked.config)
+    if config.optim.name != "muon":
+        return 0
+    return owners.flops(config.model, world_size if config.parallel == "ddp" else shards)
 
 
 def bound(shape: StepShape, chip: Chip) -> float:

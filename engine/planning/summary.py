@@ -101,6 +101,7 @@ def time(plan: dict) -> list[str]:
         f"  at least   {duration(step['bound_s'])} (roofline bound from the data sheet, without communication)",
         f"  expected   {duration(step['seconds'])}, {run['tokens_per_s']:,.0f} tokens/s (estimate)",
         f"  by         {by}",
+        *muon(step),
         f"run          {duration(3600 * run['hours'])} (estimate), at least {duration(3600 * plan['bound_hours'])}"
         " (bound): the training steps alone",
         f"energy       {run['kwh']:,.1f} kWh of them (assumption: {plan['gpu']['watts']:.0f} W per GPU, its design "
@@ -109,6 +110,16 @@ def time(plan: dict) -> list[str]:
     if run["cost"] is not None:
         lines.append(f"cost         {run['cost']:,.2f} of them (estimate: hours x GPUs x the price that was given)")
     return lines
+
+
+def muon(step: dict) -> list[str]:
+    """Muon's part of a step."""
+    if not step["muon_flops"]:
+        return []
+    return [
+        f"  Muon       {duration(step['muon_s'])} of it, {step['muon_s'] / step['seconds']:.2%}, for "
+        f"{step['muon_flops']:.4g} FLOPs of matrix products (estimate: at the same share of the peak)"
+    ]
 
 
 def communication(plan: dict) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import config as configs
-from engine.config import CONFIG_FILE, TrainConfig
+from engine.config import CONFIG_FILE, TrainConfig, is_read
 from engine.errors import BadInput
 from engine.run import branch, directory
 from engine.run.checkpoint import Checkpoint
@@ -106,20 +106,13 @@ def flat(train: TrainConfig) -> dict[str, Any]:
 def in_force(train: TrainConfig, resolved: dict) -> dict[str, Any]:
     """What a run computes with, by name. resolved: holds RESOLVED, as a run's identity does."""
     fields = flat(train) | {"context": train.sequence_length}
-    names = [name for name in FIXED + COMPUTED if _is_read(name, train)]
+    names = [name for name in FIXED + COMPUTED if is_read(name, train)]
     known = {name: resolved[name] for name in RESOLVED if resolved.get(name) is not None}
     if not train.model.dropout:
         known.pop("micro_batch_size", None)
     if train.init_from is not None and Path(train.init_from).exists():
         fields["init_from"] = str(Path(train.init_from).resolve())
     return {name: fields[name] for name in names} | known
-
-
-def _is_read(name: str, train: TrainConfig) -> bool:
-    """Whether a run reads the field, which another field decides."""
-    if name.startswith("optim.muon_"):
-        return train.optim.name == "muon"
-    return name != "optim.decay_share" or train.optim.schedule == "wsd"
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> tuple[TrainConfig, dict]:

@@ -130,6 +130,44 @@ def test_a_recipe_changes_the_preset_and_a_file_or_a_flag_changes_it_again(write
         parse(["--config", everything, "--recipe", "fast"], PROG)
 
 
+@pytest.mark.parametrize("ours", [["gpt2"], ["tiny"], ["gpt2", "--config", "file"]], ids=" ".join)
+def test_the_fast_recipe_without_muon_is_refused(write, ours):
+    adamw = ["--optim.name", "adamw"]
+    if "--config" in ours:
+        ours, adamw = [*ours[:2], write(toml.dump(PRESETS["gpt2"], PROG))], []
+    with pytest.raises(BadInput, match=r"--recipe fast must go with --optim\.name muon, got adamw; leave one of them"):
+        parse([*ours, "--recipe", "fast", *adamw], PROG)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("gpt2 --optim.muon-lr 0.02", "--optim.muon-lr has no effect: it needs --optim.name muon, got adamw"),
+        ("gpt2 --optim.muon_momentum=0", "--optim.muon-momentum has no effect: it needs --optim.name muon, got adamw"),
+        ("gpt2 --optim.decay-share 1", "--optim.decay-share has no effect: it needs --optim.schedule wsd, got cosine"),
+        ("gpt2 --shard-size 2", "--shard-size has no effect: it needs --parallel hsdp, got ddp"),
+        ("gpt2 --no-reshard", "--no-reshard has no effect: it needs --parallel fsdp or hsdp, got ddp"),
+        ("tiny --recipe fast", "--recipe fast has no effect: it is for presets with AdamW, and tiny has Muon"),
+        ("tiny --optim.name adamw", None),  # nobody gave the rate of Muon that the preset has
+        ("gpt2 --recipe fast --optim.muon-lr 0.02 --optim.decay-share 1", None),
+        ("gpt2 --parallel hsdp --shard-size 2 --no-reshard", None),
+    ],
+)
+def test_a_flag_without_effect_is_said_once(words, said, monkeypatch):
+    lines = []
+    parse(words.split(), PROG, lines.append)
+    assert lines == ([] if said is None else [f"{PROG}: {said}"])
+    monkeypatch.setenv("RANK", "1")
+    parse(words.split(), PROG, lambda line: pytest.fail(f"the second process said {line}"))
+
+
+def test_train_says_a_flag_without_effect_once_and_goes_on(capsys):
+    assert runs.run("train", "gpt2", "--data", "no/such/data", "--optim.muon-lr", "0.03") == 2
+    said = capsys.readouterr().err
+    assert said.count("--optim.muon-lr has no effect") == 1
+    assert "no/such/data" in said  # what the run says next
+
+
 def test_a_windows_editor_s_file_is_read(write):
     assert parse(["tiny", "--config", write(b"\xef\xbb\xbfseed = 0x7\r\n")], PROG).seed == 7
 

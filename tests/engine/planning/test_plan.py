@@ -5,14 +5,18 @@ import json
 import re
 
 import pytest
+import torch
 from runs import run
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.chips import CHIPS
 from engine.config import PRESETS, batch_shape
 from engine.config.presets import with_recipe
-from engine.planning import memory, plan, summary
+from engine.optim import muon
+from engine.planning import memory, owners, plan, summary
 from engine.planning.communication import communication, muon_communication
 from engine.planning.plan import Request
+from model.presets import GPT2Config
 
 LABEL = r"counted|estimate|measured|published|assum|asked for|chosen|bound"
 
@@ -91,13 +95,43 @@ def test_a_step_sends_what_communication_counts_and_is_not_faster_than_its_bound
         shown = [each["communication_s"] - each["hidden_s"] for each in (step, without)]
         assert shown[0] - shown[1] == pytest.approx(added)
     for each in made["communication"]:
-        assert each["bound_s"] <= each["seconds"] <= each["compute_s"] + each["communication_s"]
+        assert each["bound_s"] <= each["seconds"] <= each["compute_s"] + each["muon_s"] + each["communication_s"]
         assert each["tokens"] % (each["world_size"] * each["micro_batch_size"] * 1024) == 0
     assert (made["communication"][0]["sent_bytes"], made["communication"][-1]["world_size"]) == (0, 1024)
     for row in made["memory"]:
         config = dataclasses.replace(asked.config, parallel=row["parallel"], recompute=row["recompute"])
         parts = memory.parts(config, row["micro_batch_size"], "bf16", request_of(gpus=gpus).place(gpus))
         assert {name: row[name] for name in memory.PARTS} == parts
+
+
+def test_muons_products_are_the_largest_share_counted_by_hand_and_take_their_part_of_the_step():
+    # Two columns, per quintic: q, k and v of 2 x 2, each (4 + 4 + 4) * 2 * 2 = 48; c_proj 48; two of 2 x 8, each 64 for
+    # x x^T, 16 for G G, 64 for P x = 144. Two ranks: c_attn and mlp.c_proj, 288; c_fc and c_proj, 192.
+    model = GPT2Config(n_layer=1, n_head=1, n_embd=2)
+    assert [owners.flops(model, size) for size in (1, 2, 3, 100)] == [5 * 480, 5 * 288, 5 * 192, 5 * 144]
+
+    def step(gpus, parallel, recipe):
+        return plan.make(request_of("gpt2", gpus, parallel=parallel, recipe=recipe))["step"]
+
+    for gpus, parallel, size in ((1, "ddp", 1), (64, "ddp", 64), (64, "fsdp", 64), (64, "hsdp", 8)):
+        fast, slow = step(gpus, parallel, "fast"), step(gpus, parallel, "preset")
+        assert fast["muon_flops"] == owners.flops(PRESETS["gpt2"].model, size)
+        shown = fast["communication_s"] - fast["hidden_s"]
+        assert fast["seconds"] == pytest.approx(fast["compute_s"] + fast["muon_s"] + shown)
+        assert (slow["muon_flops"], slow["muon_s"]) == (0, 0)
+    alone = plan.make(request_of("gpt2", 1, recipe="fast"))
+    assert alone["step"]["muon_s"] == pytest.approx(10 * 30 * 768**3 * 12 / (0.405 * 989e12), rel=0.01)
+    assert "  Muon       4.07 ms of it, 0.36%, for 1.631e+12 FLOPs" in summary.text(alone)
+    assert "  Muon  " not in summary.text(plan.make(request_of("gpt2", 1)))
+
+
+def test_muons_products_are_those_that_its_quintics_make_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(muon, "GRAM_STEPS", 1)  # as on a GPU
+    model = GPT2Config(n_layer=1, n_head=1, n_embd=8)
+    with FlopCounterMode(display=False) as counted:
+        for name, shape in owners.matrices(model).items():
+            muon.orthogonalize(torch.ones(shape).unflatten(0, (owners.parts(name), -1)))
+    assert counted.get_total_flops() == owners.flops(model, 1)
 
 
 def test_a_budget_buys_the_tokens_that_take_as_long():
