@@ -5,16 +5,17 @@ command goes on where it was stopped. `--tune` tries learning rates, with seeds 
 the training text. Reported is the loss on the validation documents.
 
 The reference is a case's first arm. See engine.comparison.equal_loss for the ratios and their intervals. "adamw again"
-differs from "adamw" in its seeds alone, so its ratio must be 1 within its interval. Exit codes: 0 done, 1 a run failed.
+differs from "adamw" in its seeds alone, so its ratio must be 1 within its interval. A run that another machine made
+counts if its directory is here. Exit codes: 0 done, 1 a run failed.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from bench.results import Figure, Row, spread
 from engine import start
 from engine.comparison import equal_loss
 from engine.comparison.equal_loss import Losses
-from engine.config import TrainConfig, batch_shape, load, parse
+from engine.config import CONFIG_FILE, TrainConfig, batch_shape, load, parse
 from engine.distributed import Ranks
 from engine.run import plots
 from engine.run.rows import METRICS_FILE
@@ -61,17 +62,29 @@ class Case:
     arms: tuple[Arm, ...]
 
 
-WARM = "--optim.name adamw --optim.lr 3e-3 --optim.warmup-tokens 77824"
-GPT3 = f"{WARM} --optim.schedule cosine --optim.min-lr-ratio 0.1 --optim.beta2 0.95"  # as the GPT presets have it
-BYTES = (
-    Arm("adamw", GPT3, (760,), EIGHT),
-    Arm("recipe", "", (304, 380), EIGHT),
-    Arm("adamw, tuned", f"{WARM} --optim.beta1 0.8", (570, 760), EIGHT),
-    Arm("recipe, cosine", "--optim.schedule cosine --optim.min-lr-ratio 0.1", (380,), like="recipe"),
-    Arm("recipe, momentum 0.95", "--optim.muon-momentum 0.95", (380,), like="recipe"),
-    Arm("adamw again", GPT3, (760,), range(9, 13), like="adamw, tuned"),
+GPT3 = "--optim.name adamw --optim.schedule cosine --optim.min-lr-ratio 0.1 --optim.beta2 0.95"  # as the GPT presets
+
+
+def arms(gpt3: str, tuned: str, recipe: str, lengths: tuple[int, ...]) -> tuple[Arm, ...]:
+    """The arms that matter, by their flags. lengths: two of the recipe, two of AdamW with the full one last."""
+    reference = Arm("adamw", f"{GPT3} {gpt3}", lengths[3:], EIGHT)
+    return (
+        reference,
+        Arm("recipe", recipe, lengths[:2], EIGHT),
+        Arm("adamw, tuned", f"--optim.name adamw --optim.beta1 0.8 {tuned}", lengths[2:], EIGHT),
+        replace(reference, name="adamw again", seeds=range(9, 17), like="adamw, tuned"),
+    )
+
+
+WARM, RECIPE = "--optim.warmup-tokens", "--optim.lr 6e-3 --optim.muon-lr 0.04 --optim.muon-momentum 0.8"
+TINY = f"--optim.lr 3e-3 {WARM} 77824", f"--optim.lr 3e-3 {WARM} 77824", ""
+SMALL = f"--optim.lr 2e-3 {WARM} 204800", f"--optim.lr 2.5e-3 {WARM} 204800", f"{RECIPE} {WARM} 51200"
+COSINE = Arm("recipe, cosine", "--optim.schedule cosine --optim.min-lr-ratio 0.1", (380,), like="recipe")
+HEAVY = Arm("recipe, momentum 0.95", "--optim.muon-momentum 0.95", (380,), like="recipe")
+CASES = (
+    Case("tiny", "tiny", "bytes", (*arms(*TINY, (304, 380, 570, 760)), COSINE, HEAVY)),
+    Case("small", "small --no-compile --eval-tokens 131072", "gpt2", arms(*SMALL, (350, 450, 800, 1000))),
 )
-CASES = (Case("tiny", "tiny", "bytes", BYTES),)
 
 
 def gpt2(*words: object) -> None:
@@ -97,10 +110,10 @@ def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
     return part, whole
 
 
-def run(words: list[str], config: TrainConfig) -> float:
-    """Final validation loss of one run, which is made if it is not there, or was made with other settings.
+def run(words: list[str], config: TrainConfig) -> tuple[float, dict]:
+    """Final validation loss of a run, and its device and precision. It is made if none is there with this config.
 
-    words: of its command; config: what they say. Raises CalledProcessError if it fails.
+    words: of its command. Raises CalledProcessError if it fails.
     """
     metrics = Path(config.out, METRICS_FILE)
     is_there = metrics.exists() and replace(load(config.out), resume=config.resume) == config
@@ -108,11 +121,11 @@ def run(words: list[str], config: TrainConfig) -> float:
         gpt2("train", *words, "--resume", "auto" if is_there else "never")
     loss = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["val_loss"]
     print(f"{config.out}: {loss:.4f}", flush=True)
-    return loss
+    return loss, json.loads(Path(config.out, CONFIG_FILE).read_text(encoding="utf-8")).get("resolved", {})
 
 
-def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, float]:
-    """Losses of runs by (name, flags, steps, seed), some at a time, each with one thread."""
+def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, tuple]:
+    """What `run` gives, by (name, flags, steps, seed), of some runs at a time, each with one thread."""
     commands = []
     for name, flags, steps, seed in wanted:
         where = out / case.name / name.replace(" ", "-") / f"{steps}-steps-seed-{seed}"
@@ -129,18 +142,19 @@ def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
     wanted = [(arm.name, arm.flags, steps, seed) for arm in case.arms for steps in arm.lengths for seed in arm.seeds]
     found = in_parallel(workers, case, wanted, data, directory / "runs")
     losses: dict[str, Losses] = {arm.name: {} for arm in case.arms}
-    for (name, _, steps, _), loss in found.items():
+    resolved = {}
+    for (name, _, steps, _), (loss, resolved[name]) in found.items():
         losses[name][steps] = np.append(losses[name].get(steps, []), loss)
     seconds, rows = step_seconds(case, data), []
     for arm in case.arms:
-        own, like = losses[arm.name], losses[arm.like or arm.name]
-        row = Row("learning", case.name, arm.name, note=f"{arm.lengths[-1]} steps, {len(arm.seeds)} seeds")
+        own, like, n = losses[arm.name], losses[arm.like or arm.name], len(arm.seeds)
+        row = Row("learning", case.name, arm.name, note=f"{arm.lengths[-1]} steps, {n} seeds")
         rounded = {str(steps): each.round(4).tolist() for steps, each in own.items()}
-        row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded}
-        loss = figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", len(arm.seeds))
-        row.figures = {"loss": loss, "step": spread(seconds[arm.name], "s")}
+        row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded} | resolved[arm.name]
+        row.figures["loss"] = figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", n)
+        row.figures["step"] = spread(seconds[arm.name], "s")
         if rows:
-            tokens = figure(equal_loss.ratio(own, like, losses[case.arms[0].name]), "x", len(arm.seeds))
+            tokens = figure(equal_loss.ratio(own, like, losses[case.arms[0].name]), "x", n)
             cost = row.value("step") / rows[0].value("step")
             row.figures |= {"tokens": tokens, "seconds": results.scaled(tokens, cost, "x")}
         rows.append(row)
@@ -155,20 +169,14 @@ def figure(estimate: equal_loss.Estimate, unit: str, n: int) -> Figure:
 def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
     """Seconds of an update of each arm with one thread, in turns."""
     torch.set_num_threads(1)
-    steps = {}
+    steps, watch = {}, measure.Stopwatch(torch.device("cpu"), is_cold=False)
     for arm in case.arms:
         config = parse([*f"{case.flags} {arm.flags}".split(), "--data", str(data)], "bench.learning")
         step = start.build_step(config, GPT2(config.model), Ranks(0, 0, 1, torch.device("cpu")), "fp32", False)
         (B, count), T = batch_shape(config, 1), config.sequence_length
         tokens = (torch.arange(B * (T + 1)) % config.model.vocab_size).view(B, T + 1)
-        batch, updates = [(tokens[:, :-1], tokens[:, 1:])] * count, itertools.count()
-
-        def once(step=step, batch=batch, updates=updates) -> float:
-            began = time.perf_counter()
-            step(next(updates), batch, 1e-3)
-            return time.perf_counter() - began
-
-        steps[arm.name] = once
+        update = functools.partial(step, 0, [(tokens[:, :-1], tokens[:, 1:])] * count, 1e-3)
+        steps[arm.name] = functools.partial(watch, lambda update=update: update)
     _ = [once() for once in steps.values()]  # the first update allocates
     return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
 
@@ -182,29 +190,25 @@ def tune(case: Case, directory: Path, workers: int) -> list[Row]:
         rates = f"--optim.lr {optim.lr * factor:.3g} --optim.muon-lr {optim.muon_lr * factor:.3g}"
         wanted[arm.name, factor, seed] = (f"{arm.name} x{factor}", f"{arm.flags} {rates}", arm.lengths[-1], seed)
     found = in_parallel(workers, case, [*wanted.values()], data, directory / "tuning")
-    rows = []
-    for arm in arms:
-        row = Row("tuning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"})
-        for factor in FACTORS:
-            each = np.array([found[wanted[arm.name, factor, seed]] for seed in TUNING_SEEDS])
-            row.figures[f"rate x {factor}"] = figure(equal_loss.mean(each), "nats", len(each))
-        rows.append(row)
+    rows = [Row("tuning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"}) for arm in arms]
+    for row, factor in itertools.product(rows, FACTORS):
+        each = np.array([found[wanted[row.peer, factor, seed]][0] for seed in TUNING_SEEDS])
+        row.figures[f"rate x {factor}"] = figure(equal_loss.mean(each), "nats", len(each))
     return rows
 
 
 def picture(rows: list[Row], out: Path) -> None:
-    """Losses over steps of the reference and of the arms of several lengths, with a line at the reference's."""
-    reference = rows[0]
-    note = f"{reference.case}; bars: 95% of the mean"
-    drawn, axes = plots.new_figure("Loss at the end of a run", note, "steps of the run", "validation loss")
+    """Losses over steps of the arms of several lengths, above their reference's and as a part of its steps."""
+    labels = ("steps, as a part of AdamW's", "validation loss above AdamW's, nats")
+    drawn, axes = plots.new_figure("Loss at the end of a run", "bars: 95% of the mean", *labels)
     for row in rows:
-        points = [(int(steps), np.array(each)) for steps, each in row.facts["losses"].items()]
-        if row is reference or len(points) > 1:
-            means = [equal_loss.mean(each) for _, each in points]
-            bars = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
-            label = f"{row.peer}, n = {len(points[0][1])}"
-            axes.errorbar([n for n, _ in points], [m.value for m in means], bars, marker="o", capsize=3, label=label)
-    axes.axhline(reference.value("loss"), color="#444444", linewidth=1, linestyle="--")
+        reference = next(each for each in rows if each.case == row.case)
+        if row is reference or len(row.facts["losses"]) > 1:
+            steps = np.array([*map(int, row.facts["losses"])]) / int(*reference.facts["losses"])
+            mean, low, high = np.array([equal_loss.mean(np.array(each)) for each in row.facts["losses"].values()]).T
+            style = {"marker": "o", "capsize": 3, "label": f"{row.case}: {row.peer}"}
+            axes.errorbar(steps, mean - reference.value("loss"), [mean - low, high - mean], **style)
+    axes.axhline(0.0, color="#444444", linewidth=1, linestyle="--")
     axes.legend(frameon=False)
     plots.save(drawn, out)
 
@@ -220,16 +224,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     cases, measured = [case for case in CASES if args.case in (None, case.name)], tune if args.tune else rows_of
     try:
-        made = [measured(case, args.directory, args.workers) for case in cases]
+        rows = [row for case in cases for row in measured(case, args.directory, args.workers)]
     except subprocess.CalledProcessError as error:
         print(f"learning: a run must end well, got exit code {error.returncode} of {error.cmd}", file=sys.stderr)
         return 1
-    rows = [row for each in made for row in each]
     print(tables.of(rows))
     if args.save:
         results.save("learning", machine.facts(), rows)
         if not args.tune:
-            picture(made[0], machine.ROOT / "docs/learning.png")
+            picture(rows, machine.ROOT / "docs/learning.png")
     return 0
 
 

@@ -115,21 +115,18 @@ def initial_weights(config: GPT2Config, seed: int = 0) -> dict[str, Tensor]:
 
 def absence(who: str) -> str | None:
     """Why a peer cannot be here, or None."""
-    if who == "transformers" and importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    return None
+    is_missing = who == "transformers" and importlib.util.find_spec("transformers") is None
+    return "transformers is not installed" if is_missing else None
 
 
 def build_model(who: str, config: GPT2Config, weights: dict[str, Tensor]) -> nn.Module:
     """The model, in training mode, with these weights."""
     if who == OURS:
-        model = GPT2(config)
-        model.load_state_dict(weights)
+        (model := GPT2(config)).load_state_dict(weights)
         return model
     unpadded = {name: t[: config.vocab_size] if name == "wte.weight" else t for name, t in weights.items()}
     if who == "reference":
-        model = ReferenceGPT2(config)
-        model.load_state_dict(unpadded | {"lm_head.weight": unpadded["wte.weight"]})
+        (model := ReferenceGPT2(config)).load_state_dict(unpadded | {"lm_head.weight": unpadded["wte.weight"]})
         return model
     import transformers
 

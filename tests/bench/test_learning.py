@@ -17,12 +17,12 @@ from bench.learning import GPT3, Arm, Case
 from engine.config import parse, to_dict
 
 ONE_AT_A_TIME = threading.Lock()  # tyro is not made for threads
-SEEDS, OTHERS = range(1, 3), range(3, 5)
+SEEDS, OTHERS, ADAMW = range(1, 3), range(3, 5), f"{GPT3} --optim.lr 3e-3"
 ARMS = (
-    Arm("adamw", GPT3, (800,), SEEDS),
+    Arm("adamw", ADAMW, (800,), SEEDS),
     Arm("recipe", "", (300, 500), SEEDS),
     Arm("part", "--optim.schedule cosine", (400,), SEEDS, like="recipe"),
-    Arm("adamw again", GPT3, (800,), OTHERS, like="recipe"),
+    Arm("adamw again", ADAMW, (800,), OTHERS, like="recipe"),
 )
 
 
@@ -40,7 +40,9 @@ def runs(monkeypatch, tmp_path) -> list[list[str]]:
         out = Path(flags["--out"])
         out.mkdir(parents=True, exist_ok=True)
         with ONE_AT_A_TIME:
-            (out / "config.json").write_text(json.dumps(to_dict(parse(list(words[1:]), "test"))))
+            resolved = {"device": flags.get("--optim.name", "muon")}  # told apart in the test
+            config = to_dict(parse(list(words[1:]), "test")) | {"resolved": resolved}
+            (out / "config.json").write_text(json.dumps(config))
         (out / "metrics.jsonl").write_text(json.dumps({"step": steps, "tokens": 1, "val_loss": loss}) + "\n")
 
     monkeypatch.setattr(learning, "gpt2", gpt2)
@@ -64,6 +66,7 @@ def test_each_recipe_s_tokens_and_seconds_and_no_run_is_made_twice(runs, tmp_pat
     again = rows["adamw again"].figures["tokens"]
     assert again.low < 1.0 < again.high
     assert [len(losses) for losses in rows["recipe"].facts["losses"].values()] == [2, 2]
+    assert [rows[name].facts["device"] for name in ("adamw", "recipe")] == ["adamw", "muon"]  # each what its runs say
     assert (tmp_path / "docs/learning.png").read_bytes()[:4] == b"\x89PNG"
     assert learning.main([str(tmp_path / "runs")]) == 0
     assert len(runs) == 5 * 2
