@@ -13,29 +13,15 @@ from engine.distributed import local
 from engine.optim.sharing import Peers
 from engine.planning.owners import assign, work
 
-Quintics = tuple[tuple[float, float, float], ...]  # a, b, c of each a x + b x^3 + c x^5
-
-# Singular values from 0.002 to 1 become 0.68 to 1.21: steep at zero, at the price of not converging to 1.
-JORDAN: Quintics = ((3.4445, -4.7750, 2.0315),) * 5
-# From 0.002 to 1 they become 0.87 to 1.13: each quintic is the best for what the ones before leave of [0.001, 1].
-# Divided so that each takes values up to 1.01 times its largest, where rounding may bring them.
-# Source: Amsel et al. 2025, "The Polar Express", arXiv:2505.16932, algorithm 1.
-POLAR_EXPRESS: Quintics = tuple(
-    (a / 1.01, b / 1.01**3, c / 1.01**5)
-    for a, b, c in (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    )
-)
+# a, b, c of each a x + b x^3 + c x^5. Singular values from 0.002 to 1 become 0.68 to 1.21: steep at zero, at the price
+# of not converging to 1. Those of Polar Express come nearer; with 16 seeds they gained nothing certain: docs/learning.md.
+QUINTICS = ((3.4445, -4.7750, 2.0315),) * 5
 GRAM_STEPS = 3  # quintics between two products with the whole matrix; float32 rounds off more if there are more
 ROW_DECAY = 0.95  # of the running mean of a row's mean square
 TINY = 1e-8  # added to its root, about 1e-2
 
 
-def orthogonalize(matrices: Tensor, coefficients: Quintics = JORDAN) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Approximates the nearest (semi-)orthogonal matrix to each of (n, rows, columns).
 
     x <- x / ||x||, then x <- a x + (b G + c G^2) x with G = x x^T, for each (a, b, c): an odd
@@ -43,7 +29,7 @@ def orthogonalize(matrices: Tensor, coefficients: Quintics = JORDAN) -> Tensor:
     which is that of the result. On a CPU a matrix's result does not depend on the others.
     """
     if matrices.device.type == "cpu" and len(matrices) > 1:  # one at a time stays in the cache
-        return torch.cat([orthogonalize(matrix, coefficients) for matrix in matrices.split(1)])
+        return torch.cat([orthogonalize(matrix) for matrix in matrices.split(1)])
     is_wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if is_wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
@@ -51,28 +37,28 @@ def orthogonalize(matrices: Tensor, coefficients: Quintics = JORDAN) -> Tensor:
         x = x.bfloat16()
     # Less work where G is much smaller than x. In bfloat16 it would lose the small singular values.
     at_once = GRAM_STEPS if x.device.type == "cpu" and x.shape[2] >= 2 * x.shape[1] else 1
-    for first in range(0, len(coefficients), at_once):
-        x = _iterate(x, coefficients[first : first + at_once])
+    for first in range(0, len(QUINTICS), at_once):
+        x = _iterate(x, QUINTICS[first : first + at_once])
     return (x if is_wide else x.mT).to(matrices.dtype)
 
 
-def _iterate(x: Tensor, coefficients: Quintics) -> Tensor:
+def _iterate(x: Tensor, quintics: tuple[tuple[float, float, float], ...]) -> Tensor:
     """Applies quintics to wide x with two products of x's size for all but the last together.
 
     P = a + b G + c G^2; the next x is P x, so the next G is P G P. All are polynomials of one G, and
     commute. The last x is the product of all P with x.
     """
     gram, product = torch.bmm(x, x.mT), None
-    for index, (a, b, c) in enumerate(coefficients, start=1):
+    for index, (a, b, c) in enumerate(quintics, start=1):
         even = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a
-        if len(coefficients) == 1:
+        if len(quintics) == 1:
             return torch.baddbmm(x, even, x, beta=a)
         if product is None:
             product = even.clone()
             product.diagonal(dim1=1, dim2=2).add_(a)
         else:
             product = torch.baddbmm(product, even, product, beta=a)
-        if index < len(coefficients):
+        if index < len(quintics):
             half = torch.baddbmm(gram, even, gram, beta=a)
             gram = torch.baddbmm(half, even, half, beta=a)
     return torch.bmm(product, x)

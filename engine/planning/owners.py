@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from model.presets import GPT2Config, parameter_shapes
 
-QUINTICS = 5  # of engine.optim.muon.JORDAN
+QUINTICS = 5  # as many as engine.optim.muon has
 
 
 def parts(name: str) -> int:
