@@ -14,7 +14,7 @@ from engine.optim.sharing import Peers
 from engine.planning.owners import assign, work
 
 # a, b, c of each a x + b x^3 + c x^5. Singular values from 0.002 to 1 become 0.68 to 1.21: steep at zero, at the price
-# of not converging to 1. Those of Polar Express come nearer; with 16 seeds they gained nothing certain: docs/learning.md.
+# of not converging to 1. Those of Polar Express come nearer; 16 seeds showed no certain gain: docs/learning.md.
 QUINTICS = ((3.4445, -4.7750, 2.0315),) * 5
 GRAM_STEPS = 3  # quintics between two products with the whole matrix; float32 rounds off more if there are more
 ROW_DECAY = 0.95  # of the running mean of a row's mean square
