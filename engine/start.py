@@ -10,6 +10,7 @@ Bad input ends the run here. What needs no model is checked before the GPU is us
 """
 
 import dataclasses
+import functools
 from contextlib import ExitStack
 
 import torch
@@ -37,8 +38,10 @@ from engine.tokens.shards import CHECKED_TOKENS
 from engine.tokens.tokenizer import Tokenizer
 from engine.tuning import choices, record
 from engine.tuning.record import Setup, Tuning
+from kernels.sampled import sampled_cross_entropy
 from model.gpt2 import GPT2
 
+FREQUENT, SAMPLED = 2048, 1024  # tokens of --head sampled: always computed, and drawn from the others
 NO_DOCUMENTS = "--document-mask takes what has none for one document"
 
 
@@ -78,6 +81,7 @@ def read_data(config: TrainConfig, ranks: Ranks, most: int) -> Data:
     """
     tokenizer = tokenizers.load(mixture.tokenizer_name(config.data))
     check_vocabulary(config, tokenizer)
+    check_head(config, ranks.device)
     device.check_can_train(config, ranks.device)
     device.check_memory(config, ranks.device)
     shape = batch_shape(config, ranks.world_size, most)
@@ -118,6 +122,18 @@ def check_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> None:
         raise BadInput(
             f"train: the model must have the {tokenizer.vocab_size} tokens of {config.data}'s tokenizer "
             f"{tokenizer.name}, got {config.model.vocab_size}; prepare with another --tokenizer, or choose {fit}"
+        )
+
+
+def check_head(config: TrainConfig, on: torch.device) -> None:
+    """Raises BadInput if --head sampled cannot run on this device, or has nothing to leave out."""
+    advice = "leave it out"
+    if config.head == "sampled" and on.type != "cpu":
+        raise BadInput(f"train: --head sampled must run on a CPU, got {on.type}, where it would wait; {advice}")
+    if config.head == "sampled" and config.model.vocab_size <= FREQUENT + SAMPLED:
+        raise BadInput(
+            f"train: --head sampled must have a vocabulary of more than the {FREQUENT + SAMPLED:,} tokens that it "
+            f"computes, got {config.model.vocab_size}; {advice}"
         )
 
 
@@ -211,6 +227,9 @@ def build_model(
     raw_model, positions = first_weights(config, past, ranks, initial)
     if config.document_mask:
         raw_model.mask_documents(data.tokenizer.end_of_text, config.document_positions)
+    if config.head == "sampled":
+        tokens = torch.from_numpy(mixture.frequent(data.train_stream, config.sequence_length, FREQUENT))
+        raw_model.training_loss = functools.partial(sampled_cross_entropy, frequent=tokens, size=SAMPLED)
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:

@@ -84,6 +84,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # ddp: replicas; fsdp: one sharded model; hsdp: sharded replicas
     shard_size: int | None = None  # hsdp: processes per replica; None: those of one host
     reshard: bool = True  # fsdp, hsdp: free gathered weights after a block's forward; if not, after its backward
+    head: Literal["full", "sampled"] = "full"  # sampled: train on a sample of the vocabulary, on a CPU only
     recompute: Literal["none", "attention", "block"] = "none"  # activations recomputed in the backward, to save memory
     seed: int = 1  # seed of the initial weights, the data order and dropout
     resume: str = "auto"  # auto: newest whole checkpoint; never: move that run aside; a path: go back to it, once
@@ -150,7 +151,7 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
-        wrong += self._wrong_tasks()
+        wrong += self._wrong_tasks() + self._wrong_head()
         if self.document_positions and not self.document_mask:
             wrong.append("--document-positions must go with --document-mask, got none; add it")
         if self.skip_z_score is not None and not 0 < self.skip_z_score < math.inf:
@@ -177,6 +178,13 @@ class TrainConfig:
         if not self.prompt:
             wrong.append("--prompt must have at least one character, got none")
         return wrong
+
+    def _wrong_head(self) -> list[str]:
+        """An error message if --head sampled is given with what it does not go with."""
+        if self.head == "full" or (self.parallel == "ddp" and not self.compile):
+            return []
+        got = "--compile" if self.compile else f"--parallel {self.parallel}"
+        return [f"--head sampled must go with --no-compile and --parallel ddp, got {got}; leave one of them out"]
 
     def _wrong_tasks(self) -> list[str]:
         """Error messages for flags of HellaSwag that do not go together."""

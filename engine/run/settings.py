@@ -45,6 +45,7 @@ COMPUTED = (
     "document_mask",
     "document_positions",
     "precision",
+    "head",
     "seed",
     "init_from",
     "skip_z_score",

@@ -22,6 +22,8 @@ from engine.tokens.weights import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
+COUNTED_TOKENS = 2_000_000  # of each set, from which the most frequent tokens are known
+
 
 # ---- Order --------------------------------------------------------------------------------------------------------
 
@@ -120,6 +122,17 @@ def by_set(stream: Stream, figure: str, figures: Sequence[float]) -> dict[str, f
     if not isinstance(stream, Mixture):
         return {}
     return {f"{figure}/{label}": one for label, one in zip(weights.labels(stream.sources), figures, strict=True)}
+
+
+def frequent(stream: Stream, context: int, count: int) -> np.ndarray:
+    """The `count` most frequent tokens of a stream, (count,) int64, counted in windows spread evenly over each set."""
+    shares = np.zeros(1 << 16)
+    for one in members(stream, context):
+        num_read = min(one.num_windows, COUNTED_TOKENS // context + 1)
+        windows = np.arange(num_read) * one.num_windows // num_read
+        targets = one.stream.window_rows(windows, context)[:, 1:]
+        shares += one.parts * np.bincount(targets.reshape(-1), minlength=len(shares)) / targets.size
+    return np.argsort(-shares, kind="stable")[:count]
 
 
 # ---- Open ---------------------------------------------------------------------------------------------------------
