@@ -209,6 +209,18 @@ def build_step(
     return Step(model, optimizer, scaler, guard, config.seed, config.optim.clip, ranks, clock, config.cuda_graphs)
 
 
+def sample_head(config: TrainConfig, data: Data, raw_model: GPT2) -> str:
+    """Makes the model train on a sample of its vocabulary if the config says so. Returns the line that says it."""
+    if config.head == "full":
+        return ""
+    tokens = torch.from_numpy(mixture.frequent(data.train_stream, config.sequence_length, FREQUENT))
+    raw_model.training_loss = functools.partial(sampled_cross_entropy, frequent=tokens, size=SAMPLED)
+    return (
+        f"\nhead: {FREQUENT:,} frequent tokens, a micro-batch's targets and {SAMPLED:,} others drawn for it; "
+        f"validation takes all {config.model.vocab_size:,}"
+    )
+
+
 def build_model(
     config: TrainConfig,
     data: Data,
@@ -227,9 +239,7 @@ def build_model(
     raw_model, positions = first_weights(config, past, ranks, initial)
     if config.document_mask:
         raw_model.mask_documents(data.tokenizer.end_of_text, config.document_positions)
-    if config.head == "sampled":
-        tokens = torch.from_numpy(mixture.frequent(data.train_stream, config.sequence_length, FREQUENT))
-        raw_model.training_loss = functools.partial(sampled_cross_entropy, frequent=tokens, size=SAMPLED)
+    head = sample_head(config, data, raw_model)
     compute_dtype = device.apply_precision(precision[0])
     is_compiled, compile_why = compiler.wanted(config.compile, config.strict, ranks)
     if config.cuda_graphs:
@@ -247,7 +257,7 @@ def build_model(
         resolved["tuned"] = tuning.key if tuning is not None else None
         history = settings.history(config, past.identity, past.checkpoint)
         directory.write_config(config, data.tokenizer.name, resolved, history)
-    runs_on = f"precision: {', '.join(precision)}\nkernels: {raw_model.ops.summary()}\ncompile: {compile_why}"
+    runs_on = f"precision: {', '.join(precision)}\nkernels: {raw_model.ops.summary()}\ncompile: {compile_why}{head}"
     runs_on += f"\ngoing on from {past.checkpoint.path}" if past.checkpoint else export.initial_note(config)
     header.show(config, ranks, data.sizes(config), (past.step, past.tokens), compute_dtype, runs_on)
     return run

@@ -184,7 +184,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: Guard
-    seed: int  # of the run: dropout is a function of (seed, step, place of the micro-batch in the global batch)
+    seed: int  # of the run: draws are a function of (seed, step, place of the micro-batch in the global batch)
     clip: float  # largest norm of the whole gradient
     ranks: Ranks
     clock: Clock
@@ -244,7 +244,7 @@ class Step:
                     is_abandoned = is_abandoned or self.is_interrupted()
                 if is_abandoned and (is_alone or not is_last):
                     continue
-                # Dropout needs no saved random state, and is the same on any number of ranks if B is.
+                # Dropout and samples of the head need no saved random state, and any number of ranks draws the same.
                 torch.manual_seed(derived_seed(self.seed, index, position * ranks.world_size + ranks.rank))
                 distributed.synchronize_gradients(self.model, is_last)
                 tokens, targets = device.send(ranks.device, tokens, targets)

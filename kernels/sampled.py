@@ -53,17 +53,17 @@ def sampled_cross_entropy(
     if is_outside.any():
         got = targets[is_outside][0].item()
         require(False, f"sampled_cross_entropy: targets must be 0 to {V - 1} or {ignore_index}", got)
-    tokens, log_weights = draw(torch.cat([frequent, targets[is_valid]]), V, size)
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    tokens, log_weights = draw(torch.cat([frequent, targets[is_valid]]), V, size, wide)
     columns = torch.empty(V, dtype=torch.int64).index_copy_(0, tokens, torch.arange(len(tokens)))
     labels = torch.where(is_valid, columns[targets.clamp(min=0)], -1)
     logits = F.linear(hidden, F.embedding(tokens, weight).to(hidden.dtype)).to(wide)  # (N, n)
-    total = F.cross_entropy(logits + log_weights.to(wide), labels, ignore_index=-1, reduction="sum")
+    total = F.cross_entropy(logits + log_weights, labels, ignore_index=-1, reduction="sum")
     return total / is_valid.sum().clamp(min=1)
 
 
-def draw(certain: Tensor, vocab_size: int, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens to compute, each once, and the logarithms of their weights, (n,) int64 and (n,) float64.
+def draw(certain: Tensor, vocab_size: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens to compute, each once, and the logarithms of their weights: (n,) int64, and (n,) of this dtype.
 
     They are the certain ones, of weight 1, and `size` of the R others, of weight R / size.
     """
@@ -71,6 +71,6 @@ def draw(certain: Tensor, vocab_size: int, size: int) -> tuple[Tensor, Tensor]:
     is_certain[certain] = True
     certain, others = is_certain.nonzero().squeeze(1), (~is_certain).nonzero().squeeze(1)
     sample = others[torch.randperm(len(others))[:size]]
-    log_weights = torch.zeros(len(certain) + len(sample), dtype=torch.float64)
+    log_weights = torch.zeros(len(certain) + len(sample), dtype=dtype)
     log_weights[len(certain) :] = math.log(len(others) / max(1, len(sample)) or 1.0)
     return torch.cat([certain, sample]), log_weights

@@ -12,7 +12,7 @@ directory is renamed and its parent fsynced. A checkpoint counts as complete if 
 verifies. The digests are our own because PyTorch and safetensors load flipped bits without an
 error. Older checkpoints are deleted only after a successful save, and the one with the lowest
 validation loss is always kept. No random state is saved: the order of the data is a function of
-(seed, step), and the dropout masks are a function of (seed, step, place in the global batch).
+(seed, step), and dropout masks and samples of the head of (seed, step, place in the global batch).
 """
 
 import contextlib

@@ -57,7 +57,7 @@ SCHEDULE = ("num_steps",)
 FREE = (
     "data",  # its digest is compared
     "out",
-    "micro_batch_size",  # with dropout the resolved one is compared: masks are drawn per micro-batch
+    "micro_batch_size",  # with dropout or a sampled head the resolved one is compared: they draw per micro-batch
     "kernels",
     "compile",
     "cuda_graphs",
@@ -109,7 +109,7 @@ def in_force(train: TrainConfig, resolved: dict) -> dict[str, Any]:
     fields = flat(train) | {"context": train.sequence_length}
     names = [name for name in FIXED + COMPUTED if is_read(name, train)]
     known = {name: resolved[name] for name in RESOLVED if resolved.get(name) is not None}
-    if not train.model.dropout:
+    if not train.model.dropout and train.head == "full":
         known.pop("micro_batch_size", None)
     if train.init_from is not None and Path(train.init_from).exists():
         fields["init_from"] = str(Path(train.init_from).resolve())

@@ -2,17 +2,23 @@
 
 import shutil
 
+import forks
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from runs import assert_same_run, measured, newest, run, train
 
 from engine import evaluation, start
 from engine.distributed import Ranks
-from engine.run import checkpoint, export, plots
+from engine.run import checkpoint, export, metrics, plots
 from engine.tokens import mixture
 from engine.tokens.shards import TokenStream
 
+RANK = """import sys
+from engine import cli, start
+start.FREQUENT, start.SAMPLED = 24, 16
+cli.main(sys.argv[1:])"""
 FLAGS = ["--num-steps", "4", "--eval-every", "2", "--save-every", "2", "--keep-last", "9", "--optim.lr", "1e-2"]
 SAMPLED = [*FLAGS, "--head", "sampled"]
 
@@ -35,11 +41,25 @@ def sampled(shards, tmp_path_factory):
     return out
 
 
-def test_a_sampled_run_resumes_to_the_bit(sampled, shards, tmp_path):
+def test_a_sampled_run_says_so_and_resumes_to_the_bit(sampled, shards, tmp_path, capfd):
     shutil.copytree(sampled, tmp_path / "stopped")
     shutil.rmtree(newest(tmp_path / "stopped"))
     assert train(tmp_path / "stopped", shards, *SAMPLED) == 0
+    line = "\nhead: 24 frequent tokens, a micro-batch's targets and 16 others drawn for it; validation takes all 257\n"
+    assert line in capfd.readouterr().out
     assert_same_run(sampled, tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does(sampled, shards, tmp_path):
+    command = ["train", *SMALL, "--data", shards, "--out", tmp_path / "two", *SAMPLED]
+    done = forks.run("-c", RANK, *command, ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (metrics.read_rows(out / "metrics.jsonl") for out in (sampled, tmp_path / "two"))
+    assert len(one) == len(two) == 5
+    for left, right in zip(one, two, strict=True):
+        for name in ("loss", "val_loss"):
+            assert left.get(name) == pytest.approx(right.get(name), abs=1e-5)
 
 
 def test_its_validation_loss_is_that_of_the_whole_vocabulary(sampled, shards):

@@ -72,8 +72,9 @@ def test_a_field_in_its_other_spelling_is_no_change():
     assert lines(train, changed("precision", train, "auto"), precision=None) == []  # unknown: not compared
 
 
-def test_with_dropout_another_micro_batch_draws_other_masks_and_is_compared():
-    for flags, expected in ((["--model.dropout", "0.1"], ["micro_batch_size 4 -> 8"]), ([], [])):
+def test_another_micro_batch_draws_other_masks_and_samples_and_is_compared():
+    compared = ["micro_batch_size 4 -> 8"]
+    for flags, expected in (("--model.dropout", "0.1"), compared), (("--head", "sampled"), compared), ((), []):
         train = parsed(*flags)
         before = settings.in_force(train, RESOLVED | {"micro_batch_size": 4})
         after = settings.in_force(train, RESOLVED | {"micro_batch_size": 8})
