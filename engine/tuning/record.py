@@ -189,7 +189,8 @@ def applied(tuning: Tuning, config: TrainConfig, world_size: int) -> TrainConfig
     Recomputing belongs to a micro-batch: it is taken together with it or not at all.
     """
     setup, changes = tuning.setup, {}
-    if config.compile is None and setup.compile != tuning.shipped.compile:
+    can_compile = config.compile is None and config.head == "full"
+    if can_compile and setup.compile != tuning.shipped.compile:
         changes["compile"] = setup.compile
     divides = config.tokens_per_step % (config.sequence_length * setup.micro_batch_size * world_size) == 0
     if config.micro_batch_size is None and divides:

@@ -113,6 +113,7 @@ def test_the_tuning_sets_what_no_flag_sets():
     assert (taken.micro_batch_size, taken.recompute, taken.compile) == (8, "block", True)
     taken = record.applied(found, config("--micro-batch-size", "4", "--no-compile"), 1)
     assert (taken.micro_batch_size, taken.recompute, taken.compile) == (4, "none", False)
+    assert record.applied(found, config("--head", "sampled"), 1).compile is None  # which is not compiled
     assert record.applied(found, config("--recompute", "attention"), 1).recompute == "attention"
     assert record.applied(found, config(), 4).micro_batch_size is None  # 4 processes have 4 sequences each
 
