@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import Backend, Ops, select
 from model.presets import PRESETS, GPT2Config, num_parameters
+from model.tied import Tied
 
 if TYPE_CHECKING:
     from model.cache import Cache, LayerCache
@@ -315,20 +316,19 @@ class GPT2(nn.Module):
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
 
-    def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None, rows: Tensor | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C) in the compute dtype.
 
-        cache: of the tokens before these, to which these are added. See model.cache.
+        cache: of the tokens before these; see model.cache. rows: the embedding's part of a Tied matrix.
         """
-        T = tokens.shape[1]
-        if T > self.config.n_positions:
+        if (T := tokens.shape[1]) > self.config.n_positions:
             raise ValueError(f"model: a sequence must have at most {self.config.n_positions} tokens, got {T}")
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         starts = self.document_starts(tokens) if cache is None else None  # a cache has its own
         if starts is not None and self.restarts_positions:
             positions = positions - starts
-        x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.wte(tokens) if rows is None else F.embedding(tokens, rows, sparse=True)
+        x = F.dropout((x + self.wpe(positions)).to(self.compute_dtype), self.config.dropout, self.training)  # (B, T, C)
         branch, is_compiled = None, torch.compiler.is_compiling() and self.training  # as one graph
         for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
             if branch is not None and is_compiled and block.recompute == "block":
@@ -359,12 +359,12 @@ class GPT2(nn.Module):
         return torch.cat(log_p), torch.cat(is_likely)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        h = self.hidden(tokens)
         if targets is None:
-            return self.head(h)
-        return self.ops.linear_cross_entropy(
-            h.flatten(0, 1), self.wte.weight, targets.flatten(), vocab_size=self.config.vocab_size
-        )
+            return self.head(self.hidden(tokens))
+        is_eager_cpu = tokens.is_cpu and not torch.compiler.is_compiling()
+        rows, weight = Tied.apply(self.wte.weight) if is_eager_cpu else (None, self.wte.weight)
+        h, V = self.hidden(tokens, rows=rows).flatten(0, 1), self.config.vocab_size
+        return self.ops.linear_cross_entropy(h, weight, targets.flatten(), vocab_size=V)
 
     def generate(
         self,

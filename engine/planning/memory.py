@@ -113,7 +113,7 @@ class _Sizes:
         if place.device_type == "cuda" and config.kernels != "torch":
             rows, wide = TRITON_HEAD_ROWS, 0
         else:
-            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type))
+            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type, self.e))
             wide = 0 if place.device_type == "cpu" and self.e == 4 else wide  # float32 logits are overwritten
         chunk = -(-self.tokens // -(-self.tokens // rows))
         return Vp * (chunk * self.e + min(chunk, wide) * 4)
