@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import speed
 from engine.chips import PEAK_TFLOPS
 from engine.config import TrainConfig
 from engine.errors import BadInput
@@ -40,7 +40,7 @@ COMPUTE_DTYPES = {
     "fp32": torch.float32,
 }
 BUILD_LIMIT = 60.0  # seconds for the build of an empty library
-WORTHWHILE = 1.5  # least speedup of a bf16 matrix product over fp32 for which a CPU takes bf16
+WORTHWHILE = 1.1  # least speedup of a training step in bf16 over fp32 for which a CPU takes bf16
 
 OTHER_CARD = r"(?! (?:Ti|SUPER|D)\b)"  # after a name: another card than the one named
 NOT_THE_WHOLE_CARD = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")  # the last: a share that a hypervisor gives
@@ -137,9 +137,12 @@ def choose_precision(asked: str, device: torch.device, who: str = "train") -> tu
         return ("bf16", "this XPU has bf16") if torch.xpu.is_bf16_supported() else ("fp32", "this XPU has no bf16")
     if device.type == "mps":
         return "fp32", "the default on mps"
-    speedup = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
-    precision = "bf16" if speedup >= WORTHWHILE else "fp32"
-    return precision, f"a bf16 matrix product ran at {speedup:.2g}x the speed of fp32 on this CPU"
+    what = "matrix product"
+    ratio = speed.matmul_seconds(torch.float32) / speed.matmul_seconds(torch.bfloat16)
+    if ratio >= WORTHWHILE:  # emulated bf16 is not worth a step, which would take seconds
+        what, ratio = "training step", speed.step_speedup()
+    precision = "bf16" if ratio >= WORTHWHILE else "fp32"
+    return precision, f"a bf16 {what} ran at {ratio:.2g}x the speed of fp32 on this CPU"
 
 
 def apply_precision(precision: str) -> torch.dtype:
@@ -195,17 +198,6 @@ def deterministic(is_asked: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
         if is_ours:
             os.environ.pop(variable, None)
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best time of three products of 256 x 256 matrices: 3 ms in fp32 on one slow core."""
-    left = torch.ones(256, 256, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        left @ left
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 # ---- Compiler -----------------------------------------------------------------------------------------------------

@@ -33,6 +33,9 @@ from kernels.launch import check_floating, check_triton, register, require, tl, 
 from kernels.tiles import with_config
 from kernels.work import TRITON_HEAD_ROWS, torch_head_elements
 
+FAR = 60.0  # nats; a float32 probability below e^-87 has lost digits, or is 0
+PRODUCT_ELEMENTS = 2**19  # of a bfloat16 product on a CPU: 1 MB, and 2 MB in float32
+
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
     op = "linear_cross_entropy"
@@ -73,11 +76,11 @@ def _allocate(
     return hidden.new_empty((), dtype=wide), dhidden, dweight
 
 
-def _in_chunks(outputs, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, softmax: Callable) -> None:
+def _in_chunks(outputs, hidden: Tensor, weight: Tensor, rows: int, softmax: Callable) -> None:
     """Fills the outputs of _allocate in chunks of at most `rows` rows. Sizes differ by at most one.
 
-    softmax(logits, targets, losses) -> dz writes each row's loss, 0 if its target is ignored. If
-    dhidden has rows, it returns the gradient of the logits, (n, Vp).
+    softmax(logits, chunk, losses) -> dz writes the loss of each row of this slice, 0 if its target
+    is ignored. If dhidden has rows, it returns the gradient of the logits, (n, Vp).
     """
     total, dhidden, dweight = outputs
     N = hidden.shape[0]
@@ -89,7 +92,7 @@ def _in_chunks(outputs, hidden: Tensor, weight: Tensor, targets: Tensor, rows: i
     for start, end in itertools.pairwise(ends):
         chunk = slice(start, end)
         logits = torch.mm(hidden[chunk], compute_weight.T, out=buffer[: end - start])  # (n, Vp)
-        dz = softmax(logits, targets[chunk], losses[chunk])
+        dz = softmax(logits, chunk, losses[chunk])
         if len(dhidden):
             torch.mm(dz, compute_weight, out=dhidden[chunk])
             _add_product(dweight, dz.T, hidden[chunk], is_first=start == 0)
@@ -100,6 +103,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
     """Adds left @ right to total, or stores it if is_first. total may have a wider dtype."""
     if left.dtype == total.dtype and is_first:  # saves zeroing total, which is 2% of a step on a CPU
         torch.mm(left, right, out=total)
+        return
+    if total.device.type == "cpu" and left.dtype == torch.bfloat16:
+        _add_blocks(total, left, right, is_first)
         return
     if is_first:
         total.zero_()
@@ -115,6 +121,19 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
+def _add_blocks(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """_add_product for bfloat16 on a CPU, where no product of PyTorch's has a wider result.
+
+    Each block of the product is rounded to bfloat16, the sum is not. The block and its float32 copy
+    stay in the caches, so memory is left with a read and a write of total, and at first the write
+    alone: 8 and 4 bytes per element. A product of total's size would take 20.
+    """
+    rows = max(1, PRODUCT_ELEMENTS // total.shape[1])
+    for block, factor in zip(total.split(rows), left.split(rows), strict=True):
+        product = torch.mm(factor, right)
+        block.copy_(product) if is_first else block.add_(product)
+
+
 @functools.cache
 def _addmm_widens(dtype: torch.dtype) -> bool:
     """True if this PyTorch's addmm adds a low-precision product to a float32 tensor in place."""
@@ -127,12 +146,9 @@ def _addmm_widens(dtype: torch.dtype) -> bool:
     return True
 
 
-def _rows(weight: Tensor) -> tuple[int, int]:
-    """Rows per chunk and rows per strip of a chunk.
-
-    On a CPU a strip stays in the caches between passes. Elsewhere it is a whole chunk.
-    """
-    chunk, strip = torch_head_elements(weight.device.type)
+def _rows(weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows per chunk and rows per strip of a chunk, for logits of this dtype."""
+    chunk, strip = torch_head_elements(weight.device.type, dtype.itemsize)
     return max(1, chunk // weight.shape[0]), max(1, strip // weight.shape[0])
 
 
@@ -142,46 +158,53 @@ def _fill_torch(
     wide = outputs[0].dtype
     valid = targets != ignore_index
     outside = valid & ((targets < 0) | (targets >= vocab_size))
-    if hidden.device.type == "cpu" and bool(outside.any()):
+    is_cpu = hidden.device.type == "cpu"
+    if is_cpu and bool(outside.any()):
         target = targets[outside][0].item()
         raise ValueError(f"linear_cross_entropy: targets must be 0 to {vocab_size - 1} or {ignore_index}, got {target}")
-    chunk_rows, strip_rows = _rows(weight)
-    fill_strip = _fill_strip_in_cache if hidden.device.type == "cpu" else _fill_strip_in_few_passes
+    chunk_rows, strip_rows = _rows(weight, hidden.dtype)
+    fill_strip = _fill_strip_on_a_cpu if is_cpu else _fill_strip_in_few_passes
 
-    def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    def softmax(logits: Tensor, chunk: slice, losses: Tensor) -> Tensor:
         logits[:, vocab_size:] = float("-inf")
-        strips = zip(*(tensor.split(strip_rows) for tensor in (logits, targets, losses)), strict=True)
-        for strip, targets, losses in strips:
-            valid = (targets != ignore_index)[:, None]  # (n, 1)
-            loss = fill_strip(strip, targets.clamp(0, vocab_size - 1)[:, None], valid, wide, needs_grad)
+        strips = zip(*(t.split(strip_rows) for t in (logits, hidden[chunk], targets[chunk], losses)), strict=True)
+        for strip, rows, wanted, losses in strips:
+            valid = (wanted != ignore_index)[:, None]  # (n, 1)
+            loss = fill_strip(strip, wanted.clamp(0, vocab_size - 1)[:, None], valid, wide, needs_grad)
             losses.copy_(torch.where(valid, loss, 0.0).squeeze(1))
+            if is_cpu and bool((is_far := losses > FAR).any()):
+                z = F.linear(rows[is_far], weight.to(rows.dtype))[:, :vocab_size].to(wide)
+                losses[is_far] = F.cross_entropy(z, wanted[is_far], reduction="none")
         return logits
 
-    _in_chunks(outputs, hidden, weight, targets, chunk_rows, softmax)
+    _in_chunks(outputs, hidden, weight, chunk_rows, softmax)
     outputs[0].masked_fill_(outside.any(), float("nan"))
 
 
-def _fill_strip_in_cache(strip: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, needs_grad: bool) -> Tensor:
-    """Overwrites logits (n, Vp) with dz if needs_grad. Returns their losses, (n, 1).
+def _fill_strip_on_a_cpu(strip: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, needs_grad: bool) -> Tensor:
+    """Overwrites logits (n, Vp) with dz if needs_grad. Returns their losses, (n, 1), inexact above FAR.
 
-    Many passes over one float32 copy, or over the strip itself. For a CPU, whose caches hold it.
+    PyTorch's softmax keeps one row at a time in the caches of each core. It works in the strip itself
+    if that has the dtype `wide`, else in a copy.
     """
-    z = strip.to(wide)  # the strip itself if it has this dtype
-    row_max, target_logit = z.amax(dim=-1, keepdim=True), z.gather(1, labels)
-    row_sum = z.sub_(row_max).exp_().sum(dim=-1, keepdim=True)
+    probs = strip.to(wide)
+    torch.softmax(probs, dim=-1, out=probs)
+    loss = -probs.gather(1, labels).log()
     if needs_grad:
-        dz = z.mul_(valid / row_sum).scatter_add_(1, labels, -valid.to(wide))
-        strip.copy_(dz)
-    return row_sum.log() + (row_max - target_logit)
+        probs.scatter_add_(1, labels, probs.new_full(labels.shape, -1.0))
+        probs.index_fill_(0, (~valid).flatten().nonzero().flatten(), 0.0)
+        if probs is not strip:
+            strip.copy_(probs)
+    return loss
 
 
 def _fill_strip_in_few_passes(
     strip: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, needs_grad: bool
 ) -> Tensor:
-    """The same for a GPU, where each pass goes through memory.
+    """The same for a GPU, with a loss that is exact everywhere.
 
     It reads and writes 22 bytes per logit in bfloat16 and 14 in float16, whose softmax PyTorch
-    widens as it loads; the passes above take 44.
+    widens as it loads.
     """
     row_max, top = strip.max(dim=-1, keepdim=True)
     target_logit = strip.gather(1, labels).to(wide)
@@ -259,7 +282,9 @@ def _cross_entropy_kernel(
 def _fill_triton(
     outputs, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, needs_grad: bool
 ) -> None:
-    def softmax(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    targets = targets.contiguous()
+
+    def softmax(logits: Tensor, chunk: slice, losses: Tensor) -> Tensor:
         n, Vp = logits.shape
 
         def start(BLOCK_V: int, num_warps: int) -> None:
@@ -268,7 +293,7 @@ def _fill_triton(
             smallest = max(64 * num_warps, triton.next_power_of_2(Vp))
             _cross_entropy_kernel[(n,)](
                 logits,
-                targets,
+                targets[chunk],
                 losses,
                 logits.stride(0),
                 vocab_size,
@@ -282,7 +307,7 @@ def _fill_triton(
         with_config("cross_entropy", Vp, logits.device, start)
         return logits
 
-    _in_chunks(outputs, hidden, weight, targets.contiguous(), TRITON_HEAD_ROWS, softmax)
+    _in_chunks(outputs, hidden, weight, TRITON_HEAD_ROWS, softmax)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -296,8 +321,21 @@ def _differentiate(ctx, dtotal, _ddhidden, _ddweight):
     if dtotal is None:
         return None, None, None, None, None, None
     dhidden = _scale(dhidden, dtotal, dhidden.dtype) if ctx.needs_input_grad[0] else None
-    dweight = _scale(dweight, dtotal, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+    if ctx.needs_input_grad[1] and dweight.dtype == ctx.weight_dtype and _is_last_use(dweight):
+        dweight = dweight.detach().mul_(dtotal)
+    else:
+        dweight = _scale(dweight, dtotal, ctx.weight_dtype) if ctx.needs_input_grad[1] else None
     return dhidden, dweight, None, None, None, None
+
+
+def _is_last_use(saved: Tensor) -> bool:
+    """True if this backward pass may overwrite a tensor that the forward pass saved, on a CPU.
+
+    After a pass that keeps the graph another may come. torch.compile, whose tensors have another
+    type while it traces, finds by itself what it may overwrite.
+    """
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return saved.device.type == "cpu" and type(saved) is Tensor and not keeps_graph()
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

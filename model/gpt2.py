@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import Backend, Ops, select
+from model import tied
 from model.presets import PRESETS, GPT2Config, num_parameters
 
 if TYPE_CHECKING:
@@ -118,10 +119,7 @@ def cast_once(model: nn.Module) -> Iterator[None]:
 
 
 class LayerNorm(nn.Module):
-    """Residual add and LayerNorm: (x, branch) -> LayerNorm(x + branch), x + branch.
-
-    branch = None adds nothing.
-    """
+    """Residual add and LayerNorm: (x, branch) -> LayerNorm(x + branch), x + branch. None adds nothing."""
 
     ops: Ops
 
@@ -316,10 +314,10 @@ class GPT2(nn.Module):
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
 
-    def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None, rows: Tensor | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C) in the compute dtype.
 
-        cache: of the tokens before these, to which these are added. See model.cache.
+        cache: of the tokens before these; see model.cache. rows: wte for these tokens; see model.tied.
         """
         T = tokens.shape[1]
         if T > self.config.n_positions:
@@ -328,8 +326,8 @@ class GPT2(nn.Module):
         starts = self.document_starts(tokens) if cache is None else None  # a cache has its own
         if starts is not None and self.restarts_positions:
             positions = positions - starts
-        x = (self.wte(tokens) + self.wpe(positions)).to(self.compute_dtype)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = self.wte(tokens) if rows is None else F.embedding(tokens, rows, sparse=True)
+        x = F.dropout((x + self.wpe(positions)).to(self.compute_dtype), self.config.dropout, self.training)  # (B, T, C)
         branch, is_compiled = None, torch.compiler.is_compiling() and self.training  # as one graph
         for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
             if branch is not None and is_compiled and block.recompute == "block":
@@ -360,11 +358,12 @@ class GPT2(nn.Module):
         return torch.cat(log_p), torch.cat(is_likely)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        h = self.hidden(tokens)
         if targets is None:
-            return self.head(h)
+            return self.head(self.hidden(tokens))
+        rows, weight = tied.split(self.wte.weight)
+        h, V = self.hidden(tokens, rows=rows).flatten(0, 1), self.config.vocab_size
         loss = self.training_loss if self.training and self.training_loss else self.ops.linear_cross_entropy
-        return loss(h.flatten(0, 1), self.wte.weight, targets.flatten(), vocab_size=self.config.vocab_size)
+        return loss(h, weight, targets.flatten(), vocab_size=V)
 
     def generate(
         self,

@@ -63,7 +63,7 @@ _LAPTOP = TrainConfig(
     prompt="def ",
     sample_tokens=200,
     model=MODEL_PRESETS["tiny"],
-    optim=OptimConfig("muon", lr=4e-3, muon_lr=0.04, muon_momentum=0.8, warmup_tokens=24 * 1024, beta2=0.99, **_LINEAR),
+    optim=OptimConfig("muon", lr=6e-3, muon_lr=0.04, muon_momentum=0.8, warmup_tokens=24 * 1024, beta2=0.99, **_LINEAR),
 )
 
 # What trains a preset; the others need GPUs.

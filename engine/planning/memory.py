@@ -113,7 +113,7 @@ class _Sizes:
         if place.device_type == "cuda" and config.kernels != "torch":
             rows, wide = TRITON_HEAD_ROWS, 0
         else:
-            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type))
+            rows, wide = (max(1, elements // Vp) for elements in torch_head_elements(place.device_type, self.e))
             wide = 0 if place.device_type == "cpu" and self.e == 4 else wide  # float32 logits are overwritten
         chunk = -(-self.tokens // -(-self.tokens // rows))
         return Vp * (chunk * self.e + min(chunk, wide) * 4)
@@ -127,6 +127,9 @@ def peaks(config: TrainConfig, micro_batch_size: int, precision: str, place: Pla
     stored, L = it.activations(config, model.n_layer), model.n_layer
     # One graph returns all gradients at its end; DDP's is cut at its buckets.
     is_whole = is_compiled and place.world_size == 1 and not it.is_sharded
+    # Eagerly on a CPU, scaling the head's gradient and adding the embedding's make no further matrix.
+    is_in_place = place.device_type == "cpu" and not is_compiled and not it.is_sharded
+    tables = (1 if is_in_place else 2) * it.table
     # Gathered by FSDP: the root's weights to the end, and without resharding all blocks'.
     root = 4 * it.root if it.is_sharded else 0
     forward = root + (L * it.e * it.block if it.is_sharded and not config.reshard else 0)
@@ -143,13 +146,13 @@ def peaks(config: TrainConfig, micro_batch_size: int, precision: str, place: Pla
     all_gradients = 4 * it.local
     found = {
         "head": (it.before, stored, it.width + it.table + it.logits(config, place) + cast, forward),
-        "head backward": (it.before, stored, 2 * (it.width + it.table), forward),
+        "head backward": (it.before, stored, 2 * it.width + tables, forward),
         "last block": block(L - 1),
         "first block": block(0),
         "end of backward": (
             it.before + all_gradients if is_whole else max(it.before, all_gradients - it.table),
             it.width,
-            (1 if is_whole else 2) * it.table,
+            it.table if is_whole else tables,
             2 * root,
         ),
         "optimizer": (all_gradients, 0, 0, muon_bytes(config, place) if config.optim.name == "muon" else 0),

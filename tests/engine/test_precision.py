@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from engine import device
+from engine import device, speed
 from engine.errors import BadInput
+from model.presets import GPT2Config
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,7 @@ def matmul_precision():
 
 @pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32"])
 def test_what_was_asked_for_is_taken_without_timing(asked, monkeypatch):
-    monkeypatch.setattr(device, "_matmul_seconds", None)
+    monkeypatch.setattr(speed, "matmul_seconds", None)
     assert device.choose_precision(asked, CPU) == (asked, "asked for")
 
 
@@ -48,23 +49,74 @@ def test_a_gpu_takes_bf16_from_sm_80_on(capability, auto, refused, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("bf16_seconds", "taken"),
+    ("product", "step", "taken", "why"),
     [
-        pytest.param(0.5, "bf16", id="twice as fast"),
-        pytest.param(0.9, "fp32", id="hardly faster"),
-        pytest.param(8.0, "fp32", id="emulated"),
+        pytest.param(4.0, 1.4, "bf16", "a bf16 training step ran at 1.4x", id="both faster"),
+        pytest.param(4.0, 1.04, "fp32", "a bf16 training step ran at 1x", id="a step hardly faster"),
+        pytest.param(1.3, 1.2, "bf16", "a bf16 training step ran at 1.2x", id="a step faster, a product a little"),
+        pytest.param(0.02, None, "fp32", "a bf16 matrix product ran at 0.02x", id="emulated: no step is made"),
     ],
 )
-def test_a_cpu_takes_bf16_only_where_it_is_measurably_faster(bf16_seconds, taken, monkeypatch):
-    seconds = {torch.float32: 1.0, torch.bfloat16: bf16_seconds}
-    monkeypatch.setattr(device, "_matmul_seconds", seconds.__getitem__)
-    chosen, why = device.choose_precision("auto", CPU)
-    assert chosen == taken
-    assert f"ran at {1 / bf16_seconds:.2g}x the speed of fp32" in why
+def test_a_cpu_takes_the_precision_in_which_a_step_is_faster(product, step, taken, why, monkeypatch):
+    seconds = {torch.float32: product, torch.bfloat16: 1.0}
+    monkeypatch.setattr(speed, "matmul_seconds", seconds.__getitem__)
+    monkeypatch.setattr(speed, "step_speedup", lambda: step)
+    assert device.choose_precision("auto", CPU) == (taken, f"{why} the speed of fp32 on this CPU")
 
 
-def test_the_measurement_itself_takes_no_time_to_speak_of():
-    assert 0 < device._matmul_seconds(torch.float32) < 1
+@pytest.fixture
+def passes(monkeypatch):
+    """Replaces the clock: a pass takes the seconds set here for its dtype. Returns those and the whole passes."""
+    now, made, seconds, cold = [0.0], [], {}, [2.0]
+
+    def one_pass(model, tokens, dtype):
+        is_whole = tokens.numel() == speed.SEQUENCES * speed.CONFIG.n_positions
+        made.extend([dtype] * is_whole)
+        taken = seconds[dtype] * is_whole + (cold.pop() if cold else 0.0)  # the first of all imports modules
+        now[0] += taken
+        return taken
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed, "_pass_seconds", one_pass)
+    speed.step_speedup.cache_clear()
+    yield seconds, made
+    speed.step_speedup.cache_clear()
+
+
+def test_a_step_s_speedup_is_that_of_the_best_passes_made_in_turns(passes):
+    seconds, made = passes
+    seconds |= {torch.float32: 0.06, torch.bfloat16: 0.04}
+    assert speed.step_speedup() == pytest.approx(1.5)
+    assert made == [torch.float32, torch.bfloat16] * speed.ROUNDS
+    assert speed.step_speedup() == pytest.approx(1.5)  # remembered
+    assert len(made) == 2 * speed.ROUNDS
+
+
+def test_on_a_slow_cpu_each_precision_is_timed_once_and_imports_are_not(passes):
+    seconds, made = passes
+    seconds |= {torch.float32: 0.5, torch.bfloat16: 1.0}
+    assert speed.step_speedup() == pytest.approx(0.5)
+    assert made == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_timed_is_a_step_in_that_precision_and_draws_no_random_number(dtype, monkeypatch):
+    monkeypatch.setattr(speed, "CONFIG", GPT2Config(1, 1, 16, n_positions=4, vocab_size=61))
+    models, state, timed = [], torch.get_rng_state(), speed._pass_seconds
+
+    def record(model, tokens, asked):
+        models.append(model)
+        return timed(model, tokens, dtype)
+
+    monkeypatch.setattr(speed, "_pass_seconds", record)
+    speed.step_speedup.__wrapped__()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert models[0].compute_dtype is dtype
+    assert all(parameter.grad.isfinite().all() for parameter in models[0].parameters())
+
+
+def test_a_product_takes_no_time_to_speak_of():
+    assert 0 < speed.matmul_seconds(torch.float32) < 1
 
 
 @pytest.mark.usefixtures("matmul_precision")

@@ -24,7 +24,7 @@ def pytorch(hidden, weight, targets, *, vocab_size=None, ignore_index=-100):
 def torch_as_on_a_gpu(*args, **options):
     """PyTorch's implementation with the passes over the logits that it makes on a GPU."""
     few_passes = kernels.cross_entropy._fill_strip_in_few_passes
-    with mock.patch.object(kernels.cross_entropy, "_fill_strip_in_cache", few_passes):
+    with mock.patch.object(kernels.cross_entropy, "_fill_strip_on_a_cpu", few_passes):
         return linear_cross_entropy_torch(*args, **options)
 
 

@@ -31,10 +31,10 @@ def cut_into(monkeypatch, size):
     """Sets chunks to at most `size` rows, and PyTorch's strips of a chunk to half of that."""
     in_chunks = kernels.cross_entropy._in_chunks
 
-    def in_small_chunks(outputs, hidden, weight, targets, rows, softmax):
-        in_chunks(outputs, hidden, weight, targets, size, softmax)
+    def in_small_chunks(outputs, hidden, weight, rows, softmax):
+        in_chunks(outputs, hidden, weight, size, softmax)
 
-    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight: (size, -(-size // 2)))
+    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight, dtype: (size, -(-size // 2)))
     monkeypatch.setattr(kernels.cross_entropy, "_in_chunks", in_small_chunks)
 
 
@@ -55,7 +55,7 @@ def test_many_chunks_do_not_round_the_weight_gradient_away(op, dtype, monkeypatc
 
 def test_chunk_sizes_are_what_the_loop_uses(monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight: asked.append(weight.shape[0]) or (7, 2))
+    monkeypatch.setattr(kernels.cross_entropy, "_rows", lambda weight, dtype: asked.append(weight.shape[0]) or (7, 2))
     linear_cross_entropy_torch(*inputs(37, 33, 257, 384), vocab_size=257)
     assert asked == [384]
 
@@ -151,5 +151,23 @@ def test_backward_makes_one_pass_over_each_gradient(dtype):
         torch.autograd.grad(loss, [hidden, weight])
     assert [made for made in passes if not made[0].startswith(("new_empty", "empty", "detach"))] == [
         ("mul.out", (37, 33)),
-        ("mul.out", (384, 33)),
+        ("mul_.Tensor" if DEVICE.type == "cpu" else "mul.out", (384, 33)),
     ]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_a_kept_graph_gives_the_same_gradients_again_and_leaves_the_first(op, weight_dtype):
+    dtype = torch.float16 if op is linear_cross_entropy_triton else torch.bfloat16  # the interpreter has fp16
+    weight_dtype = dtype if weight_dtype == torch.bfloat16 else weight_dtype
+    hidden, weight, targets = inputs(37, 33, 257, 384, dtype, weight_dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = op(*leaves, targets, vocab_size=257) * 3.0
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for retain_graph in (True, False):
+        again = torch.autograd.grad(loss, leaves, retain_graph=retain_graph)
+        for gradients in (first, again):
+            assert all(torch.equal(got, expected) for got, expected in zip(gradients, kept, strict=True))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)

@@ -18,7 +18,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "engine": {
 
 # Files and folders of engine/ in layers, lowest first. Each imports itself and lower layers only.
 LAYERS = (
-    {"errors", "output", "packages", "sizes", "chips"},
+    {"errors", "output", "packages", "sizes", "chips", "speed"},
     {"system", "flags"},
     {"lock", "durable"},
     {"tokens"},
@@ -37,7 +37,7 @@ LAYERS = (
 )
 FILES = {"train", "start", "step", "cli", "errors", "output", "lock", "evaluation", "distributed"}
 FILES |= {"device", "rendezvous", "system", "packages", "flags", "sizes", "parts", "chips"}
-FILES |= {"rehearsal", "durable"}
+FILES |= {"rehearsal", "durable", "speed"}
 FOLDERS = {
     "tokens": {"prepare", "tokenizer", "shards", "batches", "mixture", "weights", "names", "foreign"},
     "tokens/reading": {"sources", "formats", "documents", "parts", "text", "cuts", "streams"}

@@ -24,6 +24,7 @@ from engine.chips import Chip
 from engine.planning.communication import ITEMSIZE
 from engine.planning.roofline_ops import HEAD, Op, StepShape, step_ops
 from kernels import cross_entropy
+from model import tied
 from model.gpt2 import GPT2
 from model.presets import PRESETS, GPT2Config, flops_per_token, num_parameters, parameter_shapes
 
@@ -107,6 +108,7 @@ def counted(config, B, T, precision, recompute, micro_batches) -> Calls:
 
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         patch.setattr(cross_entropy, "with_config", start)
+        patch.setattr(tied, "split", lambda weight: (None, weight))  # as on a GPU
         model = GPT2(config)
         model.configure("triton", {2: torch.float16, 4: torch.float32}[ITEMSIZE[precision]], recompute)
         tokens = torch.zeros(B, T, dtype=torch.int64)
