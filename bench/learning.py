@@ -27,7 +27,6 @@ from bench import machine, measure, results, tables
 from bench.results import Figure, Row, spread
 from engine import start
 from engine.comparison import equal_loss
-from engine.comparison.equal_loss import Losses
 from engine.config import CONFIG_FILE, TrainConfig, batch_shape, load, parse
 from engine.distributed import Ranks
 from engine.run import plots
@@ -110,8 +109,8 @@ def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
     return part, whole
 
 
-def run(words: list[str], config: TrainConfig) -> tuple[float, dict]:
-    """Final validation loss of a run, and its device and precision. It is made if none is there with this config.
+def run(words: list[str], config: TrainConfig) -> tuple[float, str]:
+    """Final validation loss of a run, its precision and device. It is made if none is there with this config.
 
     words: of its command. Raises CalledProcessError if it fails.
     """
@@ -121,7 +120,8 @@ def run(words: list[str], config: TrainConfig) -> tuple[float, dict]:
         gpt2("train", *words, "--resume", "auto" if is_there else "never")
     loss = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["val_loss"]
     print(f"{config.out}: {loss:.4f}", flush=True)
-    return loss, json.loads(Path(config.out, CONFIG_FILE).read_text(encoding="utf-8")).get("resolved", {})
+    resolved = json.loads(Path(config.out, CONFIG_FILE).read_text(encoding="utf-8"))["resolved"]
+    return loss, f"{resolved['precision']} on {resolved['device']}"
 
 
 def in_parallel(workers: int, case: Case, wanted: list[tuple], data: Path, out: Path) -> dict[tuple, tuple]:
@@ -141,16 +141,18 @@ def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
     _, data = prepare(case, directory)
     wanted = [(arm.name, arm.flags, steps, seed) for arm in case.arms for steps in arm.lengths for seed in arm.seeds]
     found = in_parallel(workers, case, wanted, data, directory / "runs")
-    losses: dict[str, Losses] = {arm.name: {} for arm in case.arms}
-    resolved = {}
-    for (name, _, steps, _), (loss, resolved[name]) in found.items():
+    losses: dict[str, equal_loss.Losses] = {arm.name: {} for arm in case.arms}
+    made_on: dict[str, set[str]] = {arm.name: set() for arm in case.arms}
+    for (name, _, steps, _), (loss, where) in found.items():
         losses[name][steps] = np.append(losses[name].get(steps, []), loss)
+        made_on[name].add(where)
     seconds, rows = step_seconds(case, data), []
     for arm in case.arms:
         own, like, n = losses[arm.name], losses[arm.like or arm.name], len(arm.seeds)
-        row = Row("learning", case.name, arm.name, note=f"{arm.lengths[-1]} steps, {n} seeds")
+        row = Row("learning", case.name, arm.name)
+        row.note = f"{arm.lengths[-1]} steps, {n} seeds, {' and '.join(sorted(made_on[arm.name]))}"
         rounded = {str(steps): each.round(4).tolist() for steps, each in own.items()}
-        row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded} | resolved[arm.name]
+        row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded}
         row.figures["loss"] = figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", n)
         row.figures["step"] = spread(seconds[arm.name], "s")
         if rows:
@@ -177,7 +179,6 @@ def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
         tokens = (torch.arange(B * (T + 1)) % config.model.vocab_size).view(B, T + 1)
         update = functools.partial(step, 0, [(tokens[:, :-1], tokens[:, 1:])] * count, 1e-3)
         steps[arm.name] = functools.partial(watch, lambda update=update: update)
-    _ = [once() for once in steps.values()]  # the first update allocates
     return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
 
 
@@ -187,7 +188,8 @@ def tune(case: Case, directory: Path, workers: int) -> list[Row]:
     arms, wanted = [arm for arm in case.arms if arm.seeds == EIGHT], {}
     for arm, factor, seed in itertools.product(arms, FACTORS, TUNING_SEEDS):
         optim = parse(f"{case.flags} {arm.flags}".split(), "bench.learning").optim
-        rates = f"--optim.lr {optim.lr * factor:.3g} --optim.muon-lr {optim.muon_lr * factor:.3g}"
+        muon = f" --optim.muon-lr {optim.muon_lr * factor:.3g}" if optim.name == "muon" else ""
+        rates = f"--optim.lr {optim.lr * factor:.3g}{muon}"
         wanted[arm.name, factor, seed] = (f"{arm.name} x{factor}", f"{arm.flags} {rates}", arm.lengths[-1], seed)
     found = in_parallel(workers, case, [*wanted.values()], data, directory / "tuning")
     rows = [Row("tuning", case.name, arm.name, facts={"flags": f"{case.flags} {arm.flags}"}) for arm in arms]
@@ -230,9 +232,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(tables.of(rows))
     if args.save:
-        results.save("learning", machine.facts(), rows)
-        if not args.tune:
-            picture(rows, machine.ROOT / "docs/learning.png")
+        kept = results.read(results.save("learning", machine.facts(), rows))[1]
+        if studied := [row for row in kept if row.section == "learning"]:
+            picture(studied, machine.ROOT / "docs/learning.png")
     return 0
 
 

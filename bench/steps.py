@@ -121,12 +121,10 @@ def absence(who: str) -> str | None:
 
 def build_model(who: str, config: GPT2Config, weights: dict[str, Tensor]) -> nn.Module:
     """The model, in training mode, with these weights."""
-    if who == OURS:
-        (model := GPT2(config)).load_state_dict(weights)
-        return model
     unpadded = {name: t[: config.vocab_size] if name == "wte.weight" else t for name, t in weights.items()}
-    if who == "reference":
-        (model := ReferenceGPT2(config)).load_state_dict(unpadded | {"lm_head.weight": unpadded["wte.weight"]})
+    if who in (OURS, "reference"):
+        model = GPT2(config) if who == OURS else ReferenceGPT2(config)
+        model.load_state_dict(weights if who == OURS else unpadded | {"lm_head.weight": unpadded["wte.weight"]})
         return model
     import transformers
 

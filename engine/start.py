@@ -129,7 +129,7 @@ def check_head(config: TrainConfig, on: torch.device) -> None:
     """Raises BadInput if --head sampled cannot run on this device, or has nothing to leave out."""
     advice = "leave it out"
     if config.head == "sampled" and on.type != "cpu":
-        raise BadInput(f"train: --head sampled must run on a CPU, got {on.type}, where it would wait; {advice}")
+        raise BadInput(f"train: --head sampled must run on a CPU, got {on.type}, where it would synchronise; {advice}")
     if config.head == "sampled" and config.model.vocab_size <= FREQUENT + SAMPLED:
         raise BadInput(
             f"train: --head sampled must have a vocabulary of more than the {FREQUENT + SAMPLED:,} tokens that it "

@@ -23,13 +23,17 @@ Source: Bengio & Senecal 2003, "Quick training of probabilistic neural nets by i
 Jean et al. 2015, arXiv:1412.2007, section 3, which shares one sample among the rows of a batch.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.launch import require
+
+LOGITS = 8_000_000  # held at once: 32 MB in float32, of which there are several copies
 
 
 def sampled_cross_entropy(
@@ -56,9 +60,17 @@ def sampled_cross_entropy(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tokens, log_weights = draw(torch.cat([frequent, targets[is_valid]]), V, size, wide)
     columns = torch.empty(V, dtype=torch.int64).index_copy_(0, tokens, torch.arange(len(tokens)))
-    labels = torch.where(is_valid, columns[targets.clamp(min=0)], -1)
-    logits = F.linear(hidden, F.embedding(tokens, weight).to(hidden.dtype)).to(wide)  # (N, n)
-    total = F.cross_entropy(logits + log_weights, labels, ignore_index=-1, reduction="sum")
+    labels = torch.where(is_valid, columns[torch.where(is_valid, targets, 0)], -1)
+    kept = F.embedding(tokens, weight).to(hidden.dtype)  # (n, C)
+
+    def loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = F.linear(rows, kept).to(wide).add_(log_weights)
+        return F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum")
+
+    chunk = max(1, LOGITS // len(tokens))
+    if len(hidden) > chunk:  # backward computes the logits of each chunk again, so that one chunk's are held at once
+        loss = functools.partial(checkpoint, loss, use_reentrant=False, preserve_rng_state=False)
+    total = sum(map(loss, hidden.split(chunk), labels.split(chunk)), torch.zeros((), dtype=wide))
     return total / is_valid.sum().clamp(min=1)
 
 

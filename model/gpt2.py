@@ -314,10 +314,10 @@ class GPT2(nn.Module):
         """Number of parameters as published: tied head once, without the vocabulary's padding."""
         return num_parameters(self.config, padded=False)
 
-    def hidden(self, tokens: Tensor, cache: "Cache | None" = None, rows: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None, table: Tensor | None = None) -> Tensor:
         """Output of the last LayerNorm, (B, T, C) in the compute dtype.
 
-        cache: of the tokens before these; see model.cache. rows: wte for these tokens; see model.tied.
+        cache: of the tokens before these; see model.cache. table: the embedding's use of wte; see model.tied.
         """
         T = tokens.shape[1]
         if T > self.config.n_positions:
@@ -326,7 +326,7 @@ class GPT2(nn.Module):
         starts = self.document_starts(tokens) if cache is None else None  # a cache has its own
         if starts is not None and self.restarts_positions:
             positions = positions - starts
-        x = self.wte(tokens) if rows is None else F.embedding(tokens, rows, sparse=True)
+        x = self.wte(tokens) if table is None else F.embedding(tokens, table, sparse=True)
         x = F.dropout((x + self.wpe(positions)).to(self.compute_dtype), self.config.dropout, self.training)  # (B, T, C)
         branch, is_compiled = None, torch.compiler.is_compiling() and self.training  # as one graph
         for block, layer in zip(self.h, [None] * len(self.h) if cache is None else cache.layers, strict=True):
@@ -360,8 +360,8 @@ class GPT2(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return self.head(self.hidden(tokens))
-        rows, weight = tied.split(self.wte.weight)
-        h, V = self.hidden(tokens, rows=rows).flatten(0, 1), self.config.vocab_size
+        table, weight = tied.split(self.wte.weight)
+        h, V = self.hidden(tokens, table=table).flatten(0, 1), self.config.vocab_size
         loss = self.training_loss if self.training and self.training_loss else self.ops.linear_cross_entropy
         return loss(h, weight, targets.flatten(), vocab_size=V)
 

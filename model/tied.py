@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def split(weight: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The matrix for the embedding, None for the matrix itself, and for the head. On a CPU, uncompiled, see Tied."""
+    """The matrix as the embedding and as the head take it, whose gradients Tied adds up in place.
+
+    None for the embedding: it reads the matrix itself. So it is anywhere but on an uncompiled CPU.
+    """
     return Tied.apply(weight) if weight.is_cpu and not torch.compiler.is_compiling() else (None, weight)
 
 
@@ -26,7 +29,7 @@ class Tied(torch.autograd.Function):
         return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, rows: Tensor | None, dense: Tensor | None) -> Tensor | None:
-        if rows is None or dense is None:
-            return dense if rows is None else rows.to_dense()
-        return dense.add_(rows)
+    def backward(ctx, sparse: Tensor | None, dense: Tensor | None) -> Tensor | None:
+        if sparse is None or dense is None:
+            return dense if sparse is None else sparse.to_dense()
+        return dense.add_(sparse)

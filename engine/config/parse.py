@@ -20,7 +20,7 @@ from model.files import few
 class Asked(TrainConfig):
     """Trains a GPT-2 on token shards made by `gpt2 prepare`."""
 
-    recipe: Recipe = "preset"  # fast: for the GPT presets, Muon and half as many steps; the others have Muon
+    recipe: Recipe = "preset"  # fast: for the presets with AdamW, Muon and half as many steps
     config: str | None = None  # file of settings that flags change: TOML, or a run's config.json; the preset may go
     print_config: bool = False  # print all settings as TOML, for --config, and stop
 
@@ -71,7 +71,8 @@ def without_effect(config: TrainConfig, args: list[str], fast: str | None) -> li
     """A line for each flag that was given and changes nothing. fast: the preset that --recipe fast was given with."""
     given, lines = {word.partition("=")[0].replace("_", "-") for word in args}, []
     for name, (decides, values) in READ_WITH.items():
-        flags_of = {flag_of(name), flag_of(f"no_{name}")}
+        above, dot, last = name.rpartition(".")
+        flags_of = {flag_of(name), flag_of(f"{above}{dot}no_{last}")}
         if not is_read(name, config) and (found := given & flags_of):
             got = toml.value_of(config, decides)
             needs = f"{flag_of(decides)} {' or '.join(values)}"

@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 from engine import device
 from engine.distributed import local
 from engine.optim.sharing import Peers
-from engine.planning.owners import assign, work
+from engine.planning.owners import NUM_QUINTICS, assign, work
 
 # a, b, c of each a x + b x^3 + c x^5. Singular values from 0.002 to 1 become 0.68 to 1.21: steep at zero, at the price
 # of not converging to 1. Those of Polar Express come nearer; 16 seeds showed no certain gain: docs/learning.md.
-QUINTICS = ((3.4445, -4.7750, 2.0315),) * 5
+QUINTICS = ((3.4445, -4.7750, 2.0315),) * NUM_QUINTICS
 GRAM_STEPS = 3  # quintics between two products with the whole matrix; float32 rounds off more if there are more
 ROW_DECAY = 0.95  # of the running mean of a row's mean square
 TINY = 1e-8  # added to its root, about 1e-2

@@ -3,9 +3,9 @@
 A step may have its peak at several times, and the one that takes most counts:
 
     head             the forward pass has stored all activations and works on a chunk of logits
-    head backward    its two gradients are scaled, which writes them a second time
+    head backward    its two gradients are scaled, which writes them a second time but on an uncompiled CPU
     last, first block  of the backward pass: activations go, gradients come
-    end of backward  all gradients, and both of the tied embedding's
+    end of backward  all gradients, and both of the tied embedding's but on an uncompiled CPU
     optimizer        all gradients, and what Muon multiplies
 
 Free of PyTorch. tests/engine/planning/test_memory.py holds it against real peaks.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from model.presets import GPT2Config, parameter_shapes
 
-QUINTICS = 5  # as many as engine.optim.muon has
+NUM_QUINTICS = 5  # in a row, of engine.optim.muon
 
 
 def parts(name: str) -> int:
@@ -38,7 +38,7 @@ def flops(model: GPT2Config, size: int) -> int:
     costs, loads = [work(shape, parts(name)) for name, shape in matrices(model).items()], Counter()
     for owner, cost in zip(assign(costs, min(size, len(costs))), costs, strict=True):
         loads[owner] += cost
-    return 2 * QUINTICS * max(loads.values())
+    return 2 * NUM_QUINTICS * max(loads.values())
 
 
 def share(rows: int, rank: int, size: int) -> int:

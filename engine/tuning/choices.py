@@ -27,7 +27,7 @@ def precision_and_tuning(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | No
     to go on from began without, unless a flag names it. Prints which was read.
     """
     with ranks.fail_together():
-        precision = device.choose_precision(config.precision, ranks.device)
+        precision = device.choose_precision(config.precision, ranks.device) if config.precision != "auto" else None
         tuning, note = record.find(config, ranks.device) if ranks.is_first else (None, "")
     before = resume.resolved_before(config) if ranks.is_first else None
     if tuning is not None and before is not None and config.tuned == "auto" and before.get("tuned") != tuning.key:
@@ -38,6 +38,8 @@ def precision_and_tuning(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | No
                 precision = device.choose_precision(before["precision"], ranks.device)[0], "as this run began"
         elif tuning is not None:
             precision = tuning.setup.precision, "tuned"
+        if precision is None:  # on this rank alone: a CPU is timed, and the ranks of a host would share it
+            precision = device.choose_precision("auto", ranks.device)
     if tuning is not None and tuning.setup.precision != precision[0]:
         tuning, note = None, f"tuned: ignored, it is for {tuning.setup.precision} and this run is in {precision[0]}"
     if os.environ.get("GPT2_AUTOTUNE") == "1":

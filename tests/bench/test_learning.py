@@ -40,7 +40,7 @@ def runs(monkeypatch, tmp_path) -> list[list[str]]:
         out = Path(flags["--out"])
         out.mkdir(parents=True, exist_ok=True)
         with ONE_AT_A_TIME:
-            resolved = {"device": flags.get("--optim.name", "muon")}  # told apart in the test
+            resolved = {"device": flags.get("--optim.name", "muon"), "precision": "fp32"}  # told apart in the test
             config = to_dict(parse(list(words[1:]), "test")) | {"resolved": resolved}
             (out / "config.json").write_text(json.dumps(config))
         (out / "metrics.jsonl").write_text(json.dumps({"step": steps, "tokens": 1, "val_loss": loss}) + "\n")
@@ -66,7 +66,8 @@ def test_each_recipe_s_tokens_and_seconds_and_no_run_is_made_twice(runs, tmp_pat
     again = rows["adamw again"].figures["tokens"]
     assert again.low < 1.0 < again.high
     assert [len(losses) for losses in rows["recipe"].facts["losses"].values()] == [2, 2]
-    assert [rows[name].facts["device"] for name in ("adamw", "recipe")] == ["adamw", "muon"]  # each what its runs say
+    assert rows["adamw"].note == "800 steps, 2 seeds, fp32 on adamw"  # what its runs say
+    assert rows["recipe"].note == "500 steps, 2 seeds, fp32 on muon"
     assert (tmp_path / "docs/learning.png").read_bytes()[:4] == b"\x89PNG"
     assert learning.main([str(tmp_path / "runs")]) == 0
     assert len(runs) == 5 * 2

@@ -146,6 +146,7 @@ def test_the_fast_recipe_without_muon_is_refused(write, ours):
         ("gpt2 --optim.muon_momentum=0", "--optim.muon-momentum has no effect: it needs --optim.name muon, got adamw"),
         ("gpt2 --optim.decay-share 1", "--optim.decay-share has no effect: it needs --optim.schedule wsd, got cosine"),
         ("gpt2 --shard-size 2", "--shard-size has no effect: it needs --parallel hsdp, got ddp"),
+        ("gpt2 --optim.no-muon-rows", "--optim.no-muon-rows has no effect: it needs --optim.name muon, got adamw"),
         ("gpt2 --no-reshard", "--no-reshard has no effect: it needs --parallel fsdp or hsdp, got ddp"),
         ("tiny --recipe fast", "--recipe fast has no effect: it is for presets with AdamW, and tiny has Muon"),
         ("tiny --optim.name adamw", None),  # nobody gave the rate of Muon that the preset has

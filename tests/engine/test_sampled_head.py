@@ -50,7 +50,6 @@ def test_a_sampled_run_says_so_and_resumes_to_the_bit(sampled, shards, tmp_path,
     assert_same_run(sampled, tmp_path / "stopped")
 
 
-@pytest.mark.slow
 def test_two_processes_draw_what_one_does(sampled, shards, tmp_path):
     command = ["train", *SMALL, "--data", shards, "--out", tmp_path / "two", *SAMPLED]
     done = forks.run("-c", RANK, *command, ranks=2)
@@ -60,6 +59,13 @@ def test_two_processes_draw_what_one_does(sampled, shards, tmp_path):
     for left, right in zip(one, two, strict=True):
         for name in ("loss", "val_loss"):
             assert left.get(name) == pytest.approx(right.get(name), abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["--document-mask --model.dropout 0.1", "--precision bf16"])
+def test_it_goes_with_other_choices(shards, tmp_path, flags):
+    assert train(tmp_path / "run", shards, *SAMPLED, *flags.split(), "--num-steps", "2") == 0
+    first, last = (row["val_loss"] for row in measured(tmp_path / "run") if "val_loss" in row)
+    assert last < first
 
 
 def test_its_validation_loss_is_that_of_the_whole_vocabulary(sampled, shards):
@@ -106,5 +112,10 @@ def test_the_frequent_tokens_are_counted_in_all_of_a_stream(monkeypatch, shards)
     text = TokenStream.open(str(shards), "train", 257)
     counts = np.bincount(text.read(1, 32 * text.num_windows(32)), minlength=257)
     assert (counts[mixture.frequent(text, 32, 9)] == np.sort(counts)[::-1][:9]).all()
+    other = TokenStream.open(str(shards), "val", 257)
+    in_other = np.bincount(other.read(1, 32 * other.num_windows(32)), minlength=257)
+    shares = 1 * counts / counts.sum() + 3 * in_other / in_other.sum()
+    both = mixture.Mixture([mixture.Source("a", 1), mixture.Source("b", 3)], [text, other])
+    assert (shares[mixture.frequent(both, 32, 9)] == np.sort(shares)[::-1][:9]).all()
     monkeypatch.setattr(mixture, "COUNTED_TOKENS", 2048)  # windows spread over the stream say nearly the same
     assert len({*mixture.frequent(text, 32, 9)} & {*np.argsort(-counts)[:9]}) >= 7

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import sampled
 from kernels.cross_entropy import linear_cross_entropy_reference
 from kernels.sampled import sampled_cross_entropy
 
@@ -94,10 +95,29 @@ def test_with_every_token_it_is_the_full_loss_with_its_gradients(changes):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
+def test_in_chunks_of_rows_it_is_the_same_loss_with_the_same_gradients(monkeypatch):
+    found, (hidden, weight), real = [], inputs(), torch.nn.functional.cross_entropy
+    for held, rows in ((sampled.LOGITS, 4), (20, 2), (1, 1)):
+        sizes = []
+        monkeypatch.setattr(sampled, "LOGITS", held)
+        monkeypatch.setattr(
+            sampled.F, "cross_entropy", lambda z, *a, s=sizes, **k: s.append(len(z)) or real(z, *a, **k)
+        )
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_of(h, w)
+        assert sizes == [rows] * (4 // rows)
+        torch.rand(1)  # backward draws nothing, whatever was drawn since
+        found.append((loss, *torch.autograd.grad(loss, (h, w))))
+    for chunked in found[1:]:
+        torch.testing.assert_close(chunked, found[0], rtol=1e-12, atol=1e-14)
+
+
 def test_ignored_rows_count_for_nothing():
     hidden, weight = inputs()
     targets = torch.tensor([2, -100, 9, -100])
     assert loss_of(hidden, weight, targets) == loss_of(hidden[::2], weight, targets[::2])
+    high = torch.where(targets < 0, 5 * V, targets)
+    assert loss_of(hidden, weight, high, ignore_index=5 * V) == loss_of(hidden, weight, targets)
     assert loss_of(hidden, weight, torch.full((4,), -100)) == 0.0
 
 
