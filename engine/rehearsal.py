@@ -103,7 +103,7 @@ class Seen(TorchDispatchMode):
         with nullcontext() if is_fake else unset_fake_temporarily():
             outputs = op(*args, **kwargs)
         if op is torch.ops.gpt2.linear_cross_entropy_torch.default:  # fake tensors know its outputs, not its logits
-            with self:
+            with self, patch.object(cross_entropy, "_mend_far_losses", lambda *_: None):  # which reads the losses
                 cross_entropy._fill_torch(outputs, *args)
         for each in tree_leaves(outputs):
             if isinstance(each, Tensor):

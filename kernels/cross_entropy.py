@@ -172,13 +172,19 @@ def _fill_torch(
             valid = (wanted != ignore_index)[:, None]  # (n, 1)
             loss = fill_strip(strip, wanted.clamp(0, vocab_size - 1)[:, None], valid, wide, needs_grad)
             losses.copy_(torch.where(valid, loss, 0.0).squeeze(1))
-            if is_cpu and bool((is_far := losses > FAR).any()):
-                z = F.linear(rows[is_far], weight.to(rows.dtype))[:, :vocab_size].to(wide)
-                losses[is_far] = F.cross_entropy(z, wanted[is_far], reduction="none")
+            if is_cpu:
+                _mend_far_losses(losses, rows, weight, wanted, vocab_size)
         return logits
 
     _in_chunks(outputs, hidden, weight, chunk_rows, softmax)
     outputs[0].masked_fill_(outside.any(), float("nan"))
+
+
+def _mend_far_losses(losses: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> None:
+    """Computes losses above FAR again, from logits of their own."""
+    if (is_far := losses > FAR).any():
+        z = F.linear(hidden[is_far], weight.to(hidden.dtype))[:, :vocab_size].to(losses.dtype)
+        losses[is_far] = F.cross_entropy(z, targets[is_far], reduction="none")
 
 
 def _fill_strip_on_a_cpu(strip: Tensor, labels: Tensor, valid: Tensor, wide: torch.dtype, needs_grad: bool) -> Tensor:

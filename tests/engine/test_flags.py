@@ -193,7 +193,7 @@ def test_help_of_train_and_presets_list_each_preset_with_its_sizes_and_machine_i
     lines = {line.split()[0]: " ".join(line.split()) for line in table.splitlines()[1 : 1 + len(PRESETS)]}
     assert set(lines) == set(PRESETS)
     assert lines["gpt2"] == "gpt2 124,439,808 12 12 768 1024 524,288 10.0B 6.0e-4 1.9 GiB"
-    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 4.0e-3 10 MiB"
+    assert lines["tiny"] == "tiny 834,432 4 4 128 64 1,024 0.8M 6.0e-3 10 MiB"
     assert set(configs.MACHINES) < set(PRESETS)
     assert all(f"{name}: {words}\n" in table for name, words in configs.MACHINES.items())
 
