@@ -106,7 +106,7 @@ class Seen(TorchDispatchMode):
             with self, patch.object(cross_entropy, "_mend_far_losses", lambda *_: None):  # which reads the losses
                 cross_entropy._fill_torch(outputs, *args)
         for each in tree_leaves(outputs):
-            if isinstance(each, Tensor):
+            if isinstance(each, Tensor) and each.layout == torch.strided:  # a sparse one's values were seen before
                 self.see(each.untyped_storage())
         return outputs
 
