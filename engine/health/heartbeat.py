@@ -32,7 +32,7 @@ from engine.health.verdict import Verdict
 from model.files import read_json
 
 HEARTBEAT = "heartbeat"
-WIDTH = 2048  # bytes of the file, always: it is overwritten in place, for which a full disk has room
+WIDTH = 2048  # bytes of the file, always: it can be overwritten in place, for which a full disk has room
 EVERY = 1.0  # seconds between reports of a rank
 LISTEN = 5.0  # seconds between readings of all ranks' reports
 SILENT = 60.0  # seconds without a new report after which a rank counts as lost; at most the timeout of progress
@@ -47,21 +47,27 @@ PATIENCE = 3600.0  # seconds
 
 
 def write_heartbeat(out: str | Path, **fields: object) -> None:
-    """Overwrites OUT/heartbeat by one write of WIDTH bytes: JSON, spaces, newline.
+    """Replaces OUT/heartbeat as a whole, by WIDTH bytes: JSON, spaces, newline.
 
-    Makes the file, atomically, if there is none of that size. Cuts a reason that does not fit.
+    Where there is no room for a second file it overwrites the first, of which a reader may then see
+    half. Cuts a reason that does not fit. Raises OSError.
     """
     path, reason = Path(out) / HEARTBEAT, str(fields.get("reason", ""))[:WIDTH]
     while len(line := json.dumps(fields | {"reason": reason})) >= WIDTH:
         reason = reason[:-50]
     data = line.ljust(WIDTH - 1).encode() + b"\n"
-    with contextlib.suppress(FileNotFoundError), path.open("r+b", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size == WIDTH:
-            file.write(data)
-            return
     temporary = path.with_name(f".{HEARTBEAT}.writing")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        with contextlib.suppress(FileNotFoundError), path.open("r+b", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size == WIDTH:
+                file.write(data)
+                return
+        raise
 
 
 Report = tuple[str | int, ...]  # step, phase, marks of progress so far, number of the report
