@@ -282,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything; what does not fit is left out")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--resume", action="store_true", help="keep what is in --out, measure what it left out")
-    parser.add_argument("--commit", default=None, help="recorded instead of what git says here")
+    parser.add_argument("--commit", default=machine.commit(), help="recorded instead of what git says here")
     parser.add_argument("--dry-run", action="store_true", help="check every case on a CPU and keep no times")
     args, began = parser.parse_args(arguments), time.time()
     if wrong := {*args.only.split(",")} - {*SECTIONS}:
@@ -293,8 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not torch.cuda.is_available():
             parser.error("a CUDA device must be here, there is none; add --dry-run to check on a CPU")
     facts = machine.facts("cpu" if args.dry_run else "cuda")
-    facts["command"] = shlex.join(["python", "-m", "bench.gpu", *arguments])
-    facts["commit"] = args.commit or facts["commit"]
+    facts |= {"command": shlex.join(["python", "-m", "bench.gpu", *arguments]), "commit": args.commit}
     try:
         record = open_record(args, facts)
     except ValueError as error:

@@ -179,6 +179,7 @@ def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
         tokens = (torch.arange(B * (T + 1)) % config.model.vocab_size).view(B, T + 1)
         update = functools.partial(step, 0, [(tokens[:, :-1], tokens[:, 1:])] * count, 1e-3)
         steps[arm.name] = functools.partial(watch, lambda update=update: update)
+    _ = [once() for once in steps.values()]  # the first update allocates
     return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
 
 
@@ -232,7 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(tables.of(rows))
     if args.save:
-        kept = results.read(results.save("learning", machine.facts(), rows))[1]
+        facts = machine.facts() | {"command": f"python -m bench.learning DIR{' --tune' * args.tune} --save"}
+        kept = results.read(results.save("learning", facts, rows))[1]
         if studied := [row for row in kept if row.section == "learning"]:
             picture(studied, machine.ROOT / "docs/learning.png")
     return 0

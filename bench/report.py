@@ -23,7 +23,6 @@ SPEED, CEILING, MEMORY = 1.0, 0.85, 0.5  # the CPU's goals: times the fastest pe
 COMPILED = ("ours compiled", "reference compiled", "transformers compiled")  # the rest stand in docs/benchmarks.md
 STEP = ("step", "tokens", "mfu", "step memory", "time / ours", "loss difference")
 OP = ("forward", "backward", "forward_no_grad", "both", "both of ceiling", "peak memory", "error", "rate")
-STUDY = ("loss", "step", "tokens", "seconds")
 TITLES = {"ours": "this engine", "reference": "plain PyTorch", "transformers": "`transformers`"}
 TRACK_3 = "modded-nanogpt, track 3 log, 2026-05, torch 2.11"
 OTHER_MODEL = "plain PyTorch trainer, another model with GPT-2's FLOPs per token"
@@ -154,7 +153,7 @@ def scaling() -> str:
 def learning() -> str:
     """Each recipe of bench.learning in a line, with intervals of 95%."""
     studies = [(facts, [row for row in rows if row.section == "learning"]) for _, facts, rows in found("learning.json")]
-    parts = [tables.of(rows, STUDY) + note(facts, "bench.learning") for facts, rows in studies]
+    parts = [tables.of(rows) + note(facts, "bench.learning") for facts, rows in studies]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
