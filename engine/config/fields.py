@@ -151,6 +151,9 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("out", "tuned", "resume", "init_from", "hellaswag", "lambada"):  # weights.parse checks data
+            if "\0" in (getattr(self, name) or ""):
+                wrong.append(f"{flag_of(name)} must have no NUL character, got {getattr(self, name)!r}")
         wrong += self._wrong_tasks() + self._wrong_head()
         if self.document_positions and not self.document_mask:
             wrong.append("--document-positions must go with --document-mask, got none; add it")

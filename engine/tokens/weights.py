@@ -28,8 +28,10 @@ def parse(data: str) -> list[Source]:
     """The data sets that a text names, with weights in lowest terms.
 
     A text or a word that is a path is that directory, whatever its name. One without a weight is a
-    single set. Raises BadInput if weights are missing or wrong.
+    single set. Raises BadInput if weights are missing or wrong, or a name has a NUL character.
     """
+    if "\0" in data:
+        raise BadInput(f"data: a name must have no NUL character, got {data!r}; name another directory")
     found = [_split(word) for word in _words(data)]
     if len(found) == 1:
         return [Source(found[0][0])]

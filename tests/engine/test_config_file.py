@@ -293,6 +293,14 @@ def test_all_that_is_wrong_is_told_at_once(write):
     assert len(str(raised.value).splitlines()) == 3
 
 
+@pytest.mark.parametrize("name", ["data", "out", "tuned", "resume", "init_from", "hellaswag", "lambada"])
+def test_a_path_with_a_nul_character_is_a_sentence(name, write):
+    mine = write(f'{name} = "a\\u0000b"')
+    flag = name if name == "data" else f"--{name.replace('_', '-')}"
+    with pytest.raises(BadInput, match=f"{flag}.* must have no NUL character, got 'a\\\\x00b'"):
+        parse(["tiny", "--config", mine], PROG)
+
+
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()

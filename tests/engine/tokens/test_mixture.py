@@ -208,6 +208,8 @@ def test_words_with_weights_give_directories_and_exact_proportions(named):
 
 @quick
 @given(text=st.text("a:.1 '\"\\\0é-", max_size=8))
+@example(text="\0")
+@example(text="\0:1")
 def test_any_text_is_sources_or_a_sentence(text):
     for data in (text, f"a:1 {text}"):
         try:
