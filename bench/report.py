@@ -19,7 +19,7 @@ REGION = re.compile(r"(<!-- bench:([a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTA
 NOT_MEASURED = "not yet measured"
 HEADLINE = "H200"  # the GPU of the goals
 GOAL_CASE = "L=4 C=256 T=256 B=8 fp32"  # the CPU's
-SPEED, CEILING, MEMORY = 1.0, 0.85, 0.5  # the CPU's goals: times the fastest peer, of the ceiling, of the leanest peer
+SPEED, CEILING, MEMORY = 1.1, 0.85, 0.5  # the CPU's goals: times the fastest peer, of the ceiling, of the leanest peer
 COMPILED = ("ours compiled", "reference compiled", "transformers compiled")  # the rest stand in docs/benchmarks.md
 STEP = ("step", "tokens", "mfu", "step memory", "time / ours", "loss difference")
 OP = ("forward", "backward", "forward_no_grad", "both", "both of ceiling", "peak memory", "error", "rate")
