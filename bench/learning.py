@@ -2,11 +2,9 @@
 
 Every run is one `gpt2 train` with one thread on Python's standard library. DIR holds the run directories; the same
 command goes on where it was stopped. `--tune` tries learning rates, with seeds of its own, and validates on a tenth of
-the training text. Reported is the loss on the validation documents.
-
-The reference is a case's first arm. See engine.comparison.equal_loss for the ratios and their intervals. "adamw again"
-differs from "adamw" in its seeds alone, so its ratio must be 1 within its interval. A run that another machine made
-counts if its directory is here. Exit codes: 0 done, 1 a run failed.
+the training text. Reported is the loss on the validation documents. An arm is a recipe; a case's first is its
+reference, and "adamw again" differs from it in its seeds alone. See engine.comparison.equal_loss for the ratios. A run
+that another machine made counts if its directory is here. Exit codes: 0 done, 1 a run failed.
 """
 
 import argparse
@@ -28,9 +26,10 @@ from bench.results import Figure, Row, spread
 from engine import start
 from engine.comparison import equal_loss
 from engine.config import CONFIG_FILE, TrainConfig, batch_shape, load, parse
+from engine.device import tune_malloc
 from engine.distributed import Ranks
 from engine.run import plots
-from engine.run.rows import METRICS_FILE
+from engine.run.metrics import METRICS_FILE, read_rows
 from engine.tokens import tokenizer
 from engine.tokens.shards import TokenStream
 from model.gpt2 import GPT2
@@ -110,15 +109,12 @@ def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
 
 
 def run(words: list[str], config: TrainConfig) -> tuple[float, str]:
-    """Final validation loss of a run, its precision and device. It is made if none is there with this config.
-
-    words: of its command. Raises CalledProcessError if it fails.
-    """
+    """Final loss of a run, its precision and device. Its command's words make it if none has this config."""
     metrics = Path(config.out, METRICS_FILE)
     is_there = metrics.exists() and replace(load(config.out), resume=config.resume) == config
-    if not is_there or json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"] != config.num_steps:
+    if not is_there or [row["step"] for row in read_rows(metrics)][-1:] != [config.num_steps]:
         gpt2("train", *words, "--resume", "auto" if is_there else "never")
-    loss = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["val_loss"]
+    loss = read_rows(metrics)[-1]["val_loss"]
     print(f"{config.out}: {loss:.4f}", flush=True)
     resolved = json.loads(Path(config.out, CONFIG_FILE).read_text(encoding="utf-8"))["resolved"]
     return loss, f"{resolved['precision']} on {resolved['device']}"
@@ -142,23 +138,22 @@ def rows_of(case: Case, directory: Path, workers: int) -> list[Row]:
     wanted = [(arm.name, arm.flags, steps, seed) for arm in case.arms for steps in arm.lengths for seed in arm.seeds]
     found = in_parallel(workers, case, wanted, data, directory / "runs")
     losses: dict[str, equal_loss.Losses] = {arm.name: {} for arm in case.arms}
-    made_on: dict[str, set[str]] = {arm.name: set() for arm in case.arms}
-    for (name, _, steps, _), (loss, where) in found.items():
+    for (name, _, steps, _), (loss, _) in found.items():
         losses[name][steps] = np.append(losses[name].get(steps, []), loss)
-        made_on[name].add(where)
-    seconds, rows = step_seconds(case, data), []
+    seconds, rows = step_seconds(case), []
     for arm in case.arms:
         own, like, n = losses[arm.name], losses[arm.like or arm.name], len(arm.seeds)
+        made_on = {where for (name, *_), (_, where) in found.items() if name == arm.name}
         row = Row("learning", case.name, arm.name)
-        row.note = f"{arm.lengths[-1]} steps, {n} seeds, {' and '.join(sorted(made_on[arm.name]))}"
+        row.note = f"{arm.lengths[-1]} steps, {n} seeds, {' and '.join(sorted(made_on))}"
         rounded = {str(steps): each.round(4).tolist() for steps, each in own.items()}
         row.facts = {"flags": f"{case.flags} {arm.flags}", "losses": rounded}
         row.figures["loss"] = figure(equal_loss.mean(own[arm.lengths[-1]]), "nats", n)
         row.figures["step"] = spread(seconds[arm.name], "s")
         if rows:
-            tokens = figure(equal_loss.ratio(own, like, losses[case.arms[0].name]), "x", n)
-            cost = row.value("step") / rows[0].value("step")
-            row.figures |= {"tokens": tokens, "seconds": results.scaled(tokens, cost, "x")}
+            tokens = equal_loss.ratio(own, like, losses[case.arms[0].name])
+            in_time = equal_loss.in_time(tokens, seconds[arm.name], seconds[case.arms[0].name])
+            row.figures |= {"tokens": figure(tokens, "x", n), "seconds": figure(in_time, "x", n)}
         rows.append(row)
     return rows
 
@@ -168,19 +163,21 @@ def figure(estimate: equal_loss.Estimate, unit: str, n: int) -> Figure:
     return Figure(estimate.value, unit, estimate.low, estimate.high, n)
 
 
-def step_seconds(case: Case, data: Path) -> dict[str, list[float]]:
-    """Seconds of an update of each arm with one thread, in turns."""
+def step_seconds(case: Case) -> dict[str, list[float]]:
+    """Seconds of an update with each optimizer, with one thread, in turns, by the arms that have it."""
+    tune_malloc()  # as in a run
     torch.set_num_threads(1)
-    steps, watch = {}, measure.Stopwatch(torch.device("cpu"), is_cold=False)
-    for arm in case.arms:
-        config = parse([*f"{case.flags} {arm.flags}".split(), "--data", str(data)], "bench.learning")
-        step = start.build_step(config, GPT2(config.model), Ranks(0, 0, 1, torch.device("cpu")), "fp32", False)
+    steps, watch = {}, measure.Stopwatch(cpu := torch.device("cpu"), is_cold=False)
+    configs = {arm.name: parse(f"{case.flags} {arm.flags}".split(), "bench.learning") for arm in case.arms}
+    for name, config in {config.optim.name: config for config in configs.values()}.items():
+        step = start.build_step(config, GPT2(config.model), Ranks(0, 0, 1, cpu), "fp32", False)
         (B, count), T = batch_shape(config, 1), config.sequence_length
         tokens = (torch.arange(B * (T + 1)) % config.model.vocab_size).view(B, T + 1)
         update = functools.partial(step, 0, [(tokens[:, :-1], tokens[:, 1:])] * count, 1e-3)
-        steps[arm.name] = functools.partial(watch, lambda update=update: update)
+        steps[name] = functools.partial(watch, lambda update=update: update)
     _ = [once() for once in steps.values()]  # the first update allocates
-    return measure.in_turns(steps, measure.within(20.0 * len(steps), most=40))
+    taken = measure.in_turns(steps, measure.within(40.0 * len(steps), most=40))
+    return {name: taken[config.optim.name] for name, config in configs.items()}
 
 
 def tune(case: Case, directory: Path, workers: int) -> list[Row]:
@@ -201,17 +198,17 @@ def tune(case: Case, directory: Path, workers: int) -> list[Row]:
 
 
 def picture(rows: list[Row], out: Path) -> None:
-    """Losses over steps of the arms of several lengths, above their reference's and as a part of its steps."""
+    """Losses over steps of the other arms of several lengths, above the reference's and as a part of its steps."""
     labels = ("steps, as a part of AdamW's", "validation loss above AdamW's, nats")
     drawn, axes = plots.new_figure("Loss at the end of a run", "bars: 95% of the mean", *labels)
     for row in rows:
         reference = next(each for each in rows if each.case == row.case)
-        if row is reference or len(row.facts["losses"]) > 1:
+        if row is not reference and len(row.facts["losses"]) > 1:
             steps = np.array([*map(int, row.facts["losses"])]) / int(*reference.facts["losses"])
             mean, low, high = np.array([equal_loss.mean(np.array(each)) for each in row.facts["losses"].values()]).T
             style = {"marker": "o", "capsize": 3, "label": f"{row.case}: {row.peer}"}
             axes.errorbar(steps, mean - reference.value("loss"), [mean - low, high - mean], **style)
-    axes.axhline(0.0, color="#444444", linewidth=1, linestyle="--")
+    axes.axhline(0.0, color="#444444", linewidth=1, linestyle="--", label="adamw at its full length")
     axes.legend(frameon=False)
     plots.save(drawn, out)
 

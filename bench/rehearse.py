@@ -119,6 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise BadInput(f"bench.rehearse: --rank must be 0 to --world - 1, got {args.rank} and {args.world}")
         if config.parallel == "hsdp" and config.shard_size is None:
             config = replace(config, shard_size=min(args.gpus_per_node, args.world))
+        if config.head != "full":
+            raise BadInput("bench.rehearse: --head must be full, got sampled; leave it out")
         batch_shape(config, args.world)
         with one_of(args.world, args.rank, args.gpus_per_node) as ranks:
             precision = "bf16" if config.precision == "auto" else config.precision

@@ -31,7 +31,7 @@ from engine.config import TrainConfig
 from engine.errors import BadInput
 from kernels.dispatch import has_c_compiler
 from kernels.launch import HAS_TRITON
-from model.presets import num_parameters
+from model.presets import GPT2Config, num_parameters
 
 COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
@@ -115,8 +115,13 @@ def check_can_train(config: TrainConfig, device: torch.device) -> None:
 # ---- Precision ----------------------------------------------------------------------------------------------------
 
 
-def choose_precision(asked: str, device: torch.device, who: str = "train") -> tuple[str, str]:
-    """(precision, why) for a device. Raises BadInput, from `who`, if it cannot do what was asked."""
+def choose_precision(
+    asked: str, device: torch.device, who: str = "train", model: GPT2Config = speed.USUAL
+) -> tuple[str, str]:
+    """(precision, why) for a device. Raises BadInput, from `who`, if it cannot do what was asked.
+
+    On a CPU with fast bf16 products, auto tunes malloc as a run does, and times a small step of this model's width.
+    """
     has_tensor_cores = is_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0)
     if asked == "tf32" and not has_tensor_cores:
         got = "an AMD GPU" if device.type == "cuda" and not is_nvidia(device) else device.type
@@ -137,12 +142,15 @@ def choose_precision(asked: str, device: torch.device, who: str = "train") -> tu
         return ("bf16", "this XPU has bf16") if torch.xpu.is_bf16_supported() else ("fp32", "this XPU has no bf16")
     if device.type == "mps":
         return "fp32", "the default on mps"
-    what = "matrix product"
+    what, advice = "matrix product", ""
     ratio = speed.matmul_seconds(torch.float32) / speed.matmul_seconds(torch.bfloat16)
     if ratio >= WORTHWHILE:  # emulated bf16 is not worth a step, which would take seconds
-        what, ratio = "training step", speed.step_speedup()
+        tune_malloc()
+        what, ratio = "training step", speed.step_speedup(speed.small_like(model))
     precision = "bf16" if ratio >= WORTHWHILE else "fp32"
-    return precision, f"a bf16 {what} ran at {ratio:.2g}x the speed of fp32 on this CPU"
+    if 1 < ratio < WORTHWHILE:
+        advice = f"; auto takes bf16 from {WORTHWHILE}x on"
+    return precision, f"a bf16 {what} ran at {ratio:.3g}x the speed of fp32 on this CPU{advice}"
 
 
 def apply_precision(precision: str) -> torch.dtype:

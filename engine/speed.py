@@ -1,19 +1,22 @@
 """Speed of bf16 over fp32 on this CPU, for a training step and not for one product.
 
 A step also casts, normalises and adds, and bf16 makes that slower. So a small model's forward and
-backward passes are timed: embedding, a block with attention, and a head of 4,096 words.
+backward passes are timed: embedding, a block with attention, and a head. It is as wide as the model
+that will train, because narrow ones gain less.
 """
 
 import functools
 import time
+from dataclasses import replace
 
 import torch
 
 from model.gpt2 import GPT2, cast_once
 from model.presets import GPT2Config
 
-CONFIG = GPT2Config(n_layer=1, n_head=4, n_embd=256, n_positions=256, vocab_size=4096)
-SEQUENCES, ROUNDS = 2, 4  # 5.6 GFLOP in a pass
+USUAL = GPT2Config(n_layer=1, n_head=4, n_embd=256, n_positions=256, vocab_size=4096)  # 5.6 GFLOP in a pass
+TOKENS, ROUNDS = 512, 4  # of a pass; passes of each precision, at most
+WIDEST = 1024
 LIMIT = 1.2  # seconds, after which no pass begins
 
 
@@ -28,13 +31,26 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     return best
 
 
+def small_like(model: GPT2Config) -> GPT2Config:
+    """One block of the model's width and context, with a vocabulary of 4,096 at most. A very wide model is cut."""
+    small = replace(
+        model,
+        n_layer=1,
+        n_positions=min(model.n_positions, TOKENS),
+        vocab_size=min(model.vocab_size, USUAL.vocab_size),
+        dropout=0.0,
+    )
+    return small if model.n_embd <= WIDEST else replace(small, n_head=WIDEST // 64, n_embd=WIDEST)
+
+
 @functools.cache
-def step_speedup() -> float:
+def step_speedup(config: GPT2Config = USUAL) -> float:
     """Time of a small step in fp32 over its time in bf16, each the best of at most ROUNDS, in turns."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     with torch.random.fork_rng([]):
-        model = GPT2(CONFIG)
-    tokens = torch.arange(SEQUENCES * CONFIG.n_positions).view(SEQUENCES, -1)
+        model = GPT2(config)
+    sequences = max(1, TOKENS // config.n_positions)
+    tokens = torch.arange(sequences * config.n_positions).view(sequences, -1) % config.vocab_size
     for dtype in best:  # the first pass of a process imports modules, for two seconds on a slow core
         _pass_seconds(model, tokens[:1, :8], dtype)
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,8 @@ def precision_and_tuning(config: TrainConfig, ranks: Ranks) -> tuple[Tuning | No
         elif tuning is not None:
             precision = tuning.setup.precision, "tuned"
         if precision is None:  # on this rank alone: a CPU is timed, and the ranks of a host would share it
-            precision = device.choose_precision("auto", ranks.device)
+            model = replace(config.model, n_positions=config.sequence_length)
+            precision = device.choose_precision("auto", ranks.device, model=model)
     if tuning is not None and tuning.setup.precision != precision[0]:
         tuning, note = None, f"tuned: ignored, it is for {tuning.setup.precision} and this run is in {precision[0]}"
     if os.environ.get("GPT2_AUTOTUNE") == "1":

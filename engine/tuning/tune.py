@@ -59,7 +59,8 @@ def tune(preset: str, asked: TrainConfig, minutes: float, out: str | None) -> Pa
         raise BadInput(
             f"tune: the device must be a CPU or a GPU of CUDA or ROCm, got {device.type}; train runs untuned"
         )
-    precision, _ = devices.choose_precision(asked.precision, device, "tune")
+    model = dataclasses.replace(asked.model, n_positions=asked.sequence_length)
+    precision, _ = devices.choose_precision(asked.precision, device, "tune", model)
     sequences = asked.tokens_per_step // asked.sequence_length
     most = 16  # as choices.largest_micro_batch has it
     if device.type != "cpu":

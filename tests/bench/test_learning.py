@@ -47,9 +47,10 @@ def runs(monkeypatch, tmp_path) -> list[list[str]]:
 
     monkeypatch.setattr(learning, "gpt2", gpt2)
     monkeypatch.setattr(learning, "prepare", lambda case, directory: (Path("tuning"), Path("all")))
-    monkeypatch.setattr(learning, "step_seconds", lambda case, data: {arm.name: [0.1, 0.2] for arm in case.arms})
+    monkeypatch.setattr(learning, "step_seconds", lambda case: {arm.name: [0.1, 0.2] for arm in case.arms})
     monkeypatch.setattr(learning, "CASES", (Case("tiny", "tiny", "bytes", ARMS),))
     monkeypatch.setattr(learning, "EIGHT", SEEDS)
+    monkeypatch.setattr(learning.equal_loss, "DRAWS", 400)
     monkeypatch.setattr(learning.machine, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(learning.machine, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
@@ -71,9 +72,14 @@ def test_each_recipe_s_tokens_and_seconds_and_no_run_is_made_twice(runs, tmp_pat
     assert (tmp_path / "docs/learning.png").read_bytes()[:4] == b"\x89PNG"
     assert learning.main([str(tmp_path / "runs")]) == 0
     assert len(runs) == 5 * 2
+    one, another, *_ = tmp_path.rglob("metrics.jsonl")
+    one.write_text("")  # killed before its first row, or in the middle of its last one
+    another.write_text(another.read_text()[:-5])
+    assert learning.main([str(tmp_path / "runs")]) == 0
+    assert len(runs) == 5 * 2 + 2
     monkeypatch.setattr(learning, "CASES", (Case("tiny", "tiny --optim.clip 2", "bytes", ARMS[:2]),))
     assert learning.main([str(tmp_path / "runs")]) == 0  # other settings are other runs
-    assert len(runs) == 5 * 2 + 3 * 2
+    assert len(runs) == 5 * 2 + 2 + 3 * 2
 
 
 def test_what_is_tuned_are_the_rates_with_other_seeds_on_other_text(runs, tmp_path):

@@ -83,6 +83,8 @@ def twin(ranks):
 def test_bad_input_is_a_sentence(capsys):
     assert run("--rank", "8") == 2
     assert capsys.readouterr().err == "bench.rehearse: --rank must be 0 to --world - 1, got 8 and 8\n"
+    assert run("--head", "sampled", "--no-compile") == 2
+    assert capsys.readouterr().err == "bench.rehearse: --head must be full, got sampled; leave it out\n"
     assert run("--parallel", "hsdp", "--gpus-per-node", "3") == 2
     assert "must divide all 8 processes, got 3" in capsys.readouterr().err
 

@@ -1,10 +1,16 @@
 """Precision: as asked for, or the faster one here; what the device cannot do is refused."""
 
+import contextlib
+
 import pytest
 import torch
 
 from engine import device, speed
+from engine.config import PRESETS
+from engine.distributed import Ranks
 from engine.errors import BadInput
+from engine.tuning import choices
+from model.gpt2 import GPT2
 from model.presets import GPT2Config
 
 CPU = torch.device("cpu")
@@ -52,7 +58,9 @@ def test_a_gpu_takes_bf16_from_sm_80_on(capability, auto, refused, monkeypatch):
     ("product", "step", "taken", "why"),
     [
         pytest.param(4.0, 1.4, "bf16", "a bf16 training step ran at 1.4x", id="both faster"),
-        pytest.param(4.0, 1.04, "fp32", "a bf16 training step ran at 1x", id="a step hardly faster"),
+        pytest.param(4.0, 1.04, "fp32", "a bf16 training step ran at 1.04x", id="a step hardly faster"),
+        pytest.param(4.0, 1.0996, "fp32", "a bf16 training step ran at 1.1x", id="a step almost fast enough"),
+        pytest.param(4.0, 0.9, "fp32", "a bf16 training step ran at 0.9x", id="a step slower"),
         pytest.param(1.3, 1.2, "bf16", "a bf16 training step ran at 1.2x", id="a step faster, a product a little"),
         pytest.param(0.02, None, "fp32", "a bf16 matrix product ran at 0.02x", id="emulated: no step is made"),
     ],
@@ -60,8 +68,14 @@ def test_a_gpu_takes_bf16_from_sm_80_on(capability, auto, refused, monkeypatch):
 def test_a_cpu_takes_the_precision_in_which_a_step_is_faster(product, step, taken, why, monkeypatch):
     seconds = {torch.float32: product, torch.bfloat16: 1.0}
     monkeypatch.setattr(speed, "matmul_seconds", seconds.__getitem__)
-    monkeypatch.setattr(speed, "step_speedup", lambda: step)
-    assert device.choose_precision("auto", CPU) == (taken, f"{why} the speed of fp32 on this CPU")
+    order = []
+    monkeypatch.setattr(device, "tune_malloc", lambda: order.append("malloc"))
+    monkeypatch.setattr(speed, "step_speedup", lambda model: order.append(model) or step)
+    advice = "; auto takes bf16 from 1.1x on" if step in (1.04, 1.0996) else ""
+    said = (taken, f"{why} the speed of fp32 on this CPU{advice}")
+    assert device.choose_precision("auto", CPU, model=GPT2Config(3, 2, 96, n_positions=128)) == said
+    wanted = GPT2Config(1, 2, 96, n_positions=128, vocab_size=4096)
+    assert order == (["malloc", wanted] if step else [])  # in a run malloc is tuned too
 
 
 @pytest.fixture
@@ -70,7 +84,7 @@ def passes(monkeypatch):
     now, made, seconds, cold = [0.0], [], {}, [2.0]
 
     def one_pass(model, tokens, dtype):
-        is_whole = tokens.numel() == speed.SEQUENCES * speed.CONFIG.n_positions
+        is_whole = tokens.numel() == speed.TOKENS
         made.extend([dtype] * is_whole)
         taken = seconds[dtype] * is_whole + (cold.pop() if cold else 0.0)  # the first of all imports modules
         now[0] += taken
@@ -101,7 +115,6 @@ def test_on_a_slow_cpu_each_precision_is_timed_once_and_imports_are_not(passes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_timed_is_a_step_in_that_precision_and_draws_no_random_number(dtype, monkeypatch):
-    monkeypatch.setattr(speed, "CONFIG", GPT2Config(1, 1, 16, n_positions=4, vocab_size=61))
     models, state, timed = [], torch.get_rng_state(), speed._pass_seconds
 
     def record(model, tokens, asked):
@@ -109,10 +122,48 @@ def test_what_is_timed_is_a_step_in_that_precision_and_draws_no_random_number(dt
         return timed(model, tokens, dtype)
 
     monkeypatch.setattr(speed, "_pass_seconds", record)
-    speed.step_speedup.__wrapped__()
+    speed.step_speedup.__wrapped__(GPT2Config(1, 1, 16, n_positions=4, vocab_size=61))
     assert torch.equal(torch.get_rng_state(), state)
     assert models[0].compute_dtype is dtype
     assert all(parameter.grad.isfinite().all() for parameter in models[0].parameters())
+
+
+def test_one_rank_alone_times_the_cpu(monkeypatch):
+    class Second(Ranks):
+        def fail_together(self):
+            return contextlib.nullcontext()
+
+        def broadcast_object(self, mine):
+            return None, ("fp32", "of rank 0")
+
+    monkeypatch.setattr(device, "choose_precision", None)
+    chosen = choices.precision_and_tuning(PRESETS["tiny"], Second(1, 1, 2, CPU))
+    assert chosen == (None, ("fp32", "of rank 0"))
+
+
+def test_the_time_of_a_pass_has_its_backward_pass_in_it(monkeypatch):
+    now, backward = [0.0], torch.Tensor.backward
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+
+    def slow(loss, **kwargs):
+        now[0] += 3.0
+        backward(loss, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", slow)
+    model = GPT2(GPT2Config(1, 1, 16, n_positions=4, vocab_size=61))
+    assert speed._pass_seconds(model, torch.arange(4).view(1, 4), torch.float32) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("model", "small"),
+    [
+        (GPT2Config(12, 12, 768), GPT2Config(1, 12, 768, n_positions=512, vocab_size=4096)),
+        (GPT2Config(96, 96, 12288), GPT2Config(1, 16, 1024, n_positions=512, vocab_size=4096)),
+        (GPT2Config(4, 4, 128, 64, 257, 0.1), GPT2Config(1, 4, 128, n_positions=64, vocab_size=257)),
+    ],
+)
+def test_the_small_step_is_of_the_model_s_width(model, small):
+    assert speed.small_like(model) == small
 
 
 def test_a_product_takes_no_time_to_speak_of():

@@ -55,6 +55,17 @@ def test_a_recipe_that_does_not_learn_with_more_steps_reaches_nothing():
     assert equal_loss.ratio(flat, flat, exact((800,), 1.0)) == (np.inf, 0.0, np.inf)
 
 
+def test_time_has_the_cost_of_a_step_in_it_and_the_noise_of_both():
+    steps = equal_loss.Estimate(0.5, 0.45, 0.55)
+    theirs = np.array([1.0, 2.0, 4.0, 1.0, 3.0])  # as slow as the machine is in each turn
+    assert equal_loss.in_time(steps, 1.2 * theirs, theirs) == pytest.approx((0.6, 0.54, 0.66))
+    noisy = equal_loss.in_time(steps, [1.0, 1.1, 1.2, 1.3, 1.4], np.ones(5))
+    assert noisy.value == pytest.approx(0.6)
+    assert noisy.low < 0.53
+    assert noisy.high > 0.67
+    assert equal_loss.in_time(equal_loss.Estimate(np.inf, 0.0, np.inf), theirs, theirs) == (np.inf, 0.0, np.inf)
+
+
 def test_the_mean_s_interval_is_student_s():
     estimate = equal_loss.mean(np.array([1.0, 2.0, 3.0]))
     assert estimate == pytest.approx((2.0, 2.0 - 4.302653 / 3**0.5, 2.0 + 4.302653 / 3**0.5))  # t of 2 degrees

@@ -190,7 +190,7 @@ def test_the_command_refuses_what_cannot_be(capsys):
 
 def test_the_whole_command_prints_80_columns_and_writes_a_file_that_train_finds(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tune.devices, "choose_precision", lambda asked, device, who: ("fp32", "fake"))
+    monkeypatch.setattr(tune.devices, "choose_precision", lambda asked, device, who, model: ("fp32", "fake"))
     machine = Machine(CPU, seconds=lambda setup: 0.8 if not setup.malloc_tuned else 1.0)
     monkeypatch.setattr(steps, "Worker", machine.start)
     monkeypatch.setattr(
