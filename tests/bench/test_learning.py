@@ -1,4 +1,4 @@
-"""The study of recipes on made-up runs: ratios, what is run once, what is tuned, what a failure says."""
+"""The study of recipes on made-up runs: ratios, what is run once, what is tuned and on which text, a failure."""
 
 import json
 import math
@@ -7,14 +7,18 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from runs import run
 
 sys.path.insert(0, str(ROOT))  # where pytest itself was started, and not `python -m pytest`, bench is not on the path
 
 from bench import learning, results
 from bench.learning import GPT3, Arm, Case
 from engine.config import parse, to_dict
+from engine.tokens import tokenizer
+from engine.tokens.shards import TokenStream
 
 ONE_AT_A_TIME = threading.Lock()  # tyro is not made for threads
 SEEDS, OTHERS, ADAMW = range(1, 3), range(3, 5), f"{GPT3} --optim.lr 3e-3"
@@ -90,6 +94,38 @@ def test_what_is_tuned_are_the_rates_with_other_seeds_on_other_text(runs, tmp_pa
     assert not {int(each["--seed"]) for each in flags} & {*SEEDS, *OTHERS}
     rates = {float(each["--optim.lr"]) for each in flags if "--optim.name" in each}
     assert sorted(rates) == pytest.approx([1.8e-3, 3e-3, 5.1e-3])
+    of_muon = {(each["--optim.lr"], each.get("--optim.muon-lr")) for each in flags if "--optim.name" not in each}
+    assert of_muon == {("0.0036", "0.024"), ("0.006", "0.04"), ("0.0102", "0.068")}  # FACTORS times the preset's
+
+
+def documents(data: Path, split: str) -> list[bytes]:
+    """Texts of a split, whose tokens are bytes."""
+    words = tokenizer.load("bytes")
+    stream = TokenStream.open(data, split, words.vocab_size)
+    tokens = stream.read(0, len(stream))
+    parts = np.split(tokens, np.flatnonzero(tokens == words.end_of_text))
+    return [words.decode_bytes(part[1:].tolist()) for part in parts if len(part)]
+
+
+def test_the_tuning_text_is_the_training_documents_and_no_validation_document(monkeypatch, tmp_path):
+    library, texts = tmp_path / "library", [f"x{number} = {number}\n" * 9 for number in range(40)]
+    library.mkdir()
+    for number, text in enumerate(texts):
+        (library / f"{number}.py").write_text(text)
+
+    def gpt2(*words: object) -> None:
+        words = [str(library if word == "stdlib" else word) for word in words]
+        assert run(*words, "--workers", "1") == 0
+
+    monkeypatch.setattr(learning, "gpt2", gpt2)
+    tuning, whole = learning.prepare(Case("tiny", "tiny", "bytes", ()), tmp_path)
+    rests, tails, reported = documents(tuning, "train"), documents(tuning, "val"), {*documents(whole, "val")}
+    assert reported
+    assert not {*rests, *tails} & reported
+    tried = {rest + tail for rest, tail in zip(rests, tails, strict=True)}  # each document's tail is for validation
+    assert not tried & reported
+    assert tried == {*documents(whole, "train")}
+    assert tried | reported == {text.encode() for text in texts}
 
 
 def test_a_run_that_fails_ends_the_study_with_a_sentence(runs, tmp_path, monkeypatch, capsys):

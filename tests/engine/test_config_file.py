@@ -130,6 +130,14 @@ def test_a_recipe_changes_the_preset_and_a_file_or_a_flag_changes_it_again(write
         parse(["--config", everything, "--recipe", "fast"], PROG)
 
 
+def test_the_fast_recipe_of_gpt2_is_the_one_in_docs_learning_md():
+    fast = parse(["gpt2", "--recipe", "fast"], PROG)
+    assert (fast.num_steps, fast.tokens_per_step) == (9536, 524_288)
+    assert (fast.optim.muon_lr, fast.optim.muon_momentum) == (0.02, 0.95)
+    assert fast.optim.lr == pytest.approx(1.8e-3, rel=1e-12)
+    assert (fast.optim.schedule, fast.optim.decay_share, fast.optim.min_lr_ratio) == ("wsd", 0.7, 0.0)
+
+
 @pytest.mark.parametrize("ours", [["gpt2"], ["tiny"], ["gpt2", "--config", "file"]], ids=" ".join)
 def test_the_fast_recipe_without_muon_is_refused(write, ours):
     adamw = ["--optim.name", "adamw"]

@@ -84,6 +84,19 @@ def test_it_learns_another_thing_than_the_full_head_from_the_same_start(sampled,
     assert last[0]["val_loss"] != last[1]["val_loss"]
 
 
+def test_every_training_loss_of_a_run_takes_its_data_s_frequent_tokens(shards, tmp_path, monkeypatch):
+    taken, real = [], start.sampled_cross_entropy
+
+    def recorded(*inputs, **options):
+        taken.append((options["frequent"].tolist(), options["size"]))
+        return real(*inputs, **options)
+
+    monkeypatch.setattr(start, "sampled_cross_entropy", recorded)
+    assert train(tmp_path / "run", shards, *SAMPLED, "--num-steps", "1") == 0
+    expected = mixture.frequent(TokenStream.open(str(shards), "train", 257), 32, 24).tolist()
+    assert taken == [(expected, 16)] * 2  # micro-batches
+
+
 def test_another_head_is_refused_on_resume(sampled, shards, capfd):
     assert train(sampled, shards, *FLAGS, "--num-steps", "5") == 2
     assert "but these changed\n  head sampled -> full\n" in capfd.readouterr().err

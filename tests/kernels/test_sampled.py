@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tolerances import TOLERANCE
 from torch import Tensor
 
 from kernels import sampled
@@ -135,6 +136,21 @@ def test_bfloat16_hidden_keeps_the_logarithm_of_a_weight_exact():
     )
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(math.log(1000), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision_hidden_s_gradients_in_chunks_are_float64_s_of_the_same_sample(monkeypatch, dtype):
+    """Weight, logits and gradients are rounded, so three roundings are allowed."""
+    monkeypatch.setattr(sampled, "LOGITS", 100)  # 28 tokens: eight chunks of three rows
+    hidden, weight = inputs(N=24, C=16, Vp=64)
+    hidden, weight, found = hidden.to(dtype), 0.3 * weight.float(), []
+    for each in ((hidden, weight), (hidden.double(), weight.double())):
+        h, w = (tensor.clone().requires_grad_() for tensor in each)
+        found.append(torch.autograd.grad(loss_of(h, w, 2 * torch.arange(24), vocab_size=64), (h, w)))
+    assert [gradient.dtype for gradient in found[0]] == [dtype, torch.float32]
+    for ours, exact in zip(*found, strict=True):
+        error = (ours.double() - exact).abs().max()
+        assert error <= 3 * TOLERANCE[dtype] * exact.abs().max()
 
 
 @pytest.mark.parametrize("target", [V, -1])
