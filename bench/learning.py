@@ -1,10 +1,10 @@
 """Tokens and seconds that each recipe needs to the same validation loss: `python -m bench.learning DIR`.
 
 Every run is one `gpt2 train` with one thread on Python's standard library. DIR holds the run directories; the same
-command goes on where it was stopped. `--tune` tries learning rates, with seeds of its own, and validates on a tenth of
-the training text. Reported is the loss on the validation documents. An arm is a recipe; a case's first is its
-reference, and "adamw again" differs from it in its seeds alone. See engine.comparison.equal_loss for the ratios. A run
-that another machine made counts if its directory is here. Exit codes: 0 done, 1 a run failed.
+command goes on where it was stopped. `--tune` tries learning rates, with seeds of its own, and validates on the last
+tenth of each training document. Reported is the loss on the validation documents. An arm is a recipe; a case's first
+is its reference, and "adamw again" differs from it in its seeds alone. See engine.comparison.equal_loss for the ratios.
+A run that another machine made counts if its directory is here. Exit codes: 0 done, 1 a run failed.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def gpt2(*words: object) -> None:
 
 
 def prepare(case: Case, directory: Path) -> tuple[Path, Path]:
-    """Two data sets of the standard library: for tuning, from the training documents alone, and for the report."""
+    """Two data sets of the standard library: for tuning, the training documents, their tails apart; for the report."""
     whole, part = (directory / f"data-{case.tokenizer}-{kind}" for kind in ("all", "tuning"))
     gpt2("prepare", "stdlib", "--out", whole, "--tokenizer", case.tokenizer, "--val-fraction", "0.2")
     text = part.with_name(f"{part.name}-text")
