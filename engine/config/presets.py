@@ -95,7 +95,7 @@ PRESETS: dict[str, TrainConfig] = {
         prompt="The ",
         sample_tokens=100,
         model=MODEL_PRESETS["small"],
-        optim=OptimConfig("muon", lr=2e-3, warmup_tokens=50 * 2048, beta2=0.99, **_LINEAR),
+        optim=dataclasses.replace(_LAPTOP.optim, warmup_tokens=50 * 2048),
     ),
 } | {name: _gpt(name) for name in _GPT3_RECIPE}
 
